@@ -1,0 +1,107 @@
+"""Which argument of a call to a loss function says what its batch holds."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from modaldummy._batch import EXPLICIT_KEYS, FIXES, Reader, describe, may_hold_metadata
+from modaldummy._errors import BatchMetadataError
+
+Resolver = Callable[[Any], Iterable[str]]
+
+_KEYWORD = "modalities"
+# What a resolver written for one kind of batch raises when it is asked about another argument.
+_CANNOT_READ = (BatchMetadataError, LookupError, TypeError, AttributeError)
+
+
+class CallReader:
+    """Finds the active modalities in the arguments of calls to one loss function.
+
+    Args:
+        loss_fn: The loss function.
+        reader: Reads what stands under an explicit name, and everything if there is no `resolver`.
+        resolver: The user's own reader of batches.
+    """
+
+    def __init__(
+        self, loss_fn: Callable[..., Any], reader: Reader, resolver: Resolver | None
+    ) -> None:
+        self._reader = reader
+        self._resolver = resolver
+        self._signature = _signature(loss_fn)
+
+    def take_keyword(self, kwargs: dict[str, Any]) -> Any:
+        """Remove `modalities=` from `kwargs` unless the loss function itself names it."""
+        if self._signature is not None and _KEYWORD in self._signature.parameters:
+            return None
+        return kwargs.pop(_KEYWORD, None)
+
+    def active(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Any) -> set[str]:
+        """Active modalities of a call; `given` is what `take_keyword` took off it."""
+        if given is not None:
+            return self._reader.read(given, f"`{_KEYWORD}=`", explicit=True)
+        arguments = self._arguments(args, kwargs)
+        for key in EXPLICIT_KEYS:
+            if arguments.get(key) is not None:
+                return self._reader.read(arguments[key], f"`{key}=`", explicit=True)
+        looked_at = []
+        for name, argument in arguments.items():
+            if not may_hold_metadata(argument, self._reader.modalities):
+                looked_at.append(f"{name} (not asked): {describe(argument)}")
+                continue
+            found, reason = self._ask(argument, name)
+            if found is not None:
+                return found
+            looked_at.append(f"{name}: {describe(argument)}{reason}")
+        listed = "".join(f"\n  - {line}" for line in looked_at) or " none."
+        raise BatchMetadataError(
+            "No argument of the loss function says which modalities its batch holds. "
+            f"Arguments:{listed}\nKnown modalities: "
+            f"{', '.join(map(repr, self._reader.modalities))}. {FIXES}"
+        )
+
+    def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
+        """The modalities that `argument` holds, or None and why it could not be read."""
+        where = f"argument `{name}`"
+        if self._resolver is None:
+            return self._reader.probe(argument, where), ""
+        try:
+            names = self._resolver(argument)
+        except _CANNOT_READ as error:
+            return None, f"; `resolver` raised {type(error).__name__}: {error}"
+        if names is None:
+            return None, "; `resolver` returned None"
+        return check_names(names, self._reader), ""
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name, in signature order; `*args` and `**kwargs` are taken apart."""
+        if self._signature is None:
+            numbered = {f"argument {index}": value for index, value in enumerate(args)}
+            return numbered | {"**kwargs": kwargs, **kwargs}
+        arguments: dict[str, Any] = {}
+        bound = self._signature.bind(*args, **kwargs).arguments
+        for index, (name, value) in enumerate(bound.items()):
+            kind = self._signature.parameters[name].kind
+            if index == 0 and name in ("self", "cls"):
+                continue
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                arguments |= {f"*{name}[{i}]": item for i, item in enumerate(value)}
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= {f"**{name}": value} | value
+            else:
+                arguments[name] = value
+        return arguments
+
+
+def check_names(names: Any, reader: Reader) -> set[str]:
+    """What a user's resolver returned: one known modality or an iterable of them."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        names = [names]
+    return {reader.known(name, "`resolver`") for name in names}
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except ValueError:  # some builtins have none
+        return None

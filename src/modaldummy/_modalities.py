@@ -1,0 +1,167 @@
+"""Which parameters each modality owns: specs become paths once, paths are looked up live."""
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from modaldummy._errors import ParameterMapError, unknown_modality
+from modaldummy._paths import find_parameters, strip_wrappers
+
+ModalityKey: TypeAlias = str | tuple[str, ...]
+ParamSpec: TypeAlias = "str | nn.Module | nn.Parameter | Iterable[ParamSpec]"
+
+
+class ModalityMap:
+    """Parameters by modality, as the model is at each call.
+
+    Args:
+        model: The model whose parameters are meant; bare or wrapped.
+        modality_param_map: Modality, or tuple of modalities that own something jointly, to spec.
+
+    Raises:
+        ParameterMapError: The map is empty, a key is no name, or a spec matches nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, modality_param_map: Mapping[ModalityKey, ParamSpec]
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
+        if not isinstance(modality_param_map, Mapping) or not modality_param_map:
+            raise ParameterMapError(
+                "`modality_param_map` must be a non-empty mapping such as {'T1': 'encoders.T1'}, "
+                f"got {modality_param_map!r}."
+            )
+        self.model = model
+        self.paths: dict[ModalityKey, tuple[str, ...]] = {}
+        for key, spec in modality_param_map.items():
+            _check_key(key)
+            where = f"`modality_param_map[{key!r}]`"
+            paths = tuple(dict.fromkeys(_paths_of(spec, model, where)))
+            if not paths:
+                raise ParameterMapError(
+                    f"{where} is empty; give a path, a module or a parameter, or drop the key."
+                )
+            self.paths[key] = paths
+        members = (name for key in self.paths for name in _members(key))
+        self.modalities: tuple[str, ...] = tuple(dict.fromkeys(members))
+
+    def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
+        """Parameters of one key of the map by their present full name, frozen ones included."""
+        if key not in self.paths:
+            for name in _members(key):
+                if name not in self.modalities:
+                    raise unknown_modality(name, self.modalities, "`modality`")
+            return {}
+        unique = {id(parameter): (name, parameter) for name, parameter in self._lookup(key)}
+        return dict(unique.values())
+
+    def inactive_parameters(self, active: Collection[str]) -> list[nn.Parameter]:
+        """Trainable parameters that only inactive keys own, each once.
+
+        A tuple key is active only if all its modalities are.
+        """
+        taught: set[int] = set()
+        idle: dict[int, nn.Parameter] = {}
+        for key in self.paths:
+            parameters = (parameter for _, parameter in self._lookup(key))
+            if all(name in active for name in _members(key)):
+                taught.update(map(id, parameters))
+            else:
+                idle.update((id(p), p) for p in parameters if p.requires_grad)
+        return [parameter for identity, parameter in idle.items() if identity not in taught]
+
+    def _lookup(self, key: ModalityKey) -> Iterator[tuple[str, nn.Parameter]]:
+        for path in self.paths[key]:
+            found = find_parameters(self.model, path)
+            if not found:
+                raise ParameterMapError(
+                    f"`modality_param_map[{key!r}]`: {path!r} was found when the wrapper was made "
+                    f"but matches no parameter of {type(self.model).__name__} any more; make a new "
+                    "wrapper after you change the model's structure."
+                )
+            yield from found
+
+
+def _members(key: ModalityKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def _check_key(key: object) -> None:
+    names = key if isinstance(key, tuple) else (key,)
+    valid = all(isinstance(name, str) and name for name in names)
+    if not names or not valid or len(set(names)) < len(names):
+        raise ParameterMapError(
+            "Keys of `modality_param_map` must be modality names or tuples of different names, "
+            f"got {key!r}."
+        )
+
+
+def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
+    """Full paths that `spec` selects; a glob gives one for each parameter that it matches."""
+    if isinstance(spec, str):
+        yield from _match(spec, model, where)
+    elif isinstance(spec, nn.Module):
+        yield _path_of_module(spec, model, where)
+    elif isinstance(spec, nn.Parameter):
+        named = model.named_parameters(remove_duplicate=False)
+        path = next((name for name, parameter in named if parameter is spec), None)
+        if path is None:
+            raise ParameterMapError(
+                f"{where} holds a parameter of shape {list(spec.shape)} that is not part of "
+                f"{type(model).__name__}; take it from the model that you pass as `model`."
+            )
+        yield path
+    elif isinstance(spec, Iterable) and not isinstance(spec, (Mapping, Tensor, bytes)):
+        for item in spec:
+            yield from _paths_of(item, model, where)
+    else:
+        raise ParameterMapError(
+            f"{where} must be a path, a module, a parameter or an iterable of these, "
+            f"got {spec!r} ({type(spec).__name__})."
+        )
+
+
+def _path_of_module(spec: nn.Module, model: nn.Module, where: str) -> str:
+    named = model.named_modules(remove_duplicate=False)
+    path: str | None = next((name for name, module in named if module is spec), None)
+    if path is None:
+        raise ParameterMapError(
+            f"{where} holds a {type(spec).__name__} that is not part of {type(model).__name__}; "
+            "pass one of its submodules, or a list of them."
+        )
+    if not find_parameters(model, path):
+        raise ParameterMapError(
+            f"{where} holds the {type(spec).__name__} at {path!r}, which has no parameters."
+        )
+    return path
+
+
+def _match(spec: str, model: nn.Module, where: str) -> list[str]:
+    if spec and not any(wildcard in spec for wildcard in "*?["):
+        if find_parameters(model, spec):
+            return [spec]
+    else:
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        bare = strip_wrappers(spec)
+        if found := [n for n in names if fnmatchcase(strip_wrappers(n), bare)]:
+            return found
+    raise ParameterMapError(
+        f"{where}: {spec!r} matches no parameter of {type(model).__name__}"
+        f"{_suggestion(spec, model)} A path names one parameter or one module, segment by "
+        "segment; a glob such as 'encoder.T1.*' is held against full parameter names."
+    )
+
+
+def _suggestion(spec: str, model: nn.Module) -> str:
+    """`; closest: ...` with up to three paths that look like `spec`."""
+    paths = [strip_wrappers(name) for name, _ in model.named_modules() if name]
+    paths += [strip_wrappers(name) for name, _ in model.named_parameters()]
+    word = spec.strip("*").rpartition(".")[2].strip("*").lower()
+    similar = [path for path in paths if word and word in path.lower()]
+    similar += difflib.get_close_matches(spec, paths, n=3)
+    closest = list(dict.fromkeys(similar))[:3]
+    return f"; closest: {', '.join(map(repr, closest))}." if closest else "."

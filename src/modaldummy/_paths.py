@@ -1,0 +1,101 @@
+"""Finds parameters by path in a model as it is now, through whatever wraps parts of it."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+# Child names that DDP, torch.compile, FSDP and activation checkpointing put around a module.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# PEFT puts these two around a whole model, always together.
+_PEFT_MODEL = ("base_model", "model")
+# PEFT keeps the module that an adapter replaced under one of these names.
+_REPLACED = ("base_layer", "original_module")
+# weight_norm, spectral_norm and pruning of `torch.nn.utils` rename a parameter with these endings.
+_RENAMED = ("_orig", "_g", "_v")
+
+NamedParameter = tuple[str, nn.Parameter]
+
+
+def strip_wrappers(name: str) -> str:
+    """`name` without the segments that wrappers add: `module.enc.weight` -> `enc.weight`."""
+    segments = name.split(".")
+    kept: list[str] = []
+    while segments:
+        count = _wrapper_length(segments)
+        if count == 0:
+            kept.append(segments[0])
+        del segments[: max(count, 1)]
+    return ".".join(kept)
+
+
+def find_parameters(model: nn.Module, path: str) -> list[NamedParameter]:
+    """Parameters of `model` at or below the dotted `path`, with their present full names.
+
+    Wrapper segments may be missing from the path or be too many in it. A path to a parameter also
+    finds what PEFT, `torch.nn.utils.parametrize`, weight_norm and pruning put in its place. Only
+    the modules along the path and below its end are visited.
+
+    Returns:
+        `(name, parameter)` pairs, in model order; empty if nothing matches.
+    """
+    return _find(model, "", path.split(".") if path else [])
+
+
+def _find(module: nn.Module, prefix: str, path: list[str]) -> list[NamedParameter]:
+    if not path:
+        return list(module.named_parameters(prefix.rstrip("."), remove_duplicate=False))
+    head, rest = path[0], path[1:]
+    found: list[NamedParameter] = []
+    if (child := module._modules.get(head)) is not None:
+        found = _find(child, f"{prefix}{head}.", rest)
+    elif not rest:
+        found = _find_own(module, prefix, head)
+    for name, stand_in in () if found else _stand_ins(module):
+        found += _find(stand_in, f"{prefix}{name}.", path)
+    if found and not rest and head not in module._modules and "base_layer" in module._modules:
+        found += _adapters(module, prefix)
+    if not found and 0 < (skipped := _wrapper_length(path)) < len(path):
+        found = _find(module, prefix, path[skipped:])
+    return found
+
+
+def _find_own(module: nn.Module, prefix: str, name: str) -> list[NamedParameter]:
+    """The parameter `name` that `module` itself holds, or what a reparametrization made of it."""
+    if (parameter := module._parameters.get(name)) is not None:
+        return [(prefix + name, parameter)]
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is not None and (parts := parametrizations._modules.get(name)) is not None:
+        return list(parts.named_parameters(f"{prefix}parametrizations.{name}"))
+    renamed = ((name + ending, module._parameters.get(name + ending)) for ending in _RENAMED)
+    return [(prefix + new, parameter) for new, parameter in renamed if parameter is not None]
+
+
+def _stand_ins(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of `module` that take the place of what the path expects in `module` itself."""
+    for name in _WRAPPERS + _REPLACED:
+        if (child := module._modules.get(name)) is not None:
+            yield name, child
+    outer = module._modules.get(_PEFT_MODEL[0])
+    if outer is not None and (inner := outer._modules.get(_PEFT_MODEL[1])) is not None:
+        yield ".".join(_PEFT_MODEL), inner
+    saved = module._modules.get("modules_to_save")
+    for name, child in saved._modules.items() if saved is not None else ():
+        if child is not None:
+            yield f"modules_to_save.{name}", child
+
+
+def _adapters(module: nn.Module, prefix: str) -> list[NamedParameter]:
+    """LoRA parameters that sit beside the layer they adapt."""
+    return [
+        named
+        for name, child in module._modules.items()
+        if name.startswith("lora_") and child is not None
+        for named in child.named_parameters(prefix + name, remove_duplicate=False)
+    ]
+
+
+def _wrapper_length(path: list[str]) -> int:
+    """How many segments at the start of `path` belong to a wrapper: 0, 1 or 2."""
+    if tuple(path[:2]) == _PEFT_MODEL:
+        return 2
+    return 1 if path[0] in _WRAPPERS else 0

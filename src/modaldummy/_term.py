@@ -1,0 +1,149 @@
+"""The dummy term: its value, its cap and its gradient. The numerics of the library live here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modaldummy._reduce import accumulation_dtype, sum_all
+
+# Leaves room for every rounding between the limit and the total, so that the bound holds exactly.
+_ROUNDING_MARGIN = 1 - 2**-10
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """The dummy term of one step: three tensors of shape `[]` in the accumulation dtype.
+
+    Attributes:
+        connected: The value after the cap, with an autograd edge to every inactive parameter.
+        value: The same, detached.
+        uncapped: `scale * sum`, detached, before the cap; it may be inf or NaN.
+    """
+
+    connected: Tensor
+    value: Tensor
+    uncapped: Tensor
+
+
+def dummy_term(
+    params: Sequence[Tensor],
+    scale: float | None,
+    *,
+    real: Tensor | None = None,
+    max_fraction: float | None = None,
+    read: bool = True,
+) -> Term:
+    r"""Compute the dummy term of the parameters of the inactive modalities.
+
+    .. math::
+        d = \operatorname{clip}\Bigl(s \sum_p \sum_i p_i,\; \pm f\,(1 - 2^{-10})\,|L|\Bigr),
+        \qquad \frac{\partial d}{\partial p_i} \equiv s
+
+    The gradient ignores the clipping (straight-through): the cap bounds what the loss shows, the
+    scale alone decides what the parameters receive.
+
+    Args:
+        params: At least one parameter, of any shapes, floating or complex dtypes and devices.
+        scale: Gradient per element `s` for an upstream gradient of 1. `0.0` hands every parameter
+            an exact zero, `None` hands it no gradient at all; neither reads the parameters.
+        real: The real loss `L`, detached, of shape `[]`; decides the device and, where it is
+            wider, the dtype. Without it there is no cap.
+        max_fraction: Bound `f` on `|d| / |L|`; `None` for no cap.
+        read: Whether the value may read the parameters. If not it is a negative zero, the one
+            number that changes no bit of whatever it is added to.
+
+    Returns:
+        The term. A sum that is not finite contributes zero and stays visible in `uncapped`; a real
+        loss that is not finite gets a term of zero.
+    """
+    like = params[0] if real is None else real
+    dtypes = [p.dtype for p in params] + ([like.dtype] if like.is_floating_point() else [])
+    dtype, device = accumulation_dtype(dtypes), like.device
+    with torch.no_grad():
+        if not (read and scale):
+            zero = torch.zeros((), dtype=dtype, device=device)
+            return Term(connect(-zero, scale, params), zero, zero)
+        uncapped = sum_all(params, dtype=dtype, device=device) * scale
+        value = torch.where(uncapped.isfinite(), uncapped, 0.0)
+        if real is not None and max_fraction is not None:
+            limit = _limit(real.to(dtype), max_fraction)
+            value = torch.clamp(value, -limit, limit)
+    return Term(connect(value, scale, params), value, uncapped)
+
+
+def connect(value: Tensor, scale: float | None, params: Sequence[Tensor]) -> Tensor:
+    """Copy of `value` whose backward hands each of `params` the gradient `scale * upstream`."""
+    with torch.enable_grad():
+        connected: Tensor = _Connect.apply(value, scale, *params)  # type: ignore[no-untyped-call]
+    return connected
+
+
+def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    r"""`factor * value` in `dtype`, never rounded to zero unless `value` itself is zero.
+
+    .. math:: \operatorname{copysign}(\max(|f v|, \text{floor}), v) \quad (v \neq 0)
+
+    The choice is made in the accumulation dtype and the cast comes last: inductor elides a
+    selection that follows the cast, and the result would underflow after all. NaN and infinite
+    values pass through.
+
+    Args:
+        value: Real tensor of shape `[]`.
+        factor: Number `>= 0`; 0 gives an exact zero.
+        dtype: Floating or complex dtype of the result; a complex result has no imaginary part.
+    """
+    wide = value.to(accumulation_dtype([value.dtype, dtype]))
+    product = wide * factor
+    if factor > 0:
+        kept = torch.copysign(product.abs().clamp(min=_floor(dtype)), wide)
+        product = torch.where(wide == 0, wide, kept)
+    return product.to(dtype)
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Smallest magnitude that `dtype` holds and that the accumulation dtype holds as normal.
+
+    float16 reaches down to its smallest subnormal, 2**-24; the wider dtypes stop at their own
+    smallest normal number, so that a processor that flushes subnormals does no harm.
+    """
+    info = torch.finfo(dtype)
+    return max(info.tiny * info.eps, torch.finfo(accumulation_dtype([dtype])).tiny)
+
+
+def _limit(real: Tensor, max_fraction: float) -> Tensor:
+    """Largest allowed magnitude; zero where the loss is not finite or where rounding is coarse."""
+    info = torch.finfo(real.dtype)
+    limit = real.abs() * (max_fraction * _ROUNDING_MARGIN)
+    return torch.where((limit >= info.tiny) & (limit <= info.max), limit, 0.0)
+
+
+class _Connect(torch.autograd.Function):
+    """Identity on `value` with one autograd edge to each parameter.
+
+    Only shapes, dtypes and devices are kept for backward: no tensor is saved, so an optimizer may
+    change the parameters between forward and backward.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, scale: float | None, *params: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.scale, *params = inputs
+        ctx.layouts = [(p.shape, p.dtype, p.device) for p in params]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.scale is None:
+            return (None, None, *(None for _ in ctx.layouts))
+        filled: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        gradients = []
+        for shape, dtype, device in ctx.layouts:
+            if (dtype, device) not in filled:
+                filled[dtype, device] = nonzero_product(upstream.to(device), ctx.scale, dtype)
+            gradients.append(filled[dtype, device].expand(shape))
+        return (None, None, *gradients)
