@@ -12,6 +12,10 @@ from modaldummy._paths import find_parameters, strip_wrappers
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
 ParamSpec: TypeAlias = "str | nn.Module | nn.Parameter | Iterable[ParamSpec]"
+# A mapping type is invariant in its keys: a plain `dict[str, ...]` must be named too.
+ParameterMap: TypeAlias = (
+    Mapping[str, ParamSpec] | Mapping[tuple[str, ...], ParamSpec] | Mapping[ModalityKey, ParamSpec]
+)
 
 
 class ModalityMap:
@@ -25,9 +29,7 @@ class ModalityMap:
         ParameterMapError: The map is empty, a key is no name, or a spec matches nothing.
     """
 
-    def __init__(
-        self, model: nn.Module, modality_param_map: Mapping[ModalityKey, ParamSpec]
-    ) -> None:
+    def __init__(self, model: nn.Module, modality_param_map: ParameterMap) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
         if not isinstance(modality_param_map, Mapping) or not modality_param_map:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from modaldummy._batch import Reader, describe
 from modaldummy._call import CallReader, check_names
 from modaldummy._errors import BatchMetadataError
 from modaldummy._loss import check_loss, replace_loss, take_loss
-from modaldummy._modalities import ModalityKey, ModalityMap, ParamSpec
+from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._reduce import accumulation_dtype
 from modaldummy._report import StepReport
 from modaldummy._term import Term, dummy_term
@@ -67,7 +67,7 @@ class DummyLossWrapper:
     def __init__(
         self,
         model: nn.Module,
-        modality_param_map: Mapping[ModalityKey, ParamSpec],
+        modality_param_map: ParameterMap,
         scale: float | None = 1e-7,
         *,
         max_fraction: float | None = 1e-4,

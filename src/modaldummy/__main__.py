@@ -1,0 +1,56 @@
+"""Command line: `python -m modaldummy demo`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        from modaldummy.demo.command import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
+            raise
+        print(
+            f"The demo needs {error.name}; install it with: pip install 'modaldummy[demo]'",
+            file=sys.stderr,
+        )
+        return 2
+    return run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m modaldummy", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="train a three-modality model on real scans",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--steps", type=_positive, default=200, help="training steps")
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights, batches and masks")
+    demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
+    demo.add_argument(
+        "--modalities",
+        nargs="+",
+        choices=("T1", "rsfMRI", "dMRI"),
+        help="modalities that batches hold; the model always has all three (default: all)",
+    )
+    demo.add_argument("--no-dummy", action="store_true", help="train without the wrapper")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

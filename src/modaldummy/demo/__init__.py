@@ -1,0 +1,1 @@
+"""The demo: a three-modality model on real scans, trained from mostly single-modality batches."""

@@ -1,0 +1,55 @@
+"""A small masked autoencoder: one patch embedding and one head a modality, a shared trunk."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+MASKED = 0.5
+
+
+class MaskedAutoencoder(nn.Module):
+    """Reconstructs masked entries of samples of any of its modalities.
+
+    Args:
+        widths: Modality to the number of entries of one of its samples.
+        hidden: Width of the trunk.
+    """
+
+    def __init__(self, widths: Mapping[str, int], hidden: int = 128) -> None:
+        super().__init__()
+        # An embedding sees the visible entries and which ones are visible.
+        self.vision_tower = nn.ModuleDict(
+            {f"{name}_patch_embed": nn.Linear(2 * width, hidden) for name, width in widths.items()}
+        )
+        self.trunk = nn.Sequential(
+            nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden)
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(hidden, width) for name, width in widths.items()}
+        )
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Reconstruction error of each modality in the batch.
+
+        Args:
+            batch: Modality to its samples, `[samples, width]`.
+            generator: Draws the masks.
+
+        Returns:
+            Modality to its mean squared error over masked entries, of shape `[]`; 1 is what
+            predicting the mean would score.
+        """
+        return {name: self._error(name, samples, generator) for name, samples in batch.items()}
+
+    def _error(self, name: str, samples: Tensor, generator: torch.Generator) -> Tensor:
+        masked = torch.rand(samples.shape, generator=generator) < MASKED
+        visible = torch.cat([samples.masked_fill(masked, 0.0), (~masked).to(samples.dtype)], dim=1)
+        output = self.heads[name](self.trunk(self.vision_tower[f"{name}_patch_embed"](visible)))
+        squared: Tensor = (output - samples).square()
+        return squared[masked].mean()
+
+
+def parameter_map(modalities: tuple[str, ...]) -> dict[str, list[str]]:
+    """What each modality owns in a `MaskedAutoencoder`; the trunk belongs to none."""
+    return {name: [f"vision_tower.{name}_patch_embed", f"heads.{name}"] for name in modalities}

@@ -1,0 +1,73 @@
+"""Real scans that nibabel and dipy ship inside their wheels, as one matrix per modality."""
+
+from importlib.resources import as_file, files
+
+import nibabel
+import numpy as np
+import torch
+from torch import Tensor
+
+MODALITIES = ("T1", "rsfMRI", "dMRI")
+
+SOURCES = """\
+# Scans used by this demo
+
+No scan is copied into modaldummy: each is read from the package that ships it. Neither package
+names a licence of its own for these files, so the licence of the package applies.
+
+| modality | file | content | package and licence |
+|---|---|---|---|
+| T1 | `nibabel/tests/data/anatomical.nii` | structural volume, 33 x 41 x 25 voxels of 2 mm, \
+normalised to a template with SPM | nibabel, MIT |
+| rsfMRI | `nibabel/tests/data/functional.nii` | functional volumes, 17 x 21 x 3 voxels of \
+4 x 4 x 8 mm, 20 time points, normalised with SPM | nibabel, MIT |
+| dMRI | `dipy/data/files/small_64D.nii` | diffusion volumes, 10 x 10 x 10 voxels of 2 mm, \
+one b = 0 and 64 directions at b = 1000 s/mm^2 | dipy, BSD 3-clause |
+
+nibabel's file says neither what task the functional volumes were recorded under nor whether there
+was any; they stand in here for a resting-state scan.
+"""
+
+_T1_PATCH, _T1_STRIDE = 5, 3
+_MIN_S0 = 0.05
+
+
+def load_scans() -> dict[str, Tensor]:
+    """Samples of each modality, standardised to mean 0 and variance 1.
+
+    Returns:
+        T1: 3D patches, `[patches, 125]`. rsfMRI: time series, each standardised by itself,
+        `[voxels, 20]`. dMRI: signals of voxels in 64 directions, relative to the unweighted signal
+        S0, `[voxels, 64]`; T1 and dMRI are standardised over the whole modality.
+    """
+    return {"T1": _patches(), "rsfMRI": _time_series(), "dMRI": _diffusion_signals()}
+
+
+def _patches() -> Tensor:
+    volume = torch.from_numpy(_read("nibabel", "tests/data/anatomical.nii"))
+    for axis in range(3):
+        volume = volume.unfold(axis, _T1_PATCH, _T1_STRIDE)
+    return _standardise(volume.reshape(-1, _T1_PATCH**3))
+
+
+def _time_series() -> Tensor:
+    volumes = _read("nibabel", "tests/data/functional.nii")
+    series = torch.from_numpy(volumes).reshape(-1, volumes.shape[-1])
+    centred = series - series.mean(dim=1, keepdim=True)
+    return centred / centred.std(dim=1, keepdim=True)
+
+
+def _diffusion_signals() -> Tensor:
+    volumes = _read("dipy", "data/files/small_64D.nii")
+    unweighted, weighted = volumes[..., 0].reshape(-1), volumes[..., 1:].reshape(-1, 64)
+    usable = unweighted > _MIN_S0 * unweighted.max()
+    return _standardise(torch.from_numpy(weighted[usable] / unweighted[usable, None]))
+
+
+def _read(package: str, path: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    with as_file(files(package).joinpath(path)) as local:
+        return nibabel.Nifti1Image.from_filename(local).get_fdata(dtype=np.float32)
+
+
+def _standardise(samples: Tensor) -> Tensor:
+    return (samples - samples.mean()) / samples.std()

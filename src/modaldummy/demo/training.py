@@ -1,0 +1,83 @@
+"""The training loop of the demo and what it records at each step."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from modaldummy import DummyLossWrapper
+from modaldummy.demo.model import MaskedAutoencoder, parameter_map
+
+BATCH_SIZE = 64
+LEARNING_RATE = 0.3
+PAIRS = 0.25
+
+Record = dict[str, float | None]
+
+
+class Training:
+    """Masked reconstruction with plain SGD from batches of one modality, sometimes of two.
+
+    Args:
+        scans: Modality to its samples, `[samples, width]`; the model is built for all of them.
+        present: The modalities that batches hold; the others are never active.
+        seed: Seed of weights, batches and masks.
+        use_dummy: Whether the loss is wrapped.
+    """
+
+    def __init__(
+        self, scans: dict[str, Tensor], present: Sequence[str], *, seed: int, use_dummy: bool
+    ) -> None:
+        torch.manual_seed(seed)
+        self.model = MaskedAutoencoder({name: data.shape[1] for name, data in scans.items()})
+        self.wrapper = DummyLossWrapper(self.model, parameter_map(tuple(scans)))
+        self.use_dummy = use_dummy
+        self.missed: dict[str, set[str]] = {name: set() for name in scans}
+        self.records: list[Record] = []
+        self._scans, self._present = scans, list(present)
+        self._choice = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        # Without momentum and weight decay an inactive parameter moves by lr * scale at most.
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+
+    def run(self, steps: int) -> Iterator[Record]:
+        """Train, yielding what each step recorded.
+
+        The keys are `step`, `loss`; for each modality `active/<m>` (1 or 0), `loss/<m>` and
+        `grad_norm/<m>` (None where there is none); with the wrapper those of its `StepReport` too.
+        """
+        for step in range(1, steps + 1):
+            self._optimizer.zero_grad()
+            batch = self._draw()
+            errors = self.model(batch, self._generator)
+            loss = torch.stack(list(errors.values())).mean()
+            if self.use_dummy:
+                loss = self.wrapper.total(loss, batch)
+            torch.autograd.backward(loss)
+            record = self._record(step, loss, errors)
+            self._optimizer.step()
+            self.records.append(record)
+            yield record
+
+    def _draw(self) -> dict[str, Tensor]:
+        pair = len(self._present) > 1 and self._choice.random() < PAIRS
+        names = self._choice.sample(self._present, 2 if pair else 1)
+        return {name: self._samples(self._scans[name]) for name in names}
+
+    def _samples(self, data: Tensor) -> Tensor:
+        return data[torch.randint(len(data), (BATCH_SIZE,), generator=self._generator)]
+
+    def _record(self, step: int, loss: Tensor, errors: dict[str, Tensor]) -> Record:
+        record: Record = {"step": step, "loss": loss.item()}
+        for name in self._scans:
+            parameters = self.wrapper.named_parameters(name)
+            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            self.missed[name].update(key for key, p in parameters.items() if p.grad is None)
+            record[f"active/{name}"] = float(name in errors)
+            record[f"loss/{name}"] = errors[name].item() if name in errors else None
+            record[f"grad_norm/{name}"] = get_total_norm(gradients).item() if gradients else None
+        if self.use_dummy and self.wrapper.last is not None:
+            record |= self.wrapper.last.as_dict()
+        return record
