@@ -15,17 +15,19 @@ _ROUNDING_MARGIN = 1 - 2**-10
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """The dummy term of one step: three tensors of shape `[]` in the accumulation dtype.
+    """The dummy term of one step: four tensors of shape `[]` in the accumulation dtype.
 
     Attributes:
         connected: The value after the cap, with an autograd edge to every inactive parameter.
         value: The same, detached.
         uncapped: `scale * sum`, detached, before the cap; it may be inf or NaN.
+        real: The `magnitude` of the real loss that the value was held against, NaN without one.
     """
 
     connected: Tensor
     value: Tensor
     uncapped: Tensor
+    real: Tensor
 
 
 def dummy_term(
@@ -49,9 +51,10 @@ def dummy_term(
         params: At least one parameter, of any shapes, floating or complex dtypes and devices.
         scale: Gradient per element `s` for an upstream gradient of 1. `0.0` hands every parameter
             an exact zero, `None` hands it no gradient at all; neither reads the parameters.
-        real: The real loss `L`, detached, of shape `[]`; decides the device and, where it is
-            wider, the dtype. Without it there is no cap.
-        max_fraction: Bound `f` on `|d| / |L|`; `None` for no cap.
+        real: The real loss `L`, of any shape; decides the device and, where it is wider, the
+            dtype. Without it there is no cap.
+        max_fraction: Bound `f` on `|d| / |L|`; `None` bounds the term only so far that a finite
+            loss stays finite.
         read: Whether the value may read the parameters. If not it is a negative zero, the one
             number that changes no bit of whatever it is added to.
 
@@ -59,19 +62,26 @@ def dummy_term(
         The term. A sum that is not finite contributes zero and stays visible in `uncapped`; a real
         loss that is not finite gets a term of zero.
     """
-    like = params[0] if real is None else real
-    dtypes = [p.dtype for p in params] + ([like.dtype] if like.is_floating_point() else [])
-    dtype, device = accumulation_dtype(dtypes), like.device
+    dtypes = [p.dtype for p in params] + ([] if real is None else [real.dtype])
+    dtype = accumulation_dtype(dtypes)
+    device = (params[0] if real is None else real).device
     with torch.no_grad():
+        zero = torch.zeros((), dtype=dtype, device=device)
+        seen = zero / 0 if real is None else magnitude(real, dtype)
         if not (read and scale):
-            zero = torch.zeros((), dtype=dtype, device=device)
-            return Term(connect(-zero, scale, params), zero, zero)
+            return Term(connect(-zero, scale, params), zero, zero, seen)
         uncapped = sum_all(params, dtype=dtype, device=device) * scale
         value = torch.where(uncapped.isfinite(), uncapped, 0.0)
-        if real is not None and max_fraction is not None:
-            limit = _limit(real.to(dtype), max_fraction)
-            value = torch.clamp(value, -limit, limit)
-    return Term(connect(value, scale, params), value, uncapped)
+        if real is not None:
+            value = _clip(value, seen, real.dtype, max_fraction)
+    return Term(connect(value, scale, params), value, uncapped, seen)
+
+
+def magnitude(real: Tensor, dtype: torch.dtype) -> Tensor:
+    """A detached copy of a scalar loss, or the mean of `|real|`, in `dtype` and of shape `[]`."""
+    # A copy: frameworks multiply the loss in place.
+    copied = real.detach().to(dtype, copy=True)
+    return copied if copied.ndim == 0 else copied.abs().mean()
 
 
 def connect(value: Tensor, scale: float | None, params: Sequence[Tensor]) -> Tensor:
@@ -113,11 +123,19 @@ def _floor(dtype: torch.dtype) -> float:
     return max(info.tiny * info.eps, torch.finfo(accumulation_dtype([dtype])).tiny)
 
 
-def _limit(real: Tensor, max_fraction: float) -> Tensor:
-    """Largest allowed magnitude; zero where the loss is not finite or where rounding is coarse."""
-    info = torch.finfo(real.dtype)
-    limit = real.abs() * (max_fraction * _ROUNDING_MARGIN)
-    return torch.where((limit >= info.tiny) & (limit <= info.max), limit, 0.0)
+def _clip(
+    value: Tensor, real: Tensor, loss_dtype: torch.dtype, max_fraction: float | None
+) -> Tensor:
+    """`value` within its fraction of `real`, and so small that their sum is finite."""
+    size = real.abs()
+    widest = loss_dtype if loss_dtype.is_floating_point else real.dtype
+    limit = torch.finfo(widest).max - size
+    if max_fraction is not None:
+        limit = torch.minimum(limit, size * (max_fraction * _ROUNDING_MARGIN))
+    # Below the smallest normal number, rounding is too coarse for the bound to be exact; a NaN or
+    # infinite loss has no limit that is a number.
+    limit = torch.where(limit >= torch.finfo(limit.dtype).tiny, limit, 0.0)
+    return torch.clamp(value, -limit, limit)
 
 
 class _Connect(torch.autograd.Function):

@@ -17,7 +17,7 @@ from modaldummy._loss import check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._reduce import accumulation_dtype
 from modaldummy._report import StepReport
-from modaldummy._term import Term, dummy_term
+from modaldummy._term import Term, dummy_term, magnitude
 
 
 class DummyLossWrapper:
@@ -190,13 +190,17 @@ class DummyLossWrapper:
         """
         device = next(self._map.model.parameters()).device
         unknown = torch.full((), math.nan, device=device)
+        zero = torch.zeros_like(unknown)
         if not torch.is_grad_enabled():
-            return torch.zeros_like(unknown)
+            return zero
         active = self._active(batch)
         params = self._map.inactive_parameters(active)
-        term = self._term(params, None) if params else None
-        self._report(active, params, unknown, term)
-        return torch.zeros_like(unknown) if term is None else term.connected
+        if not params:
+            self._report(active, params, Term(zero, zero, zero, unknown))
+            return zero
+        term = dummy_term(params, self._scale, read=not self._gradient_only)
+        self._report(active, params, term)
+        return term.connected
 
     def __repr__(self) -> str:
         paths = {key: list(paths) for key, paths in self._map.paths.items()}
@@ -219,37 +223,30 @@ class DummyLossWrapper:
 
     def _add(self, real: Tensor, active: set[str]) -> Tensor:
         params = self._map.inactive_parameters(active)
-        dtype = accumulation_dtype([real.dtype])
-        # A copy: frameworks multiply the loss in place.
-        seen = real.detach().to(dtype, copy=True)
-        magnitude = seen if seen.ndim == 0 else seen.abs().mean()
         if not params:
-            self._report(active, params, magnitude, None)
+            seen = magnitude(real, accumulation_dtype([real.dtype]))
+            zero = torch.zeros_like(seen)
+            self._report(active, params, Term(zero, zero, zero, seen))
             return real
-        term = self._term(params, magnitude)
-        self._report(active, params, magnitude, term)
-        # An integer loss is promoted: it could not carry the gradient.
-        return real + term.connected.to(real.dtype if real.is_floating_point() else dtype)
-
-    def _term(self, params: list[nn.Parameter], real: Tensor | None) -> Term:
-        return dummy_term(
+        term = dummy_term(
             params,
             self._scale,
             real=real,
             max_fraction=self._max_fraction,
             read=not self._gradient_only,
         )
+        self._report(active, params, term)
+        # An integer loss is promoted: it could not carry the gradient.
+        dtype = real.dtype if real.is_floating_point() else term.connected.dtype
+        return real + term.connected.to(dtype)
 
-    def _report(
-        self, active: set[str], params: list[nn.Parameter], real: Tensor, term: Term | None
-    ) -> None:
-        zero = torch.zeros_like(real)
+    def _report(self, active: set[str], params: list[nn.Parameter], term: Term) -> None:
         self.last = StepReport(
             active=self._reader.in_map_order(active),
             inactive=tuple(name for name in self.modalities if name not in active),
-            real=real if term is None else real.to(term.value),
-            dummy=zero if term is None else term.value,
-            uncapped=zero if term is None else term.uncapped,
+            real=term.real,
+            dummy=term.value,
+            uncapped=term.uncapped,
             num_params=len(params),
             num_elements=sum(parameter.numel() for parameter in params),
         )

@@ -1,0 +1,38 @@
+"""The promises as assertions, each with its definition."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from modaldummy import StepReport
+
+
+def assert_connected(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Connect: every gradient exists, fits its parameter, and is nowhere zero."""
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        assert gradient is not None, f"{name} has no gradient"
+        assert gradient.shape == parameter.shape, name
+        assert gradient.dtype == parameter.dtype, name
+        assert torch.count_nonzero(gradient) == parameter.numel(), f"{name} has a zero gradient"
+
+
+def assert_bounded(report: StepReport, max_fraction: float = 1e-4) -> None:
+    """Bound: |dummy| <= max_fraction |real| in exact arithmetic; zero where real is not finite."""
+    real, dummy = report.real.double().item(), report.dummy.double().item()
+    if torch.isfinite(report.real):
+        assert abs(dummy) <= max_fraction * abs(real), f"{dummy} is too much for {real}"
+    else:
+        assert dummy == 0
+
+
+def assert_same_bits(actual: Tensor | None, expected: Tensor | None, name: str) -> None:
+    """Both are None, or equal in dtype, shape and every bit, NaN included."""
+    if actual is None or expected is None:
+        assert actual is expected, name
+        return
+    assert actual.dtype == expected.dtype, name
+    assert actual.shape == expected.shape, name
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+    assert torch.equal(actual.contiguous().view(bits), expected.contiguous().view(bits)), name

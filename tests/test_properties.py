@@ -1,0 +1,123 @@
+"""The promises, over random models, maps, batches, losses and scales."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.asserts import assert_bounded, assert_connected, assert_same_bits
+from tests.oracles import naive_dummy, naive_magnitude
+from tests.strategies import DTYPES, active_sets, batches, cases, modalities, scales
+from tests.zoo import ZOO, Case
+
+FACTORS = st.sampled_from([1.0, -1.0, 1e-3, 1e-30, 1e-40, 0.0, 1e4, 1e30, math.inf, math.nan])
+
+
+@given(data=st.data(), case=cases(), scale=scales(), dtype=st.sampled_from(DTYPES))
+def test_every_inactive_parameter_gets_a_gradient(
+    data: st.DataObject, case: Case, scale: float, dtype: torch.dtype
+) -> None:
+    """(a) Not None and nowhere zero, after division by 4,096 too, whatever form the batch has."""
+    active = data.draw(active_sets(case))
+    batch = data.draw(batches(active, modalities(case)))
+    divisor = data.draw(st.sampled_from([1, 4096]))
+    total = case.wrapper(scale).total(case.real(active, dtype), batch)
+    if total.requires_grad:
+        (total / divisor).backward()
+    assert_connected(case.inactive(active))
+
+
+@given(data=st.data(), case=cases(), scale=scales(), factor=FACTORS, dtype=st.sampled_from(DTYPES))
+def test_the_dummy_stays_below_its_fraction_of_the_loss(
+    data: st.DataObject, case: Case, scale: float, factor: float, dtype: torch.dtype
+) -> None:
+    """(b) |dummy| <= 1e-4 |real| at any loss: tiny, zero, negative, huge, infinite, NaN."""
+    active = data.draw(active_sets(case))
+    real = case.real(active, dtype).detach() * factor
+    wrapper = case.wrapper(scale)
+    total = wrapper.total(real, active).detach()
+    assert wrapper.last is not None
+    assert_bounded(wrapper.last)
+    assert total.dtype == real.dtype
+    assert total.isfinite() == real.isfinite()
+    if real.isfinite():
+        # The total is real + dummy rounded once, so half a unit in the last place may be added.
+        rounding = torch.finfo(dtype).eps * abs(real.item()) + torch.finfo(dtype).tiny
+        assert abs(total.item() - real.item()) <= 1e-4 * abs(real.item()) + rounding
+
+
+@given(data=st.data(), case=cases(), scale=scales())
+def test_other_gradients_stay_bit_for_bit(data: st.DataObject, case: Case, scale: float) -> None:
+    """(c) Whoever is not inactive has the gradient that the real loss alone gives."""
+    active = data.draw(active_sets(case))
+    twin = copy.deepcopy(case)
+    real, twin_real = case.real(active), twin.real(active)
+    total = case.wrapper(scale).total(real, active)
+    for loss in (total, twin_real):
+        if loss.requires_grad:
+            loss.backward()
+    inactive = case.inactive(active)
+    expected = dict(twin.model.named_parameters())
+    for name, parameter in case.model.named_parameters():
+        if name not in inactive:
+            assert_same_bits(parameter.grad, expected[name].grad, name)
+
+
+@given(case=cases(), scale=scales() | st.sampled_from([0.0, None]))
+def test_with_nothing_inactive_the_total_is_the_real_loss(case: Case, scale: float | None) -> None:
+    """(d) The same object, so that not a bit of it or of its graph can differ."""
+    everything = modalities(case)
+    real = case.real(everything)
+    wrapper = case.wrapper(scale)
+    assert wrapper.total(real, everything) is real
+    assert wrapper.last is not None
+    assert (wrapper.last.inactive, wrapper.last.num_params) == ((), 0)
+    assert wrapper.last.fraction == 0
+
+
+@given(data=st.data(), case=cases(), scale=st.sampled_from([1e-7, 1e-3, 1.0]))
+def test_value_and_gradient_agree_with_the_naive_line(
+    data: st.DataObject, case: Case, scale: float
+) -> None:
+    """(e) Before the cap, within float32 rounding of the sum and of the gradient's dtype."""
+    active = data.draw(active_sets(case))
+    wrapper = case.wrapper(scale)
+    dummy = wrapper.dummy(active)
+    inactive = case.inactive(active)
+    expected = naive_dummy(inactive.values(), scale).item()
+    tolerance = 1e-5 * naive_magnitude(inactive.values(), scale)
+    assert dummy.item() == pytest.approx(expected, rel=0, abs=tolerance)
+    assert wrapper.last is not None
+    assert wrapper.last.num_elements == sum(p.numel() for p in inactive.values())
+    if inactive:
+        dummy.backward()
+    for name, parameter in inactive.items():
+        assert parameter.grad is not None, name
+        # What the naive line hands to float16, 1e-7, is not a normal number there.
+        assert torch.equal(parameter.grad, torch.full_like(parameter, scale)), name
+
+
+@pytest.mark.parametrize("make", ZOO.values(), ids=ZOO.keys())
+@pytest.mark.parametrize("divisor", [1, 4096])
+def test_the_promises_hold_in_the_zoo(make: object, divisor: int) -> None:
+    """All three promises, for every active set of every awkward model."""
+    assert callable(make)
+    names = sorted(modalities(make()))
+    for bits in range(2 ** len(names)):
+        case: Case = make()
+        active = {name for index, name in enumerate(names) if bits >> index & 1}
+        twin = copy.deepcopy(case)
+        wrapper = case.wrapper()
+        (wrapper.total(case.real(active), active) / divisor).backward()
+        (twin.real(active) / divisor).backward()
+        inactive = case.inactive(active)
+        assert_connected(inactive)
+        assert wrapper.last is not None
+        assert_bounded(wrapper.last)
+        expected = dict(twin.model.named_parameters())
+        for name, parameter in case.model.named_parameters():
+            if name not in inactive:
+                assert_same_bits(parameter.grad, expected[name].grad, name)

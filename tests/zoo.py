@@ -1,0 +1,167 @@
+"""Tiny models, one for each awkward way in which parameters can belong to modalities."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modaldummy import DummyLossWrapper
+
+Key = str | tuple[str, ...]
+
+
+@dataclass
+class Case:
+    """A model, its map and, independently of the library, who owns what.
+
+    Attributes:
+        model: The model.
+        spec: The `modality_param_map`.
+        owners: Full name of a parameter to the keys of the map that own it.
+    """
+
+    model: nn.Module
+    spec: Mapping[Key, Any]
+    owners: dict[str, set[Key]] = field(default_factory=dict)
+
+    def wrapper(self, scale: float | None = 1e-7, **options: Any) -> DummyLossWrapper:
+        return DummyLossWrapper(self.model, self.spec, scale, **options)
+
+    def inactive(self, active: set[str]) -> dict[str, nn.Parameter]:
+        """Trainable parameters that are owned, but by no active key: the definition, by name."""
+        owners: dict[int, set[Key]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), set()).update(self.owners.get(name, set()))
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+            and owners[id(parameter)]
+            and not any(is_active(key, active) for key in owners[id(parameter)])
+        }
+
+    def real(self, active: set[str], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A loss that reaches exactly the parameters that the active keys or no key own."""
+        idle = {id(parameter) for parameter in self.inactive(active).values()}
+        reached = [p for p in self.model.parameters() if id(p) not in idle]
+        terms = [parameter.to(dtype).square().mean() for parameter in reached if parameter.numel()]
+        return torch.stack([torch.ones((), dtype=dtype), *terms]).mean()
+
+
+def is_active(key: Key, active: set[str]) -> bool:
+    return key in active if isinstance(key, str) else set(key) <= active
+
+
+class Brain(nn.Module):
+    """Three towers, a fusion of T1 and dMRI, a trunk; `T10_proj` is there to be confused with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = nn.ModuleDict(
+            {
+                "T1_patch_embed": nn.Linear(3, 4),
+                "rsfMRI_patch_embed": nn.Linear(2, 4),
+                "dMRI_patch_embed": nn.Linear(5, 4),
+            }
+        )
+        self.T10_proj = nn.Linear(2, 2)
+        self.fusion = nn.Linear(4, 4)
+        self.trunk = nn.Linear(4, 1)
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        names = [n for n in ("T1", "rsfMRI", "dMRI") if batch.get(n) is not None]
+        hidden = [self.vision_tower[f"{name}_patch_embed"](batch[name]) for name in names]
+        output: Tensor = self.trunk(torch.stack(hidden).sum(0))
+        return output
+
+
+def brain() -> Case:
+    model = Brain()
+    spec: dict[Key, Any] = {
+        "T1": "vision_tower.T1_patch_embed",
+        "rsfMRI": "vision_tower.rsfMRI_patch_embed",
+        "dMRI": "vision_tower.dMRI_patch_embed",
+        ("T1", "dMRI"): "fusion",
+    }
+    owners: dict[str, set[Key]] = {
+        f"{path}.{kind}": {key} for key, path in spec.items() for kind in ("weight", "bias")
+    }
+    return Case(model, spec, owners)
+
+
+def _holder(**parameters: nn.Parameter) -> nn.Module:
+    module = nn.Module()
+    for name, parameter in parameters.items():
+        module.register_parameter(name, parameter)
+    return module
+
+
+def _pair(a: nn.Module, b: nn.Module) -> Case:
+    """Modality `a` owns the module `a`, modality `b` the module `b`."""
+    model = nn.ModuleDict({"a": a, "b": b, "trunk": nn.Linear(2, 2)})
+    owners: dict[str, set[Key]] = {}
+    for key in ("a", "b"):
+        for name, _ in model[key].named_parameters(key, remove_duplicate=False):
+            owners[name] = {key}
+    return Case(model, {"a": "a", "b": "b"}, owners)
+
+
+def _with_dtype(dtype: torch.dtype) -> Callable[[], Case]:
+    return lambda: _pair(nn.Linear(3, 2, dtype=dtype), nn.Linear(2, 2, dtype=dtype))
+
+
+def frozen_in_part() -> Case:
+    case = _pair(nn.Linear(3, 2), nn.Linear(2, 2))
+    case.model.get_parameter("a.weight").requires_grad_(False)
+    return case
+
+
+def frozen_whole() -> Case:
+    case = _pair(nn.Linear(3, 2), nn.Linear(2, 2))
+    case.model.get_submodule("a").requires_grad_(False)
+    return case
+
+
+def tied_across() -> Case:
+    shared = nn.Linear(3, 3)
+    return _pair(nn.Sequential(shared, nn.Linear(3, 1)), nn.Sequential(nn.Linear(1, 3), shared))
+
+
+def tied_within() -> Case:
+    shared = nn.Linear(3, 3)
+    return _pair(nn.Sequential(shared, shared), nn.Linear(2, 2))
+
+
+def mixed_dtypes() -> Case:
+    parts = [nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float16, torch.float32)]
+    return _pair(nn.Sequential(*parts), nn.Linear(2, 2, dtype=torch.float64))
+
+
+def scalars_and_empties() -> Case:
+    a = _holder(scalar=nn.Parameter(torch.tensor(2.0)), empty=nn.Parameter(torch.empty(0, 3)))
+    return _pair(a, nn.Linear(2, 2))
+
+
+def strided() -> Case:
+    a = _holder(
+        transposed=nn.Parameter(torch.randn(4, 3).t()),
+        channels_last=nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
+    )
+    return _pair(a, nn.Linear(2, 2))
+
+
+ZOO: dict[str, Callable[[], Case]] = {
+    "brain": brain,
+    "float64": _with_dtype(torch.float64),
+    "bfloat16": _with_dtype(torch.bfloat16),
+    "float16": _with_dtype(torch.float16),
+    "mixed-dtypes": mixed_dtypes,
+    "frozen-in-part": frozen_in_part,
+    "frozen-whole": frozen_whole,
+    "tied-across": tied_across,
+    "tied-within": tied_within,
+    "scalars-and-empties": scalars_and_empties,
+    "strided": strided,
+}
