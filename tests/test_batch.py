@@ -1,0 +1,206 @@
+"""Every form of batch metadata, and what is not read."""
+
+import copy
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modaldummy import active_modalities
+from modaldummy._batch import may_hold_metadata
+
+KNOWN = ("T1", "rsfMRI", "dMRI")
+X = torch.zeros(2, 3)
+
+Named = namedtuple("Named", ["x", "modality"])  # noqa: PYI024  # what collate functions build
+Scans = namedtuple("Scans", ["T1", "dMRI"])  # noqa: PYI024
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    modalities: list[str]
+
+
+@dataclass
+class ByField:
+    T1: Tensor | None = None
+    dMRI: Tensor | None = None
+    labels: list[int] = field(default_factory=list)
+
+
+@dataclass
+class WithProperty:
+    x: Tensor
+
+    @property
+    def modality(self) -> str:
+        return "dMRI"
+
+
+class TensorDictLike:
+    """Named fields without being a Mapping; iterating it gives rows, as TensorDict does."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+    def keys(self) -> Any:
+        return self.fields.keys()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.fields[key]
+
+    def __iter__(self) -> Any:
+        raise AssertionError("rows are no keys")
+
+
+FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "name": ("T1", ("T1",)),
+    "list of names": (["dMRI", "T1"], ("T1", "dMRI")),
+    "tuple of names": (("rsfMRI",), ("rsfMRI",)),
+    "set of names": ({"dMRI", "T1"}, ("T1", "dMRI")),
+    "keys of a dict": ({"T1": 0}.keys(), ("T1",)),
+    "array of names": (np.array([["T1"], ["dMRI"]]), ("T1", "dMRI")),
+    "names per sample": ([["T1"], [], ["dMRI", "T1"]], ("T1", "dMRI")),
+    "names as collate transposes them": ([("T1", "T1"), ("dMRI", "rsfMRI")], KNOWN),
+    "explicitly nothing": ([], ()),
+    "explicitly nothing per sample": ([[], []], ()),
+    "active_modalities key": ({"active_modalities": "T1", "x": X}, ("T1",)),
+    "modalities key": ({"modalities": ["T1", "dMRI"]}, ("T1", "dMRI")),
+    "modality key per sample": ({"modality": ["T1", "T1", "dMRI"]}, ("T1", "dMRI")),
+    "explicit key that says none": ({"modalities": [], "T1": X}, ()),
+    "explicit key before keys by modality": ({"dMRI": X, "modality": "T1"}, ("T1",)),
+    "explicit None is not given": ({"modality": None, "modalities": "T1"}, ("T1",)),
+    "flags under an explicit key": ({"modalities": {"T1": True, "dMRI": False}}, ("T1",)),
+    "mask under an explicit key": (
+        {"active_modalities": torch.tensor([True, False, True])},
+        ("T1", "dMRI"),
+    ),
+    "list as mask under an explicit key": ({"modalities": [True, False, True]}, ("T1", "dMRI")),
+    "lists as masks per sample": (
+        {"modalities": [[True, False, False], [False, False, True]]},
+        ("T1", "dMRI"),
+    ),
+    "list as indexes under an explicit key": ({"modality": [0, 0, 2, -1]}, ("T1", "dMRI")),
+    "samples under an explicit key": (
+        {"modality": [{"modality": "T1"}, {"dMRI": True}]},
+        ("T1", "dMRI"),
+    ),
+    "ordered dict": (OrderedDict(modality="T1"), ("T1",)),
+    "user dict": (UserDict({"T1": X}), ("T1",)),
+    "TensorDict-like": (TensorDictLike(modality=["T1"], x=X), ("T1",)),
+    "TensorDict-like by modality": (TensorDictLike(T1=X, y=X), ("T1",)),
+    "dataclass": (Batch(X, ["dMRI"]), ("dMRI",)),
+    "dataclass with a property": (WithProperty(X), ("dMRI",)),
+    "dataclass by field": (ByField(T1=X), ("T1",)),
+    "named tuple": (Named(X, "rsfMRI"), ("rsfMRI",)),
+    "named tuple by field": (Scans(T1=None, dMRI=X), ("dMRI",)),
+    "object": (SimpleNamespace(modality=["T1"], x=X), ("T1",)),
+    "keyed by modality": ({"T1": X, "labels": X}, ("T1",)),
+    "keyed, None and empty": (
+        {"T1": None, "rsfMRI": torch.zeros(0, 3), "dMRI": X, "y": X},
+        ("dMRI",),
+    ),
+    "keyed, flags": ({"T1": False, "rsfMRI": True, "dMRI": np.bool_(False)}, ("rsfMRI",)),
+    "keyed, all-False mask": (
+        {"T1": torch.tensor([False, False]), "dMRI": np.array([False, True])},
+        ("dMRI",),
+    ),
+    "keyed, 0-d bool": ({"T1": torch.tensor(True), "dMRI": torch.tensor(False)}, ("T1",)),
+    "keyed, lists": (
+        {"T1": [], "rsfMRI": [None, None], "dMRI": [None, X]},
+        ("dMRI",),
+    ),
+    "keyed, numbers in a list are data": ({"T1": [0, 0], "dMRI": [False]}, ("T1",)),
+    "keyed, integer tensors are data": ({"T1": torch.tensor([0, 0])}, ("T1",)),
+    "keyed, nested inputs": ({"T1": {"pixel_values": X, "labels": X}, "dMRI": {}}, ("T1",)),
+    "keyed, paths": ({"T1": "sub-01_T1w.nii", "dMRI": ""}, ("T1",)),
+    "keyed, other objects": ({"T1": object(), "dMRI": None}, ("T1",)),
+    "keyed, all absent by name": ({"T1": None, "dMRI": None}, ()),
+    "one level down": ({"pixel_values": {"T1": X, "dMRI": None}, "labels": X}, ("T1",)),
+    "explicit key one level down": ({"meta": {"modality": "dMRI"}, "x": X}, ("dMRI",)),
+    "two places that agree": ({"x": {"T1": X}, "mask": {"T1": X, "dMRI": None}}, ("T1",)),
+    "samples": ([{"modality": "T1", "id": 1}, {"modality": ["dMRI"]}], ("T1", "dMRI")),
+    "samples keyed by modality": ([{"T1": X}, {"rsfMRI": X, "T1": None}], ("T1", "rsfMRI")),
+    "samples as objects": ([Batch(X, ["T1"]), Batch(X, [])], ("T1",)),
+    "mask": (torch.tensor([False, True, False]), ("rsfMRI",)),
+    "mask per sample": (np.array([[True, False, False], [False, False, True]]), ("T1", "dMRI")),
+    "mask of an empty batch": (torch.zeros(0, 3, dtype=torch.bool), ()),
+    "list of masks": ([torch.tensor([True, False, False])] * 2, ("T1",)),
+    "indexes": (torch.tensor([2, 2, 0]), ("T1", "dMRI")),
+    "indexes, -1 for none": (np.array([-1, 1]), ("rsfMRI",)),
+    "no indexes": (torch.zeros(0, dtype=torch.int64), ()),
+}
+
+
+@pytest.mark.parametrize(("batch", "expected"), FORMS.values(), ids=FORMS.keys())
+def test_reads_every_form(batch: Any, expected: tuple[str, ...]) -> None:
+    assert active_modalities(batch, KNOWN) == expected
+
+
+@given(active=st.sets(st.sampled_from(KNOWN)), samples=st.integers(1, 4), data=st.data())
+def test_all_forms_agree(active: set[str], samples: int, data: st.DataObject) -> None:
+    """However the same sets per sample are written down, the same modalities are active."""
+    per_sample = [
+        data.draw(st.sets(st.sampled_from(sorted(active or KNOWN)))) for _ in range(samples)
+    ]
+    union = set().union(*per_sample)
+    mask = [[name in names for name in KNOWN] for names in per_sample]
+    forms: list[Any] = [
+        [sorted(names) for names in per_sample],
+        {"modalities": per_sample},
+        [{"modality": sorted(names)} for names in per_sample],
+        torch.tensor(mask),
+        np.array(mask),
+        {"modality": mask},
+        {name: name in union for name in KNOWN},
+        {name: torch.tensor([name in names for names in per_sample]) for name in KNOWN},
+        {"pixel_values": {name: X if name in union else None for name in KNOWN}},
+        torch.tensor([KNOWN.index(name) for name in sorted(union)] or [-1]),
+    ]
+    expected = tuple(name for name in KNOWN if name in union)
+    assert [active_modalities(form, KNOWN) for form in forms] == [expected] * len(forms)
+
+
+def test_polarity_is_never_guessed() -> None:
+    """A key that says what is missing is not read, neither as such nor as its opposite."""
+    with pytest.raises(ValueError, match="does not say"):
+        active_modalities({"missing_modalities": ["T1"]}, KNOWN)
+
+
+def test_a_callable_attribute_is_no_metadata() -> None:
+    """Objects have methods called `modalities`; a method says nothing about a batch."""
+    with pytest.raises(ValueError, match="does not say"):
+        active_modalities(SimpleNamespace(modalities=lambda: ["T1"]), KNOWN)
+
+
+def test_the_batch_is_left_alone() -> None:
+    """Reading changes nothing, and consumes nothing."""
+    batch = {"pixel_values": {"T1": X, "dMRI": [None]}, "labels": [1, 2]}
+    before = copy.deepcopy(batch)
+    active_modalities(batch, KNOWN)
+    assert repr(batch) == repr(before)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [X, np.zeros(2), 1, 2.0, "mean", b"T1", None, True, [], {}, torch.nn.Linear(1, 1), len]
+    + [["a photo of T1"], [["sub-01.nii"], ["sub-02.nii"]]],
+    ids=repr,
+)
+def test_arguments_that_are_never_asked(argument: Any) -> None:
+    assert not may_hold_metadata(argument, KNOWN)
+
+
+@pytest.mark.parametrize(
+    "argument", [{"x": X}, ["T1"], ["T1", "x"], [X], [["T1"]], [{"x": X}]], ids=repr
+)
+def test_arguments_that_are_asked(argument: Any) -> None:
+    assert may_hold_metadata(argument, KNOWN)

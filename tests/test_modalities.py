@@ -1,0 +1,277 @@
+"""Which parameters a map selects: every form of spec, and models that change afterwards."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
+
+from modaldummy import DummyLossWrapper, ParameterMapError
+from modaldummy._paths import strip_wrappers
+from tests.zoo import Brain, brain
+
+T1 = "vision_tower.T1_patch_embed"
+BOTH = {f"{T1}.weight", f"{T1}.bias"}
+
+
+def selected(spec: Any, model: Brain | None = None) -> set[str]:
+    """Names that a map of one modality with this spec selects."""
+    model = Brain() if model is None else model
+    return set(DummyLossWrapper(model, {"T1": spec}).named_parameters("T1"))
+
+
+SPECS: dict[str, tuple[Callable[[Brain], Any], set[str]]] = {
+    "path of a module": (lambda _: T1, BOTH),
+    "path of a parameter": (lambda _: f"{T1}.bias", {f"{T1}.bias"}),
+    "glob": (lambda _: "vision_tower.T1_*", BOTH),
+    "glob with ?": (lambda _: "*T1_patch_embed.?ias", {f"{T1}.bias"}),
+    "glob with []": (lambda _: "vision_tower.[T]1_*.bias", {f"{T1}.bias"}),
+    "path with wrapper segments": (lambda _: f"module._orig_mod.{T1}.bias", {f"{T1}.bias"}),
+    "glob with wrapper segments": (lambda _: f"module.{T1}.*", BOTH),
+    "path with PEFT's segments": (lambda _: f"base_model.model.{T1}", BOTH),
+    "module": (lambda m: m.vision_tower["T1_patch_embed"], BOTH),
+    "parameter": (lambda m: m.vision_tower["T1_patch_embed"].bias, {f"{T1}.bias"}),
+    "generator": (lambda m: m.vision_tower["T1_patch_embed"].parameters(), BOTH),
+    "set": (lambda _: {T1}, BOTH),
+    "nested and mixed": (
+        lambda m: [m.trunk, (f"{T1}.bias", ["fusion.bias"])],
+        {"trunk.weight", "trunk.bias", f"{T1}.bias", "fusion.bias"},
+    ),
+    "the same twice": (lambda m: [T1, m.vision_tower["T1_patch_embed"], "vision_tower.T1*"], BOTH),
+    "whole model": (lambda m: m, {name for name, _ in Brain().named_parameters()}),
+}
+
+
+@pytest.mark.parametrize(("spec", "expected"), SPECS.values(), ids=SPECS.keys())
+def test_every_form_of_spec(spec: Callable[[Brain], Any], expected: set[str]) -> None:
+    model = Brain()
+    assert selected(spec(model), model) == expected
+
+
+def test_a_path_is_never_a_substring() -> None:
+    """`T1` names neither `T10_proj` nor `T1_patch_embed`; `T10_proj` names itself alone."""
+    with pytest.raises(ParameterMapError, match="T1_patch_embed"):
+        selected("T1")
+    with pytest.raises(ParameterMapError):
+        selected("vision_tower.T1")
+    assert selected("T10_proj") == {"T10_proj.weight", "T10_proj.bias"}
+
+
+def test_named_parameters_keep_frozen_ones_and_map_order() -> None:
+    """`named_parameters` is about ownership; what is frozen may thaw."""
+    case = brain()
+    case.model.get_parameter(f"{T1}.weight").requires_grad_(False)
+    wrapper = case.wrapper()
+    assert list(wrapper.named_parameters("T1")) == [f"{T1}.weight", f"{T1}.bias"]
+    assert list(wrapper.named_parameters(("T1", "dMRI"))) == ["fusion.weight", "fusion.bias"]
+    assert wrapper.modalities == ("T1", "rsfMRI", "dMRI")
+
+
+def test_a_modality_may_live_in_tuple_keys_alone() -> None:
+    """It is known, and owns nothing by itself."""
+    wrapper = DummyLossWrapper(Brain(), {("T1", "text"): "fusion"})
+    assert wrapper.modalities == ("T1", "text")
+    assert wrapper.named_parameters("text") == {}
+
+
+def connected(wrapper: DummyLossWrapper, active: list[str]) -> set[str]:
+    """Names, without wrapper segments, of the parameters that a dummy reaches."""
+    model = wrapper._map.model
+    model.zero_grad()
+    dummy = wrapper.dummy(active)
+    if dummy.requires_grad:
+        dummy.backward()
+    named = model.named_parameters(remove_duplicate=False)
+    return {strip_wrappers(name) for name, p in named if p.grad is not None}
+
+
+TUPLE_KEYS: dict[str, tuple[list[str], set[str]]] = {
+    "all": (["T1", "rsfMRI", "dMRI"], set()),
+    "one of the pair": (["T1", "rsfMRI"], {"vision_tower.dMRI_patch_embed", "fusion"}),
+    "the pair": (["T1", "dMRI"], {"vision_tower.rsfMRI_patch_embed"}),
+    "neither": (["rsfMRI"], {T1, "vision_tower.dMRI_patch_embed", "fusion"}),
+}
+
+
+@pytest.mark.parametrize(("active", "modules"), TUPLE_KEYS.values(), ids=TUPLE_KEYS.keys())
+def test_a_tuple_key_needs_all_its_modalities(active: list[str], modules: set[str]) -> None:
+    expected = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    assert connected(brain().wrapper(), active) == expected
+
+
+def test_what_an_active_modality_shares_gets_no_dummy() -> None:
+    """Tied weights: the real loss already reaches them."""
+    model = Brain()
+    wrapper = DummyLossWrapper(model, {"T1": [T1, "fusion"], "dMRI": ["fusion", "trunk.bias"]})
+    assert connected(wrapper, ["T1"]) == {"trunk.bias"}
+
+
+def test_freezing_is_read_at_each_call() -> None:
+    wrapper = brain().wrapper()
+    bias = wrapper.named_parameters("rsfMRI")["vision_tower.rsfMRI_patch_embed.bias"]
+    bias.requires_grad_(False)
+    assert connected(wrapper, ["T1", "dMRI"]) == {"vision_tower.rsfMRI_patch_embed.weight"}
+    bias.requires_grad_(True)
+    assert len(connected(wrapper, ["T1", "dMRI"])) == 2
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": DistributedDataParallel,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "checkpointing": checkpoint_wrapper,
+    "all": lambda model: DistributedDataParallel(checkpoint_wrapper(model)),
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
+def test_one_map_serves_the_bare_and_the_wrapped_model(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
+    case = brain()
+    expected = {f"vision_tower.rsfMRI_patch_embed.{kind}" for kind in ("weight", "bias")}
+    bare = case.wrapper()
+    wrapped = DummyLossWrapper(wrap(case.model), case.spec)
+    assert connected(wrapped, ["T1", "dMRI"]) == expected
+    assert connected(bare, ["T1", "dMRI"]) == expected
+    by_glob = DummyLossWrapper(wrap(Brain()), {"rsfMRI": "vision_tower.rsf*", "T1": T1})
+    assert connected(by_glob, ["T1"]) == expected
+
+
+def _wrap_child(model: Brain) -> None:
+    model.vision_tower["T1_patch_embed"] = checkpoint_wrapper(model.vision_tower["T1_patch_embed"])
+
+
+def _compile_child(model: Brain) -> None:
+    compiled = torch.compile(model.vision_tower["T1_patch_embed"], backend="eager")
+    model.vision_tower["T1_patch_embed"] = compiled  # type: ignore[assignment]
+
+
+def _replace_parameter(model: Brain) -> None:
+    model.vision_tower["T1_patch_embed"].weight = nn.Parameter(torch.ones(4, 3))
+
+
+def _assign_state(model: Brain) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _weight_norm(model: Brain) -> None:
+    parametrizations.weight_norm(model.vision_tower["T1_patch_embed"])
+
+
+def _old_weight_norm(model: Brain) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.vision_tower["T1_patch_embed"])
+
+
+def _prune(model: Brain) -> None:
+    prune.random_unstructured(model.vision_tower["T1_patch_embed"], "weight", amount=0.5)
+
+
+def _lora(model: Brain) -> None:
+    """What PEFT builds: the layer moves to `base_layer`, adapters stand beside it."""
+    adapted = nn.Module()
+    adapted.base_layer = model.vision_tower["T1_patch_embed"]
+    adapted.lora_A = nn.ModuleDict({"default": nn.Linear(3, 1, bias=False)})
+    adapted.lora_B = nn.ModuleDict({"default": nn.Linear(1, 4, bias=False)})
+    model.vision_tower["T1_patch_embed"] = adapted
+
+
+def _modules_to_save(model: Brain) -> None:
+    """What PEFT builds for modules that it trains whole."""
+    saved = nn.Module()
+    saved.original_module = model.vision_tower["T1_patch_embed"]
+    saved.modules_to_save = nn.ModuleDict({"default": nn.Linear(3, 4)})
+    model.vision_tower["T1_patch_embed"] = saved
+
+
+WEIGHT = {f"{T1}.weight"}
+CHANGES: dict[str, tuple[Callable[[Brain], None], set[str]]] = {
+    "checkpoint_wrapper": (_wrap_child, WEIGHT),
+    "torch.compile": (_compile_child, WEIGHT),
+    "replaced parameter": (_replace_parameter, WEIGHT),
+    "load_state_dict(assign=True)": (_assign_state, WEIGHT),
+    "to another dtype": (lambda model: model.to(torch.float64) and None, WEIGHT),
+    "weight_norm": (
+        _weight_norm,
+        {f"{T1}.parametrizations.weight.original{index}" for index in (0, 1)},
+    ),
+    "weight_norm before parametrizations": (_old_weight_norm, {f"{T1}.weight_g", f"{T1}.weight_v"}),
+    "pruning": (_prune, {f"{T1}.weight_orig"}),
+    "LoRA": (
+        _lora,
+        {f"{T1}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")},
+    ),
+    "modules_to_save": (
+        _modules_to_save,
+        {f"{T1}.{part}.weight" for part in ("original_module", "modules_to_save.default")},
+    ),
+}
+WAYS: dict[str, Callable[[Brain], Any]] = {
+    "path": lambda _: f"{T1}.weight",
+    "glob": lambda _: "vision_tower.T1*.weight",
+    "parameter": lambda model: model.vision_tower["T1_patch_embed"].weight,
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("spec", WAYS.values(), ids=WAYS.keys())
+def test_a_parameter_is_found_after_the_model_changed(
+    change: Callable[[Brain], None], expected: set[str], spec: Callable[[Brain], Any]
+) -> None:
+    """The wrapper is made first; the parameter, or what stands for it now, gets the dummy."""
+    model = Brain()
+    wrapper = DummyLossWrapper(model, {"T1": spec(model), "dMRI": "fusion"})
+    change(model)
+    assert {strip_wrappers(name) for name in wrapper.named_parameters("T1")} == expected
+    assert connected(wrapper, ["dMRI"]) == expected
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_module_is_found_after_the_model_changed(
+    change: Callable[[Brain], None], expected: set[str]
+) -> None:
+    """A module owns whatever is below its path, adapters included."""
+    model = Brain()
+    wrapper = DummyLossWrapper(model, {"T1": model.vision_tower["T1_patch_embed"]})
+    change(model)
+    names = {strip_wrappers(name) for name in wrapper.named_parameters("T1")}
+    assert expected < names
+    assert all(name.startswith(T1) for name in names)
+
+
+def test_a_path_that_is_gone_is_an_error() -> None:
+    """Never silence: the parameters would stop getting gradients."""
+    model = Brain()
+    wrapper = DummyLossWrapper(model, {"T1": T1, "dMRI": "fusion"})
+    del model.vision_tower["T1_patch_embed"]
+    with pytest.raises(ParameterMapError, match="any more"):
+        wrapper.dummy("dMRI")
+
+
+@pytest.mark.parametrize(
+    ("name", "bare"),
+    [
+        ("module.enc.weight", "enc.weight"),
+        ("enc._checkpoint_wrapped_module.weight", "enc.weight"),
+        ("_orig_mod.module.enc._fsdp_wrapped_module.weight", "enc.weight"),
+        ("base_model.model.model.enc.weight", "model.enc.weight"),
+        ("model.base_model.enc.weight", "model.base_model.enc.weight"),
+        ("modules.weight", "modules.weight"),
+    ],
+)
+def test_strip_wrappers(name: str, bare: str) -> None:
+    assert strip_wrappers(name) == bare

@@ -1,0 +1,229 @@
+"""The numerics of the dummy term: value, cap, gradient."""
+
+import math
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modaldummy._term import Term, connect, dummy_term, magnitude, nonzero_product
+from tests.asserts import assert_same_bits
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.ones(*shape, dtype=dtype))
+
+
+def term(*params: Tensor, scale: float | None = 1e-7, real: float | Tensor | None = None) -> Term:
+    loss = torch.tensor(real) if isinstance(real, float) else real
+    return dummy_term(params, scale, real=loss, max_fraction=1e-4)
+
+
+def nodes(root: Tensor) -> Iterator[object]:
+    """Autograd nodes below `root`, leaves' AccumulateGrad left out."""
+    stack = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and type(node).__name__ != "AccumulateGrad":
+            yield node
+            stack.extend(parent for parent, _ in node.next_functions)
+
+
+def test_value_is_scale_times_the_sum() -> None:
+    assert term(ones(3, 2), ones(4), scale=0.5).value.item() == 5.0
+
+
+def test_float16_sums_do_not_overflow() -> None:
+    """70,000 ones are more than float16 can count."""
+    assert term(ones(70_000, dtype=torch.float16), scale=1.0).value.item() == 70_000
+
+
+def test_float64_parameters_are_summed_in_float64() -> None:
+    value = term(nn.Parameter(torch.tensor([1.0, 1e-12], dtype=torch.float64)), scale=1.0).value
+    assert value.item() == 1 + 1e-12
+
+
+def test_complex_parameters_count_by_their_real_part() -> None:
+    """And receive a real gradient."""
+    parameter = nn.Parameter(torch.tensor([1 + 5j, 2 - 3j]))
+    result = term(parameter, scale=0.5)
+    assert result.value.item() == 1.5
+    result.connected.backward()
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [0.5, 0.5]
+
+
+def test_many_parameters_make_one_node() -> None:
+    """No loop of autograd nodes: the graph does not grow with the number of parameters."""
+    few = len(list(nodes(term(ones(2)).connected)))
+    many = len(list(nodes(term(*[ones(2) for _ in range(50)]).connected)))
+    assert few == many == 1
+
+
+CAPS: dict[str, tuple[float, float]] = {
+    "room enough": (10.0, 1e-4),
+    "capped": (0.5, 0.5e-4 * (1 - 2**-10)),
+    "negative loss": (-0.5, 0.5e-4 * (1 - 2**-10)),
+    "zero": (0.0, 0.0),
+    "subnormal": (1e-40, 0.0),
+    "infinite": (math.inf, 0.0),
+    "negative infinite": (-math.inf, 0.0),
+    "NaN": (math.nan, 0.0),
+    "largest": (torch.finfo(torch.float32).max, 0.0),
+}
+
+
+@pytest.mark.parametrize(("real", "expected"), CAPS.values(), ids=CAPS.keys())
+@pytest.mark.parametrize("sign", [1, -1])
+def test_cap(real: float, expected: float, sign: int) -> None:
+    """The value is clipped to its fraction of the loss; the gradient does not notice."""
+    parameter = nn.Parameter(sign * torch.ones(1000))
+    result = term(parameter, real=real)
+    assert result.value.item() == pytest.approx(sign * expected, rel=1e-6)
+    assert result.uncapped.item() == pytest.approx(sign * 1e-4, rel=1e-6)
+    result.connected.backward()
+    assert_same_bits(parameter.grad, torch.full((1000,), 1e-7), "straight-through")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("max_fraction", [1e-4, None])
+def test_the_largest_finite_loss_stays_finite(
+    dtype: torch.dtype, max_fraction: float | None
+) -> None:
+    """Neither the largest loss nor the largest sum carries a finite loss over the edge."""
+    huge = nn.Parameter(torch.full((4,), 1e37))
+    for real in (torch.finfo(dtype).max, 0.999 * torch.finfo(dtype).max, 1.0):
+        loss = torch.tensor(real, dtype=dtype)
+        result = dummy_term([huge], 1.0, real=loss, max_fraction=max_fraction)
+        assert (loss + result.connected.to(dtype)).isfinite(), real
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_parameter_never_reaches_the_loss(bad: float) -> None:
+    """It contributes nothing, is reported as it is, and still gets its gradient."""
+    parameter = nn.Parameter(torch.tensor([1.0, bad]))
+    result = term(parameter, real=2.0)
+    assert result.value.item() == 0
+    assert not result.uncapped.isfinite()
+    result.connected.backward()
+    assert_same_bits(parameter.grad, torch.full((2,), 1e-7), "gradient")
+
+
+@pytest.mark.parametrize("scale", [0.0, None])
+def test_scale_zero_and_none_read_nothing(scale: float | None) -> None:
+    """Parameters on `meta` have nothing to read."""
+    result = dummy_term([nn.Parameter(torch.ones(2, device="meta"))], scale, real=torch.ones(()))
+    assert result.value.item() == result.uncapped.item() == 0
+
+
+@pytest.mark.parametrize("real", [0.0, -0.0, 1.0, -1e-40, math.inf, math.nan])
+def test_an_unread_term_changes_no_bit(real: float) -> None:
+    """Negative zero is the neutral element of addition, also for negative zero."""
+    loss = torch.tensor(real)
+    result = dummy_term([ones(2)], 1e-7, real=loss, read=False)
+    assert_same_bits((loss + result.connected).detach(), loss, "loss")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1.0, 1e-45, 1e-300])
+@pytest.mark.parametrize("upstream", [1.0, -1.0, 2**-12, 1024.0])
+def test_gradient_is_scale_times_upstream_and_not_zero(
+    dtype: torch.dtype, scale: float, upstream: float
+) -> None:
+    """Rounded once where the dtype can hold it, at the dtype's floor where it cannot."""
+    parameter = ones(3, dtype=dtype)
+    connect(torch.zeros(()), scale, [parameter]).backward(torch.tensor(upstream))
+    exact = scale * upstream
+    assert parameter.grad is not None
+    got = parameter.grad[0].item()
+    assert math.copysign(1, got) == math.copysign(1, upstream)
+    assert got != 0
+    if abs(exact) >= torch.finfo(dtype).tiny:
+        assert got == pytest.approx(exact, rel=torch.finfo(dtype).eps)
+    else:
+        assert abs(got) <= torch.finfo(dtype).tiny
+
+
+def test_an_upstream_of_zero_gives_zero() -> None:
+    """Nothing flows where nothing is asked for; a NaN or infinite upstream stays visible."""
+    for upstream, expected in ((0.0, 0.0), (math.inf, math.inf), (math.nan, math.nan)):
+        parameter = ones(2)
+        connect(torch.zeros(()), 1e-7, [parameter]).backward(torch.tensor(upstream))
+        assert_same_bits(parameter.grad, torch.full((2,), expected), str(upstream))
+
+
+def test_scale_zero_gives_exact_zeros_and_none_gives_nothing() -> None:
+    zero, none = ones(2), ones(2)
+    connect(torch.zeros(()), 0.0, [zero]).backward()
+    connect(torch.zeros(()), None, [none]).backward()
+    assert_same_bits(zero.grad, torch.zeros(2), "zero")
+    assert none.grad is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_flushed_subnormals_do_no_harm(dtype: torch.dtype) -> None:
+    """Where the product is subnormal, the floor of the dtype is a number that survives."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        assert nonzero_product(torch.tensor(1.0), 1e-45, dtype) != 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+# Torch's own compiler makes an instance of the Function that it traces and uses `torch.jit`.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_do_not_underflow(dtype: torch.dtype, backend: str) -> None:
+    """Inductor keeps the choice between product and floor, in one graph."""
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
+    parameter = ones(3, dtype=dtype)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def loss(weight: Tensor) -> Tensor:
+        real = weight.square().sum()
+        return (real + dummy_term([parameter], 1e-7, real=real, max_fraction=1e-4).connected) / 4096
+
+    loss(ones(2)).backward()  # type: ignore[no-untyped-call]
+    expected = nonzero_product(torch.tensor(1 / 4096), 1e-7, dtype).expand(3)
+    assert_same_bits(parameter.grad, expected, backend)
+
+
+def test_gradcheck() -> None:
+    """In double precision the analytic gradient is the numeric one, and so is its own."""
+    params = [nn.Parameter(torch.randn(2, 3, dtype=torch.float64)) for _ in range(2)]
+
+    def dummy(*inputs: Tensor) -> Tensor:
+        return dummy_term(inputs, 0.5).connected
+
+    assert torch.autograd.gradcheck(dummy, params)
+    assert torch.autograd.gradgradcheck(dummy, params)
+
+
+def test_an_optimizer_may_step_between_forward_and_backward() -> None:
+    """No parameter is saved for backward, so none is missed if it changes."""
+    parameter = ones(2)
+    connected = term(parameter).connected
+    with torch.no_grad():
+        parameter.add_(1)
+    connected.backward()
+    assert parameter.grad is not None
+
+
+def test_magnitude() -> None:
+    """Signed for a scalar, mean of sizes otherwise; always a copy."""
+    scalar = torch.tensor(-2.0)
+    seen = magnitude(scalar, torch.float32)
+    scalar.mul_(3)
+    assert seen.item() == -2
+    assert magnitude(torch.tensor([-2.0, 4.0]), torch.float32).item() == 3
+    assert magnitude(torch.tensor([-2, 4]), torch.float32).item() == 3
+    assert magnitude(torch.tensor([60000.0] * 4, dtype=torch.float16), torch.float32) == 60000
