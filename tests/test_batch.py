@@ -19,8 +19,8 @@ from modaldummy._batch import may_hold_metadata
 KNOWN = ("T1", "rsfMRI", "dMRI")
 X = torch.zeros(2, 3)
 
-Named = namedtuple("Named", ["x", "modality"])  # noqa: PYI024  # what collate functions build
-Scans = namedtuple("Scans", ["T1", "dMRI"])  # noqa: PYI024
+Named = namedtuple("Named", ["x", "modality"])  # what collate functions build
+Scans = namedtuple("Scans", ["T1", "dMRI"])
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Batch:
 @dataclass
 class ByField:
     T1: Tensor | None = None
-    dMRI: Tensor | None = None
+    dMRI: Tensor | None = None  # noqa: N815  # the name of a modality
     labels: list[int] = field(default_factory=list)
 
 
@@ -191,8 +191,10 @@ def test_the_batch_is_left_alone() -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    [X, np.zeros(2), 1, 2.0, "mean", b"T1", None, True, [], {}, torch.nn.Linear(1, 1), len]
-    + [["a photo of T1"], [["sub-01.nii"], ["sub-02.nii"]]],
+    [
+        *(X, np.zeros(2), 1, 2.0, "mean", b"T1", None, True, [], {}, torch.nn.Linear(1, 1), len),
+        *(["a photo of T1"], [["sub-01.nii"], ["sub-02.nii"]]),
+    ],
     ids=repr,
 )
 def test_arguments_that_are_never_asked(argument: Any) -> None:

@@ -122,14 +122,21 @@ def test_freezing_is_read_at_each_call() -> None:
 
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in the stubs
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    compiled = torch.compile(model, backend="eager")
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
 WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DDP": DistributedDataParallel,
-    "torch.compile": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "torch.compile": _compiled,
     "checkpointing": checkpoint_wrapper,
     "all": lambda model: DistributedDataParallel(checkpoint_wrapper(model)),
 }
@@ -155,8 +162,7 @@ def _wrap_child(model: Brain) -> None:
 
 
 def _compile_child(model: Brain) -> None:
-    compiled = torch.compile(model.vision_tower["T1_patch_embed"], backend="eager")
-    model.vision_tower["T1_patch_embed"] = compiled  # type: ignore[assignment]
+    model.vision_tower["T1_patch_embed"] = _compiled(model.vision_tower["T1_patch_embed"])
 
 
 def _replace_parameter(model: Brain) -> None:
@@ -175,6 +181,10 @@ def _weight_norm(model: Brain) -> None:
 def _old_weight_norm(model: Brain) -> None:
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(model.vision_tower["T1_patch_embed"])
+
+
+def _to_float64(model: Brain) -> None:
+    model.to(torch.float64)
 
 
 def _prune(model: Brain) -> None:
@@ -204,7 +214,7 @@ CHANGES: dict[str, tuple[Callable[[Brain], None], set[str]]] = {
     "torch.compile": (_compile_child, WEIGHT),
     "replaced parameter": (_replace_parameter, WEIGHT),
     "load_state_dict(assign=True)": (_assign_state, WEIGHT),
-    "to another dtype": (lambda model: model.to(torch.float64) and None, WEIGHT),
+    "to another dtype": (_to_float64, WEIGHT),
     "weight_norm": (
         _weight_norm,
         {f"{T1}.parametrizations.weight.original{index}" for index in (0, 1)},

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
@@ -11,16 +12,12 @@ _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        from modaldummy.demo.command import run
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
-            raise
-        print(
-            f"The demo needs {error.name}; install it with: pip install 'modaldummy[demo]'",
-            file=sys.stderr,
-        )
+    if missing := [name for name in _DEMO_PACKAGES if find_spec(name) is None]:
+        names = " and ".join(missing)
+        print(f"The demo needs {names}: pip install 'modaldummy[demo]'", file=sys.stderr)
         return 2
+    from modaldummy.demo.command import run
+
     return run(arguments)
 
 
@@ -46,10 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

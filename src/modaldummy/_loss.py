@@ -40,21 +40,34 @@ def take_loss(result: Any) -> Tensor:
 
 
 def replace_loss(result: Any, total: Tensor) -> Any:
-    """A result of the same kind with `total` as its loss; `result` itself is left as it is."""
+    """A result of the same kind with `total` as its loss; `result` itself is left as it is.
+
+    Raises:
+        TypeError: `result` cannot be copied, or its loss cannot be set.
+    """
     if isinstance(result, Tensor):
         return total
-    changed = copy.copy(result)
-    if isinstance(result, Mapping) and "loss" in result:
-        changed["loss"] = total
-        return changed
+    try:
+        return _with_loss(result, total)
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
+            f"copy: {error}. Return a tensor, tuple, dict or plain object instead."
+        ) from error
+
+
+def _with_loss(result: Any, total: Tensor) -> Any:
     if isinstance(result, tuple) and hasattr(result, "_replace"):
         first = result._fields[0]  # type: ignore[attr-defined]  # a named tuple
         return result._replace(**{"loss" if hasattr(result, "loss") else first: total})
-    if hasattr(result, "loss"):
+    if isinstance(result, tuple) and not hasattr(result, "loss"):
+        return (total, *result[1:])
+    changed = copy.copy(result)
+    if isinstance(result, Mapping) and "loss" in result:
+        changed["loss"] = total
+    elif hasattr(result, "loss"):
         # Frozen dataclasses refuse setattr, also on a copy that nobody else has seen.
         object.__setattr__(changed, "loss", total)
-        return changed
-    if isinstance(result, tuple):
-        return (total, *result[1:])
-    changed[0] = total
+    else:
+        changed[0] = total
     return changed

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -12,10 +12,9 @@ from modaldummy._paths import find_parameters, strip_wrappers
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
 ParamSpec: TypeAlias = "str | nn.Module | nn.Parameter | Iterable[ParamSpec]"
-# A mapping type is invariant in its keys: a plain `dict[str, ...]` must be named too.
-ParameterMap: TypeAlias = (
-    Mapping[str, ParamSpec] | Mapping[tuple[str, ...], ParamSpec] | Mapping[ModalityKey, ParamSpec]
-)
+# Keys are ModalityKey and checked when the wrapper is made; Mapping is invariant in its key type,
+# so that naming it here would refuse a plain dict[str, str] or dict[tuple[str, str], str].
+ParameterMap: TypeAlias = Mapping[Any, ParamSpec]
 
 
 class ModalityMap:

@@ -55,7 +55,7 @@ class Training:
             loss = torch.stack(list(errors.values())).mean()
             if self.use_dummy:
                 loss = self.wrapper.total(loss, batch)
-            torch.autograd.backward(loss)
+            loss.backward()
             record = self._record(step, loss, errors)
             self._optimizer.step()
             self.records.append(record)

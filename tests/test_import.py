@@ -1,0 +1,80 @@
+"""Importing the package costs next to nothing beyond torch, and needs nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+
+OPTIONAL = (
+    "nibabel",
+    "dipy",
+    "matplotlib",
+    "rich",
+    "hypothesis",
+    "pytest",
+    "transformers",
+    "lightning",
+    "accelerate",
+    "triton",
+    "scipy",
+    "pandas",
+    "tensorboard",
+    "wandb",
+    "modaldummy.demo",
+)
+# They take long to import, and torch leaves them out until they are needed.
+SLOW = ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.testing", "sympy")
+
+
+def modules_after(statements: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has loaded after these statements."""
+    code = f"{statements}\nimport sys; print('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(result.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def torch_alone() -> set[str]:
+    return modules_after("import torch, numpy")
+
+
+def added(statements: str, torch_alone: set[str]) -> set[str]:
+    return modules_after(statements) - torch_alone
+
+
+def unwanted(modules: set[str]) -> set[str]:
+    return {
+        module
+        for module in modules
+        if any(module == name or module.startswith(f"{name}.") for name in OPTIONAL + SLOW)
+    }
+
+
+def test_import_pulls_in_nothing_optional_or_slow(torch_alone: set[str]) -> None:
+    modules = added("import modaldummy", torch_alone)
+    assert "modaldummy._wrapper" in modules
+    assert unwanted(modules) == set()
+
+
+def test_import_adds_only_itself_and_the_standard_library(torch_alone: set[str]) -> None:
+    tops = {module.partition(".")[0] for module in added("import modaldummy", torch_alone)}
+    assert tops <= {"modaldummy", "torch", "numpy"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", ["hypothesis", "rich", "modaldummy.demo", "torch._dynamo"])
+def test_the_test_can_fail(name: str, torch_alone: set[str]) -> None:
+    """An import of something optional or slow beside ours is noticed."""
+    assert name in unwanted(added(f"import modaldummy, {name}", torch_alone))
+
+
+def test_all_is_what_there_is() -> None:
+    """Everything in `__all__` exists, is documented, and no other public name is there."""
+    import modaldummy
+
+    public = {name for name in vars(modaldummy) if not name.startswith("_")}
+    submodules = {name for name in public if f"modaldummy.{name}" in sys.modules}
+    assert public - submodules == set(modaldummy.__all__)
+    assert list(modaldummy.__all__) == sorted(modaldummy.__all__)
+    assert all(getattr(modaldummy, name).__doc__ for name in modaldummy.__all__)

@@ -1,0 +1,333 @@
+"""Every rejected input: the error names the value and the next action, and nothing is changed."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modaldummy import (
+    BatchMetadataError,
+    DummyLossWrapper,
+    ModalDummyError,
+    ParameterMapError,
+    UnknownModalityError,
+)
+from tests.zoo import Brain, brain
+
+T1 = "vision_tower.T1_patch_embed"
+X = torch.zeros(2, 3)
+REAL = torch.tensor(2.0)
+
+
+def make(spec: Any, **options: Any) -> Any:
+    return DummyLossWrapper(Brain(), {"T1": spec}, **options)
+
+
+def make_map(spec: Any) -> Any:
+    return DummyLossWrapper(Brain(), spec)
+
+
+MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
+    "path that matches nothing": (
+        lambda: make("vision_tower.T1_embed"),
+        ParameterMapError,
+        ["['T1']", "'vision_tower.T1_embed' matches no", "Brain", f"closest: '{T1}'"],
+    ),
+    "substring of a module": (lambda: make("T1"), ParameterMapError, [f"'{T1}'", "segment"]),
+    "substring of another": (lambda: make("T10"), ParameterMapError, ["closest: 'T10_proj'"]),
+    "wrapper segment alone": (lambda: make("module"), ParameterMapError, ["'module' matches no"]),
+    "empty path": (lambda: make(""), ParameterMapError, ["'' matches no"]),
+    "path far from all": (lambda: make("zzz"), ParameterMapError, ["'zzz' matches no", "Brain. A"]),
+    "glob that matches modules only": (
+        lambda: make("*T1_patch_embed"),
+        ParameterMapError,
+        ["'*T1_patch_embed' matches no", T1, "full parameter names"],
+    ),
+    "one bad path among good ones": (lambda: make([T1, "nope"]), ParameterMapError, ["'nope'"]),
+    "empty list": (lambda: make([]), ParameterMapError, ["['T1']` is empty", "drop the key"]),
+    "module without parameters": (
+        lambda: DummyLossWrapper(nn.Sequential(nn.ReLU()), {"T1": "0"}),
+        ParameterMapError,
+        ["'0' matches no"],
+    ),
+    "the same as a module": (
+        lambda: DummyLossWrapper(model := nn.Sequential(nn.ReLU()), {"T1": model[0]}),
+        ParameterMapError,
+        ["ReLU at '0'", "no parameters"],
+    ),
+    "parameter of another model": (
+        lambda: make(nn.Parameter(X)),
+        ParameterMapError,
+        ["shape [2, 3]", "not part of Brain"],
+    ),
+    "module of another model": (
+        lambda: make(nn.Linear(1, 1)),
+        ParameterMapError,
+        ["Linear that is not part of Brain", "submodules"],
+    ),
+    "tensor": (lambda: make(X), ParameterMapError, ["must be a path", "(Tensor)"]),
+    "number": (lambda: make(7), ParameterMapError, ["got 7 (int)"]),
+    "bytes": (lambda: make(b"fusion"), ParameterMapError, ["(bytes)"]),
+    "dict as spec": (lambda: make({"fusion": 1}), ParameterMapError, ["(dict)"]),
+    "None as spec": (lambda: make([None]), ParameterMapError, ["got None"]),
+    "empty map": (lambda: make_map({}), ParameterMapError, ["non-empty mapping", "got {}"]),
+    "list as map": (lambda: make_map(["T1"]), ParameterMapError, ["got ['T1']"]),
+    "number as key": (lambda: make_map({1: "fusion"}), ParameterMapError, ["Keys", "got 1"]),
+    "empty key": (lambda: make_map({"": "fusion"}), ParameterMapError, ["got ''"]),
+    "empty tuple as key": (lambda: make_map({(): "fusion"}), ParameterMapError, ["got ()"]),
+    "number in a tuple key": (lambda: make_map({("T1", 2): "fusion"}), ParameterMapError, ["2)"]),
+    "twice in a tuple key": (
+        lambda: make_map({("T1", "T1"): "fusion"}),
+        ParameterMapError,
+        ["different names", "('T1', 'T1')"],
+    ),
+    "no module as model": (
+        lambda: DummyLossWrapper({"fusion": X}, {"T1": "fusion"}),  # type: ignore[arg-type]
+        TypeError,
+        ["`model` must be a torch.nn.Module"],
+    ),
+    "negative scale": (lambda: make(T1, scale=-1e-7), ValueError, ["`scale`", "got -1e-07"]),
+    "NaN scale": (lambda: make(T1, scale=math.nan), ValueError, ["`scale`", "got nan"]),
+    "infinite scale": (lambda: make(T1, scale=math.inf), ValueError, ["`scale`", "got inf"]),
+    "bool scale": (lambda: make(T1, scale=True), ValueError, ["`scale`", "got True (bool)"]),
+    "string scale": (lambda: make(T1, scale="1e-7"), ValueError, ["`scale`", "'1e-7' (str)"]),
+    "tensor scale": (lambda: make(T1, scale=REAL), ValueError, ["`scale`", "Tensor of shape []"]),
+    "negative fraction": (lambda: make(T1, max_fraction=-1), ValueError, ["`max_fraction`", "-1"]),
+    "resolver": (lambda: make(T1, resolver="T1"), TypeError, ["`resolver`", "'T1' (str)"]),
+    "modality asked for": (
+        lambda: brain().wrapper().named_parameters("rsfmri"),
+        UnknownModalityError,
+        ["'rsfmri'", "did you mean 'rsfMRI'?", "'T1', 'rsfMRI', 'dMRI'"],
+    ),
+    "tuple key asked for": (
+        lambda: brain().wrapper().named_parameters(("T1", "PET")),
+        UnknownModalityError,
+        ["'PET'"],
+    ),
+}
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+
+
+def _nested(depth: int) -> Any:
+    batch: Any = "T1"
+    for _ in range(depth):
+        batch = [batch]
+    return batch
+
+
+def _endless() -> Any:
+    batch: dict[str, Any] = {}
+    batch["modality"] = batch
+    return batch
+
+
+BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
+    "unknown name": ("PET", UnknownModalityError, ["`batch` names the modality 'PET'", "'rsfMRI'"]),
+    "name in another case": ("t1", UnknownModalityError, ["did you mean 'T1'?"]),
+    "unknown name in a list": (["T1", "T2"], UnknownModalityError, ["`batch`[1]", "'T2'"]),
+    "unknown name in an array": (np.array(["T3"]), UnknownModalityError, ["'T3'"]),
+    "typo under an explicit key": (
+        {"modality": ["T1", "rsfmri"]},
+        UnknownModalityError,
+        ["`batch`['modality'][1]", "'rsfmri'", "did you mean 'rsfMRI'?"],
+    ),
+    "typo in flags under an explicit key": (
+        {"modalities": {"T1": True, "dmri": True}},
+        UnknownModalityError,
+        ["'dmri'", "did you mean 'dMRI'?"],
+    ),
+    "typo in an attribute": (SimpleNamespace(modality="T"), UnknownModalityError, [".modality"]),
+    "number as name": ({"modality": [1.5]}, BatchMetadataError, ["['modality'][0]", "1.5 (float)"]),
+    "flag 0": ({"T1": X, "dMRI": 0}, BatchMetadataError, ["['dMRI']", "0 (int)", "True or False"]),
+    "flag 1.0": ({"dMRI": 1.0}, BatchMetadataError, ["['dMRI']", "1.0 (float)"]),
+    "flag of numpy": ({"dMRI": np.float32(1)}, BatchMetadataError, ["['dMRI']"]),
+    "flag as 0-d tensor": ({"dMRI": torch.tensor(1)}, BatchMetadataError, ["shape [] ", "int64"]),
+    "nothing recognised": (
+        {"input_ids": X, "labels": X},
+        BatchMetadataError,
+        ["'input_ids'", "modalities=['T1']", "batch['modalities']", "resolver="],
+    ),
+    "missing modalities": ({"missing": ["T1"]}, BatchMetadataError, ["does not say", "'missing'"]),
+    "None": (None, BatchMetadataError, ["None (NoneType)"]),
+    "object": (Sample(X), BatchMetadataError, ["does not say", "Sample"]),
+    "class": (dict, BatchMetadataError, ["does not say"]),
+    "generator": ((name for name in ["T1"]), BatchMetadataError, ["generator"]),
+    "float tensor": (X, BatchMetadataError, ["shape [2, 3] and dtype torch.float32", "[B, 3]"]),
+    "2-d integers": (torch.zeros(2, 3, dtype=torch.int64), BatchMetadataError, ["int64"]),
+    "0-d integer": (torch.tensor(1), BatchMetadataError, ["shape []"]),
+    "mask too wide": (torch.ones(4, dtype=torch.bool), BatchMetadataError, ["[4]", "[B, 3]"]),
+    "mask too narrow": (np.ones((5, 2), bool), BatchMetadataError, ["[5, 2]", "T1, rsfMRI, dMRI"]),
+    "mask of three dimensions": (torch.ones(2, 2, 3) > 0, BatchMetadataError, ["[2, 2, 3]"]),
+    "mask under an explicit key": (
+        {"modality": [True, False]},
+        BatchMetadataError,
+        ["['modality']", "[2]"],
+    ),
+    "index too large": (torch.tensor([0, 3]), BatchMetadataError, ["index 3", "0 to 2"]),
+    "index too small": (np.array([-2]), BatchMetadataError, ["index -2", "-1 for none"]),
+    "list of numbers": ([0, 1], BatchMetadataError, ["does not say", "[0, 1]"]),
+    "bools and numbers": ({"modality": [True, 2]}, BatchMetadataError, ["['modality'][0]"]),
+    "index under an explicit key": ({"modality": 1}, BatchMetadataError, ["1 (int)"]),
+    "batch with its targets": (
+        ({"modality": "T1"}, X),
+        BatchMetadataError,
+        ["`batch`[1]", "shape [2, 3]", "Pass only the part"],
+    ),
+    "sample without metadata": (
+        [{"modality": "T1"}, {"x": X}],
+        BatchMetadataError,
+        ["`batch`[1]", "unlike the items before it", "empty list"],
+    ),
+    "None among samples": ([["T1"], None], BatchMetadataError, ["`batch`[1]", "None"]),
+    "contradiction": (
+        {"pixels": {"T1": X}, "mask": {"T1": X, "dMRI": X}},
+        BatchMetadataError,
+        ["contradictory", "'pixels': ('T1',)", "'mask': ('T1', 'dMRI')"],
+    ),
+    "too deep": (_nested(40), BatchMetadataError, ["more than 16 levels"]),
+    "endless": (_endless(), BatchMetadataError, ["more than 16 levels"]),
+}
+
+
+@dataclass
+class Locked:
+    x: int = 1
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return REAL
+
+
+RESULTS: dict[str, tuple[Any, list[str]]] = {
+    "None": (None, ["must return a tensor", "None (NoneType)"]),
+    "float": (0.5, ["0.5 (float)"]),
+    "empty tuple": ((), ["got ()"]),
+    "tuple that starts with None": ((None, X), ["`loss_fn(...)[0]` must be a tensor", "None"]),
+    "dict without loss": ({"logits": X}, ["must return", "'logits'"]),
+    "dict with loss None": ({"loss": None}, ["`loss_fn(...)['loss']` must be a tensor", "None"]),
+    "object with loss None": (SimpleNamespace(loss=None), ["`loss_fn(...).loss`", "None"]),
+    "complex": (torch.tensor(1j), ["real-valued", "complex64", "`.real` or `.abs()`"]),
+}
+
+
+def assert_says(error: pytest.ExceptionInfo[Exception], parts: list[str]) -> None:
+    for part in parts:
+        assert part in str(error.value), f"{part!r} is not in {error.value}"
+
+
+@pytest.mark.parametrize(("call", "kind", "parts"), MAPS.values(), ids=MAPS.keys())
+def test_maps_and_options(call: Callable[[], Any], kind: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(kind) as error:
+        call()
+    assert_says(error, parts)
+
+
+@pytest.mark.parametrize(("batch", "kind", "parts"), BATCHES.values(), ids=BATCHES.keys())
+def test_batches(batch: Any, kind: type[Exception], parts: list[str]) -> None:
+    case = brain()
+    wrapper = case.wrapper()
+    model = copy.deepcopy(case.model.state_dict())
+    before = repr(batch)
+    for call in (wrapper.total, lambda _, batch: wrapper.dummy(batch)):
+        with pytest.raises(kind) as error:
+            call(REAL, batch)
+        assert_says(error, parts)
+    assert repr(batch) == before
+    assert wrapper.last is None
+    assert all(torch.equal(value, model[key]) for key, value in case.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("result", "parts"), RESULTS.values(), ids=RESULTS.keys())
+def test_results_of_a_loss_function(result: Any, parts: list[str]) -> None:
+    wrapper = brain().wrapper()
+    before = repr(result)
+    with pytest.raises(TypeError) as error:
+        wrapper(lambda batch: result)({"modality": "T1"})
+    assert_says(error, parts)
+    assert repr(result) == before
+    assert wrapper.last is None
+
+
+@pytest.mark.parametrize(
+    "result", [MappingProxyType({"loss": REAL}), Locked()], ids=["proxy", "property"]
+)
+def test_a_container_that_cannot_change_says_so(result: Any) -> None:
+    """And is left as it is."""
+    with pytest.raises(TypeError, match=r"cannot be replaced on a copy.*instead"):
+        brain().wrapper()(lambda batch: result)({"modality": "T1"})
+
+
+@pytest.mark.parametrize("real", [None, 0.5, np.float32(1), torch.tensor(1j)], ids=repr)
+def test_what_is_no_loss(real: Any) -> None:
+    wrapper = brain().wrapper()
+    with pytest.raises(TypeError, match="`real` must be"):
+        wrapper.total(real, "T1")
+
+
+def test_a_tensor_in_place_of_a_loss_function() -> None:
+    with pytest.raises(TypeError, match=r"must be callable.*wrapper\.total"):
+        brain().wrapper()(REAL)  # type: ignore[arg-type]
+
+
+def test_a_call_without_metadata_lists_what_was_looked_at() -> None:
+    wrapper = brain().wrapper()
+    with pytest.raises(BatchMetadataError) as error:
+        wrapper(lambda output, batch, names, **rest: REAL)(X, {"ids": X}, ["a scan"], flag=True)
+    assert_says(
+        error,
+        [
+            "output (not asked): a Tensor of shape [2, 3]",
+            "batch: a dict with the keys ['ids']",
+            "names (not asked): ['a scan'] (list)",
+            "flag (not asked): True (bool)",
+            "Known modalities: 'T1', 'rsfMRI', 'dMRI'",
+            "modalities=['T1']",
+        ],
+    )
+
+
+def test_a_trainer_like_self_is_no_batch() -> None:
+    """Its attributes would be found; the error says that nothing was."""
+
+    class Trainer:
+        modality = "T1"
+
+        def compute_loss(self, model: nn.Module, inputs: Any) -> Any:
+            return REAL
+
+    wrapped = brain().wrapper()(Trainer.compute_loss)
+    with pytest.raises(BatchMetadataError, match=r"model \(not asked\)"):
+        wrapped(Trainer(), Brain(), {"x": X})
+
+
+def test_wrong_arguments_raise_what_the_loss_function_would() -> None:
+    with pytest.raises(TypeError, match="inputs"):
+        brain().wrapper()(lambda model, inputs: REAL)(Brain(), modalities="T1")
+
+
+@pytest.mark.parametrize("names", [["PET"], "PET", [1], 5])
+def test_a_resolver_that_returns_no_modality(names: Any) -> None:
+    with pytest.raises(UnknownModalityError, match="`resolver` names"):
+        brain().wrapper(resolver=lambda batch: names).total(REAL, {})
+
+
+def test_a_resolver_that_returns_none() -> None:
+    with pytest.raises(BatchMetadataError, match=r"returned None.*empty list"):
+        brain().wrapper(resolver=lambda batch: None).total(REAL, {})
+
+
+@pytest.mark.parametrize("kind", [UnknownModalityError, BatchMetadataError, ParameterMapError])
+def test_every_error_is_ours_and_a_value_error(kind: type[Exception]) -> None:
+    assert issubclass(kind, ModalDummyError)
+    assert issubclass(kind, ValueError)
