@@ -1,0 +1,77 @@
+"""The documentation: snippets run, tables are true, links lead somewhere."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modaldummy import active_modalities
+from modaldummy.demo.scans import SOURCES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SNIPPETS = [
+    (page, match.group(1))
+    for page in PAGES
+    for match in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+]
+
+
+def relative(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[relative(page) for page, _ in SNIPPETS])
+def test_snippets_run(page: Path, code: str) -> None:
+    exec(compile(code, str(page), "exec"), {"__name__": "snippet"})
+
+
+def test_there_are_snippets() -> None:
+    """Otherwise the test above would pass on a page without any."""
+    pages = {relative(page) for page, _ in SNIPPETS}
+    assert {"README.md", "docs/index.md", "docs/explanation/when-not-to-use-it.md"} <= pages
+
+
+def metadata_rows() -> list[tuple[str, str]]:
+    page = (ROOT / "docs/reference/batch-metadata.md").read_text()
+    rows = re.findall(r"^\|[^|]+\| `(.+?)` \| ([\w, ]+) \|$", page, re.M)
+    assert len(rows) == 12
+    return rows
+
+
+@pytest.mark.parametrize(("example", "active"), metadata_rows())
+def test_the_metadata_table_is_true(example: str, active: str) -> None:
+    names: dict[str, Any] = {"torch": torch, "x": torch.ones(2), "y": torch.ones(2)}
+    batch = eval(example, names)
+    expected = () if active == "none" else tuple(active.split(", "))
+    assert active_modalities(batch, ["T1", "rsfMRI", "dMRI"]) == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_relative_links_exist(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", prose)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_every_page_can_be_reached_from_the_first() -> None:
+    first = ROOT / "docs/index.md"
+    linked = {
+        (first.parent / t).resolve() for t in re.findall(r"\]\(([^)]+\.md)\)", first.read_text())
+    }
+    assert set(ROOT.glob("docs/**/*.md")) == linked | {first}
+
+
+def test_sources_of_the_scans_are_the_ones_that_the_demo_writes() -> None:
+    assert (ROOT / "docs/reference/scans.md").read_text() == SOURCES
+
+
+def test_the_readme_shows_the_loop_as_python() -> None:
+    """The diff of the training loop, applied, is a loop that compiles."""
+    diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert diff is not None
+    added = [line[1:] for line in diff.group(1).splitlines() if not line.startswith("-")]
+    compile("\n".join(added), "README.md", "exec")
