@@ -36,3 +36,11 @@ def assert_same_bits(actual: Tensor | None, expected: Tensor | None, name: str) 
     assert actual.shape == expected.shape, name
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
     assert torch.equal(actual.contiguous().view(bits), expected.contiguous().view(bits)), name
+
+
+def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """All gradients; each parameter must have one."""
+    gradients = [parameter.grad for parameter in parameters.values()]
+    present = [gradient for gradient in gradients if gradient is not None]
+    assert len(present) == len(gradients) > 0
+    return present

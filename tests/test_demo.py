@@ -1,5 +1,6 @@
 """The demo: real scans, the promises it shows, the files it writes."""
 
+import functools
 import json
 import math
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from modaldummy import DummyLossWrapper
 from modaldummy.__main__ import main
 from modaldummy.demo.scans import MODALITIES, SOURCES, load_scans
 from modaldummy.demo.summary import largest_fraction, summarise
@@ -72,6 +74,7 @@ def test_without_the_dummy_the_inactive_miss_theirs(scans: dict[str, Tensor]) ->
         assert len(summary.missed) == summary.num_params
         assert summary.inactive == ()
     for one, other in zip(with_dummy.records, without.records, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         for name in MODALITIES:
             assert one[f"active/{name}"] == other[f"active/{name}"]
             assert other[f"active/{name}"] or other[f"grad_norm/{name}"] is None
@@ -127,6 +130,39 @@ def test_command_without_dummy_names_who_missed(
     assert "bound" not in shown
 
 
+def test_without_out_each_kind_of_run_has_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for extra in ([], ["--no-dummy"]):
+        assert main(["demo", "--steps", "2", "--modalities", "T1", "T1", *extra]) == 0
+    written = {path.parent.name for path in tmp_path.glob("*/demo.png")}
+    assert written == {"demo-output", "demo-output-no-dummy"}
+
+
+@pytest.mark.parametrize("broken", ["missing", "bound"])
+def test_the_exit_code_tells_when_a_promise_breaks(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once with a wrapper that connects nothing, once with one that knows no bound."""
+    options = {"scale": None} if broken == "missing" else {"scale": 1.0, "max_fraction": None}
+    monkeypatch.setattr(
+        "modaldummy.demo.training.DummyLossWrapper", functools.partial(DummyLossWrapper, **options)
+    )
+    assert main(["demo", "--steps", "3", "--out", str(tmp_path)]) == 1
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, before any training."""
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path / "file" / "sub")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Cannot write to")
+    assert "--out" in shown
+
+
 @pytest.mark.parametrize("package", ["nibabel", "dipy", "matplotlib", "rich"])
 def test_a_missing_package_is_one_sentence(
     package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -141,8 +177,10 @@ def test_a_missing_package_is_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--steps", "0"], "at least 1, got '0'"),
-        (["demo", "--steps", "many"], "at least 1, got 'many'"),
+        (["demo", "--steps", "0"], "at least 1 and below 2**63, got '0'"),
+        (["demo", "--steps", "many"], "got 'many'"),
+        (["demo", "--seed", "-1"], "at least 0"),
+        (["demo", "--seed", "99999999999999999999"], "below 2**63"),
         (["demo", "--modalities", "PET"], "'PET'"),
         ([], "COMMAND"),
         (["train"], "'train'"),

@@ -79,6 +79,19 @@ def test_meta_can_fail(read: Any) -> None:
         read(torch.ones((), device="meta"))
 
 
+def test_masks_of_a_mapping_are_read_at_once() -> None:
+    """However many masks say which modalities are there, the host waits once."""
+    masks = {name: torch.ones(2, dtype=torch.bool) for name in ("T1", "rsfMRI", "dMRI")}
+    wrapper = brain().wrapper()
+    with CountSyncs() as counter, patch.object(Tensor, "tolist", autospec=True) as tolist:
+        tolist.return_value = [True, False, True]
+        wrapper.total(torch.ones((), requires_grad=True) * 2, masks)
+    assert counter.seen == []
+    assert tolist.call_count == 1
+    assert wrapper.last is not None
+    assert wrapper.last.active == ("T1", "dMRI")
+
+
 def test_reading_the_report_waits_once() -> None:
     """Three numbers come over in one copy, and only when asked for."""
     wrapper = brain().wrapper()

@@ -18,6 +18,7 @@ from modaldummy import (
     ModalDummyError,
     ParameterMapError,
     UnknownModalityError,
+    active_modalities,
 )
 from tests.zoo import Brain, brain
 
@@ -55,12 +56,12 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "module without parameters": (
         lambda: DummyLossWrapper(nn.Sequential(nn.ReLU()), {"T1": "0"}),
         ParameterMapError,
-        ["'0' matches no"],
+        ["module '0' has no parameters", "leave it out"],
     ),
     "the same as a module": (
         lambda: DummyLossWrapper(model := nn.Sequential(nn.ReLU()), {"T1": model[0]}),
         ParameterMapError,
-        ["ReLU at '0'", "no parameters"],
+        ["ReLU at '0'", "no parameters", "leave it out"],
     ),
     "parameter of another model": (
         lambda: make(nn.Parameter(X)),
@@ -72,12 +73,20 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ParameterMapError,
         ["Linear that is not part of Brain", "submodules"],
     ),
-    "tensor": (lambda: make(X), ParameterMapError, ["must be a path", "(Tensor)"]),
+    "tensor": (lambda: make(X), ParameterMapError, ["must be a path", "a Tensor of shape [2, 3]"]),
     "number": (lambda: make(7), ParameterMapError, ["got 7 (int)"]),
     "bytes": (lambda: make(b"fusion"), ParameterMapError, ["(bytes)"]),
-    "dict as spec": (lambda: make({"fusion": 1}), ParameterMapError, ["(dict)"]),
+    "dict as spec": (
+        lambda: make({"fusion": 1}),
+        ParameterMapError,
+        ["a dict with the keys ['fusion']"],
+    ),
     "None as spec": (lambda: make([None]), ParameterMapError, ["got None"]),
-    "empty map": (lambda: make_map({}), ParameterMapError, ["non-empty mapping", "got {}"]),
+    "empty map": (
+        lambda: make_map({}),
+        ParameterMapError,
+        ["non-empty mapping", "a dict with the keys []"],
+    ),
     "list as map": (lambda: make_map(["T1"]), ParameterMapError, ["got ['T1']"]),
     "number as key": (lambda: make_map({1: "fusion"}), ParameterMapError, ["Keys", "got 1"]),
     "empty key": (lambda: make_map({"": "fusion"}), ParameterMapError, ["got ''"]),
@@ -88,23 +97,49 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ParameterMapError,
         ["different names", "('T1', 'T1')"],
     ),
+    "the same modalities twice": (
+        lambda: make_map({("T1", "dMRI"): "fusion", ("dMRI", "T1"): "trunk"}),
+        ParameterMapError,
+        ["('T1', 'dMRI')", "('dMRI', 'T1')", "same modalities"],
+    ),
+    "a name and its 1-tuple": (
+        lambda: make_map({"T1": "fusion", ("T1",): "trunk"}),
+        ParameterMapError,
+        ["same modalities"],
+    ),
     "no module as model": (
-        lambda: DummyLossWrapper({"fusion": X}, {"T1": "fusion"}),  # type: ignore[arg-type]
+        lambda: DummyLossWrapper([X] * 1000, {"T1": "fusion"}),  # type: ignore[arg-type]
         TypeError,
-        ["`model` must be a torch.nn.Module"],
+        ["`model` must be a torch.nn.Module", "(list)"],
     ),
     "negative scale": (lambda: make(T1, scale=-1e-7), ValueError, ["`scale`", "got -1e-07"]),
     "NaN scale": (lambda: make(T1, scale=math.nan), ValueError, ["`scale`", "got nan"]),
     "infinite scale": (lambda: make(T1, scale=math.inf), ValueError, ["`scale`", "got inf"]),
+    "scale beyond floats": (lambda: make(T1, scale=10**400), ValueError, ["`scale`", "(int)"]),
+    "gradient_only": (
+        lambda: make(T1, gradient_only="no"),
+        TypeError,
+        ["`gradient_only` must be a bool", "'no'"],
+    ),
     "bool scale": (lambda: make(T1, scale=True), ValueError, ["`scale`", "got True (bool)"]),
-    "string scale": (lambda: make(T1, scale="1e-7"), ValueError, ["`scale`", "'1e-7' (str)"]),
+    "string scale": (lambda: make(T1, scale="1e-7"), ValueError, ["`scale`", "got '1e-7'"]),
     "tensor scale": (lambda: make(T1, scale=REAL), ValueError, ["`scale`", "Tensor of shape []"]),
     "negative fraction": (lambda: make(T1, max_fraction=-1), ValueError, ["`max_fraction`", "-1"]),
-    "resolver": (lambda: make(T1, resolver="T1"), TypeError, ["`resolver`", "'T1' (str)"]),
+    "resolver": (lambda: make(T1, resolver="T1"), TypeError, ["`resolver`", "got 'T1'"]),
     "modality asked for": (
         lambda: brain().wrapper().named_parameters("rsfmri"),
         UnknownModalityError,
         ["'rsfmri'", "did you mean 'rsfMRI'?", "'T1', 'rsfMRI', 'dMRI'"],
+    ),
+    "number asked for": (
+        lambda: brain().wrapper().named_parameters(5),  # type: ignore[arg-type]
+        UnknownModalityError,
+        ["5 (int)"],
+    ),
+    "list asked for": (
+        lambda: brain().wrapper().named_parameters(["T1"]),  # type: ignore[arg-type]
+        UnknownModalityError,
+        ["['T1'] (list)"],
     ),
     "tuple key asked for": (
         lambda: brain().wrapper().named_parameters(("T1", "PET")),
@@ -156,13 +191,23 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "nothing recognised": (
         {"input_ids": X, "labels": X},
         BatchMetadataError,
-        ["'input_ids'", "modalities=['T1']", "batch['modalities']", "resolver="],
+        ["'input_ids'", "modalities=['T1']", "batch['modalities'] = ['T1']", "resolver="],
+    ),
+    "typo in a key": ({"T_1": X}, BatchMetadataError, ["Did you mean 'T1' by 'T_1'?"]),
+    "typo in an explicit key": (
+        {"modalties": ["T1"]},
+        BatchMetadataError,
+        ["Did you mean 'modalities' by 'modalties'?"],
     ),
     "missing modalities": ({"missing": ["T1"]}, BatchMetadataError, ["does not say", "'missing'"]),
     "None": (None, BatchMetadataError, ["None (NoneType)"]),
     "object": (Sample(X), BatchMetadataError, ["does not say", "Sample"]),
     "class": (dict, BatchMetadataError, ["does not say"]),
-    "generator": ((name for name in ["T1"]), BatchMetadataError, ["generator"]),
+    "generator": (
+        (name for name in ["T1"]),
+        BatchMetadataError,
+        ["generator", "use it up; pass a list"],
+    ),
     "float tensor": (X, BatchMetadataError, ["shape [2, 3] and dtype torch.float32", "[B, 3]"]),
     "2-d integers": (torch.zeros(2, 3, dtype=torch.int64), BatchMetadataError, ["int64"]),
     "0-d integer": (torch.tensor(1), BatchMetadataError, ["shape []"]),
@@ -178,16 +223,21 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "index too small": (np.array([-2]), BatchMetadataError, ["index -2", "-1 for none"]),
     "list of numbers": ([0, 1], BatchMetadataError, ["does not say", "[0, 1]"]),
     "bools and numbers": ({"modality": [True, 2]}, BatchMetadataError, ["['modality'][0]"]),
+    "list of integers under an explicit key": (
+        {"modality": [0, 1, 1]},
+        BatchMetadataError,
+        ["['modality'][0]", "0 (int)", "flags or indexes", "integer array"],
+    ),
     "index under an explicit key": ({"modality": 1}, BatchMetadataError, ["1 (int)"]),
     "batch with its targets": (
         ({"modality": "T1"}, X),
         BatchMetadataError,
-        ["`batch`[1]", "shape [2, 3]", "Pass only the part"],
+        ["`batch`[1]", "shape [2, 3]", "(inputs, targets), pass the item"],
     ),
     "sample without metadata": (
         [{"modality": "T1"}, {"x": X}],
         BatchMetadataError,
-        ["`batch`[1]", "unlike the items before it", "empty list"],
+        ["`batch`[1]", "keys ['x']", "empty list"],
     ),
     "None among samples": ([["T1"], None], BatchMetadataError, ["`batch`[1]", "None"]),
     "contradiction": (
@@ -195,8 +245,8 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         BatchMetadataError,
         ["contradictory", "'pixels': ('T1',)", "'mask': ('T1', 'dMRI')"],
     ),
-    "too deep": (_nested(40), BatchMetadataError, ["more than 16 levels"]),
-    "endless": (_endless(), BatchMetadataError, ["more than 16 levels"]),
+    "too deep": (_nested(40), BatchMetadataError, ["more than 16 levels", "pass a list of names"]),
+    "endless": (_endless(), BatchMetadataError, ["more than 16 levels", "pass a list of names"]),
 }
 
 
@@ -222,6 +272,7 @@ RESULTS: dict[str, tuple[Any, list[str]]] = {
 
 
 def assert_says(error: pytest.ExceptionInfo[Exception], parts: list[str]) -> None:
+    assert len(str(error.value)) < 1000, "the value is not shortened"
     for part in parts:
         assert part in str(error.value), f"{part!r} is not in {error.value}"
 
@@ -331,3 +382,20 @@ def test_a_resolver_that_returns_none() -> None:
 def test_every_error_is_ours_and_a_value_error(kind: type[Exception]) -> None:
     assert issubclass(kind, ModalDummyError)
     assert issubclass(kind, ValueError)
+
+
+def test_a_string_is_no_sequence_of_modalities() -> None:
+    """It would be read letter by letter."""
+    with pytest.raises(TypeError, match="sequence of names, got 'T1'"):
+        active_modalities("T1", "T1")
+
+
+def test_followed_advice_works() -> None:
+    """Each of the ways out that the message names, with the name that it gives."""
+    wrapper = DummyLossWrapper(Brain(), {"audio": T1, "video": "fusion"})
+    for advice in ({"modalities": ["audio"]}, ["audio"]):
+        wrapper.total(REAL, advice)
+    wrapper(lambda x: REAL)(X, modalities=["audio"])
+    with pytest.raises(BatchMetadataError) as error:
+        wrapper.total(REAL, {"x": X})
+    assert_says(error, ["batch['modalities'] = ['audio']", "modalities=['audio']", "`['audio']`"])

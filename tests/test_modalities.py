@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 from modaldummy import DummyLossWrapper, ParameterMapError
 from modaldummy._paths import strip_wrappers
-from tests.zoo import Brain, brain
+from tests.zoo import ZOO, Brain, brain
 
 T1 = "vision_tower.T1_patch_embed"
 BOTH = {f"{T1}.weight", f"{T1}.bias"}
@@ -70,6 +70,49 @@ def test_named_parameters_keep_frozen_ones_and_map_order() -> None:
     assert list(wrapper.named_parameters("T1")) == [f"{T1}.weight", f"{T1}.bias"]
     assert list(wrapper.named_parameters(("T1", "dMRI"))) == ["fusion.weight", "fusion.bias"]
     assert wrapper.modalities == ("T1", "rsfMRI", "dMRI")
+
+
+def test_named_parameters_take_a_tuple_in_any_order() -> None:
+    wrapper = brain().wrapper()
+    assert list(wrapper.named_parameters(("dMRI", "T1"))) == ["fusion.weight", "fusion.bias"]
+    assert wrapper.named_parameters(("T1", "rsfMRI")) == {}
+
+
+def test_a_tied_parameter_goes_by_its_first_name() -> None:
+    """The one that `model.named_parameters()` gives it."""
+    case = ZOO["tied-within"]()
+    names = set(case.wrapper().named_parameters("a"))
+    assert names == {"a.0.weight", "a.0.bias"}
+    assert names < set(dict(case.model.named_parameters()))
+    by_list = DummyLossWrapper(case.model, {"a": ["a.1", "a.0"], "b": "b"})
+    assert len(by_list.named_parameters("a")) == 2
+
+
+def test_parameters_that_only_look_like_weight_norm_are_no_match() -> None:
+    """`T1_g` and `T1_v` stand for a parameter `T1` only where something computes it from them."""
+    model = nn.ParameterDict({"T1_g": torch.ones(1), "T1_v": torch.ones(1), "dMRI": torch.ones(1)})
+    with pytest.raises(ParameterMapError):
+        DummyLossWrapper(model, {"T1": "T1"})
+
+
+def test_a_submodule_with_the_name_of_a_wrapper_does_not_add_up() -> None:
+    """What is directly there wins over what is one wrapper further down."""
+    model = nn.ModuleDict({"enc": nn.ModuleDict({"b": nn.Linear(1, 1)})})
+    model["enc"].add_module("module", nn.ModuleDict({"b": nn.Linear(2, 2), "c": nn.Linear(3, 3)}))
+    wrapper = DummyLossWrapper(model, {"near": "enc.b", "far": "enc.module.b", "skip": "enc.c"})
+    assert list(wrapper.named_parameters("near")) == ["enc.b.weight", "enc.b.bias"]
+    assert list(wrapper.named_parameters("far")) == ["enc.module.b.weight", "enc.module.b.bias"]
+    assert list(wrapper.named_parameters("skip")) == ["enc.module.c.weight", "enc.module.c.bias"]
+
+
+def test_a_module_inside_a_wrapper_is_found_after_unwrapping() -> None:
+    model = Brain()
+    _wrap_child(model)
+    wrapped = model.vision_tower["T1_patch_embed"]
+    inner = wrapped.get_submodule("_checkpoint_wrapped_module")
+    wrapper = DummyLossWrapper(model, {"T1": inner})
+    model.vision_tower["T1_patch_embed"] = inner
+    assert set(wrapper.named_parameters("T1")) == BOTH
 
 
 def test_a_modality_may_live_in_tuple_keys_alone() -> None:

@@ -100,6 +100,31 @@ def test_value_and_gradient_agree_with_the_naive_line(
         assert torch.equal(parameter.grad, torch.full_like(parameter, scale)), name
 
 
+# Torch warns of every gradient that accumulates in an empty tensor whose strides hold a zero.
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
+@given(data=st.data(), case=cases(), scale=st.sampled_from([1e-7, 0.25]))
+def test_accumulated_gradients_are_the_sum_of_their_steps(
+    data: st.DataObject, case: Case, scale: float
+) -> None:
+    """Several backward passes with changing active sets: no gradient leaks into another."""
+    steps = data.draw(st.lists(active_sets(case), min_size=2, max_size=3))
+    start = copy.deepcopy(case)
+    expected: dict[str, torch.Tensor] = {}
+    for active in steps:
+        alone = copy.deepcopy(start)
+        for stage in (case, alone):
+            total = stage.wrapper(scale).total(stage.real(active), active)
+            if total.requires_grad:
+                total.backward()
+        for name, parameter in alone.model.named_parameters():
+            if parameter.grad is not None:
+                earlier = expected.get(name)
+                gradient = parameter.grad
+                expected[name] = gradient if earlier is None else earlier + gradient
+    for name, parameter in case.model.named_parameters():
+        assert_same_bits(parameter.grad, expected.get(name), name)
+
+
 @pytest.mark.parametrize("make", ZOO.values(), ids=ZOO.keys())
 @pytest.mark.parametrize("divisor", [1, 4096])
 def test_the_promises_hold_in_the_zoo(make: object, divisor: int) -> None:

@@ -84,7 +84,7 @@ def test_cap(real: float, expected: float, sign: int) -> None:
     """The value is clipped to its fraction of the loss; the gradient does not notice."""
     parameter = nn.Parameter(sign * torch.ones(1000))
     result = term(parameter, real=real)
-    assert result.value.item() == pytest.approx(sign * expected, rel=1e-6)
+    assert result.value.item() == pytest.approx(sign * expected, rel=1e-6, abs=0)
     assert result.uncapped.item() == pytest.approx(sign * 1e-4, rel=1e-6)
     result.connected.backward()
     assert_same_bits(parameter.grad, torch.full((1000,), 1e-7), "straight-through")
@@ -95,12 +95,23 @@ def test_cap(real: float, expected: float, sign: int) -> None:
 def test_the_largest_finite_loss_stays_finite(
     dtype: torch.dtype, max_fraction: float | None
 ) -> None:
-    """Neither the largest loss nor the largest sum carries a finite loss over the edge."""
-    huge = nn.Parameter(torch.full((4,), 1e37))
-    for real in (torch.finfo(dtype).max, 0.999 * torch.finfo(dtype).max, 1.0):
+    """Whatever the loss, the largest sum does not carry it over the edge."""
+    info = torch.finfo(dtype)
+    widest = torch.float64 if dtype == torch.float64 else torch.float32
+    huge = nn.Parameter(torch.tensor(torch.finfo(widest).max, dtype=torch.float64))
+    near = [info.max * (1 - factor * info.eps) for factor in (0, 1, 2, 3, 10)]
+    for real in [*near, 0.999 * info.max, info.eps * 1.5 * info.max, *map(float, range(200))]:
         loss = torch.tensor(real, dtype=dtype)
-        result = dummy_term([huge], 1.0, real=loss, max_fraction=max_fraction)
-        assert (loss + result.connected.to(dtype)).isfinite(), real
+        spread = torch.tensor([real, 0.0, -real, 0.0], dtype=dtype)
+        for losses in (loss, -loss, spread):
+            for scale in (1.0, -1.0):
+                params = [nn.Parameter(huge.detach() * scale)]
+                result = dummy_term(params, 1.0, real=losses, max_fraction=max_fraction)
+                assert (losses + result.connected.to(dtype)).isfinite().all(), real
+
+
+def test_an_empty_loss_has_no_peak() -> None:
+    assert term(ones(2), real=torch.ones(0)).value.item() == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -155,6 +166,16 @@ def test_an_upstream_of_zero_gives_zero() -> None:
         parameter = ones(2)
         connect(torch.zeros(()), 1e-7, [parameter]).backward(torch.tensor(upstream))
         assert_same_bits(parameter.grad, torch.full((2,), expected), str(upstream))
+
+
+def test_no_two_parameters_share_a_gradient() -> None:
+    """Autograd keeps a gradient of one element as it is handed over; a second one adds to it."""
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((), (), (1,), (1,), (1, 1), (2,), (2,))]
+    for _ in range(2):
+        term(*params, scale=0.25).connected.backward()
+    gradients = [p.grad for p in params if p.grad is not None]
+    assert all((gradient == 0.5).all() for gradient in gradients)
+    assert len({g.untyped_storage().data_ptr() for g in gradients}) == len(params)
 
 
 def test_scale_zero_gives_exact_zeros_and_none_gives_nothing() -> None:

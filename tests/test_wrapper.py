@@ -1,22 +1,18 @@
 """The wrapper: decorated losses, the explicit form, and what it reports."""
 
 import copy
-import functools
-import inspect
 import json
 import math
-from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from modaldummy import BatchMetadataError, DummyLossWrapper, UnknownModalityError
-from tests.asserts import assert_same_bits
-from tests.zoo import Brain, Case, brain
+from modaldummy import DummyLossWrapper
+from tests.asserts import assert_same_bits, gradients_of
+from tests.zoo import Brain, brain
 
 T1_BATCH = {"T1": torch.ones(2, 3), "dMRI": None}
 REAL = torch.tensor(2.0)
@@ -25,13 +21,6 @@ NUM_INACTIVE = 6  # weight and bias of rsfMRI, dMRI and of the fusion that dMRI 
 
 def real_loss() -> Tensor:
     return torch.tensor(2.0, requires_grad=True) * 1
-
-
-def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
-    gradients = [parameter.grad for parameter in parameters.values()]
-    present = [gradient for gradient in gradients if gradient is not None]
-    assert len(present) == len(gradients) > 0
-    return present
 
 
 def test_a_training_loop_reaches_every_parameter() -> None:
@@ -51,181 +40,6 @@ def test_a_training_loop_reaches_every_parameter() -> None:
         assert not missing, names
 
 
-# --- what is wrapped -------------------------------------------------------------------------
-
-
-def plain(output: Tensor, batch: dict[str, Any]) -> Tensor:
-    return output * 1
-
-
-def keyword_only(output: Tensor, *, batch: dict[str, Any]) -> Tensor:
-    return output * 1
-
-
-def splatted(output: Tensor, **batch: Any) -> Tensor:
-    assert "modalities" not in batch
-    return output * 1
-
-
-def variadic(*things: Any) -> Tensor:
-    loss: Tensor = things[0]
-    return loss * 1
-
-
-def named_modality(output: Tensor, modality: Any) -> Tensor:
-    return output * 1
-
-
-def named_modalities(output: Tensor, modalities: Any = None) -> Tensor:
-    assert modalities == ["T1"]
-    return output * 1
-
-
-class Criterion(nn.Module):
-    def forward(self, output: Tensor, batch: dict[str, Any]) -> Tensor:
-        return output * 1
-
-
-def calls(wrapper: DummyLossWrapper, out: Tensor) -> dict[str, Tensor]:
-    """One call for each way in which a loss function can meet its metadata; all mean T1."""
-    captions, labels = ["a scan", "another"], [0, 1, 2]
-    decoy = {"logits": out}
-    return {
-        "second argument": wrapper(plain)(out, T1_BATCH),
-        "keyword argument": wrapper(plain)(output=out, batch=T1_BATCH),
-        "keyword-only": wrapper(keyword_only)(out, batch=T1_BATCH),
-        "splatted batch": wrapper(splatted)(out, **T1_BATCH),
-        "splatted batch with explicit key": wrapper(splatted)(out, x=1, modality="T1"),
-        "batch among keywords": wrapper(splatted)(out, inputs=[{"modality": "T1"}]),
-        "after other arguments": wrapper(variadic)(
-            out, None, captions, labels, decoy, "T1", T1_BATCH
-        ),
-        "first that can be read": wrapper(variadic)(out, T1_BATCH, {"modality": "dMRI"}),
-        "keyword modalities": wrapper(plain)(out, {"dMRI": 1}, modalities=["T1"]),
-        "keyword modalities as mask": wrapper(plain)(out, {}, modalities=[True, False, False]),
-        "keyword of a function with **kwargs": wrapper(splatted)(out, modalities="T1"),
-        "keyword None is not given": wrapper(plain)(out, T1_BATCH, modalities=None),
-        "parameter modality": wrapper(named_modality)(out, "T1"),
-        "parameter modality as index": wrapper(named_modality)(out, torch.tensor([0, 0])),
-        "parameter modalities": wrapper(named_modalities)(out, ["T1"]),
-        "parameter modalities by keyword": wrapper(named_modalities)(out, modalities=["T1"]),
-        "module": wrapper(Criterion())(out, T1_BATCH),
-        "partial": wrapper(functools.partial(plain, batch=T1_BATCH))(out, modalities="T1"),
-        "builtin without signature": wrapper(torch.dist)(out, out.detach(), modalities="T1"),
-    }
-
-
-@pytest.mark.parametrize("name", calls(brain().wrapper(), REAL))
-def test_every_way_to_call_a_wrapped_loss(name: str) -> None:
-    case = brain()
-    wrapper = case.wrapper()
-    out = real_loss()
-    total = calls(wrapper, out)[name]
-    total.backward()
-    assert len(gradients_of(case.inactive({"T1"}))) == NUM_INACTIVE
-
-
-class Trainer:
-    """Looks like a batch: it has attributes `modality` and `modalities`."""
-
-    modality = "dMRI"
-    modalities = ("dMRI", "rsfMRI")
-
-    def __init__(self, wrapper: DummyLossWrapper) -> None:
-        self.bound = wrapper(self.compute_loss)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], scale: float = 1.0) -> Tensor:
-        return torch.tensor(2.0, requires_grad=True) * scale
-
-
-def test_a_method_is_not_asked_about_self() -> None:
-    """Neither as a decorated function of the class nor bound; nor is the model asked."""
-    case = brain()
-    wrapper = case.wrapper()
-    trainer = Trainer(wrapper)
-    decorated = wrapper(Trainer.compute_loss)
-    for call in (functools.partial(decorated, trainer), trainer.bound):
-        call(case.model, T1_BATCH)
-        assert wrapper.last is not None
-        assert wrapper.last.active == ("T1",)
-
-
-def test_a_wrapped_function_looks_like_the_original() -> None:
-    wrapped = brain().wrapper()(plain)
-    assert wrapped.__name__ == "plain"
-    assert inspect.signature(wrapped) == inspect.signature(plain)
-    assert "_modules" not in vars(brain().wrapper()(Criterion()))
-
-
-def test_the_batch_is_read_before_the_loss_function_runs() -> None:
-    """HF models pop entries from the batch while they compute the loss."""
-    wrapper = brain().wrapper()
-
-    @wrapper
-    def loss(batch: dict[str, Any]) -> Tensor:
-        batch.clear()
-        return real_loss()
-
-    loss(dict(T1_BATCH))
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-
-
-def test_an_unknown_name_under_an_explicit_key_raises_at_once() -> None:
-    """Even if a later argument could be read."""
-    wrapper = brain().wrapper()
-    with pytest.raises(UnknownModalityError, match=r"'t1'.*did you mean 'T1'"):
-        wrapper(variadic)(REAL, {"modality": "t1"}, T1_BATCH)
-
-
-# --- resolver --------------------------------------------------------------------------------
-
-
-def test_resolver_replaces_the_default_reader() -> None:
-    """It is asked about each argument that could be a batch, until it can read one."""
-    asked = []
-
-    def resolver(batch: Any) -> Any:
-        asked.append(batch)
-        return (name for name in batch["scans"])
-
-    wrapper = brain().wrapper(resolver=resolver)
-    decoy, batch = {"T1": 1}, {"scans": ["T1"]}
-    wrapper(variadic)(REAL, decoy, batch)
-    assert asked == [decoy, batch]
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-    wrapper.total(REAL, batch)
-    assert wrapper.last.active == ("T1",)
-
-
-def test_resolver_may_return_a_bare_name() -> None:
-    wrapper = brain().wrapper(resolver=lambda batch: batch)
-    wrapper.total(REAL, "rsfMRI")
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("rsfMRI",)
-
-
-def test_the_keyword_beats_the_resolver() -> None:
-    wrapper = brain().wrapper(resolver=lambda batch: ["dMRI"])
-    wrapper(plain)(REAL, T1_BATCH, modalities=["T1"])
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-
-
-def test_a_bug_in_a_resolver_is_not_swallowed() -> None:
-    """In `total` as it is; in a call, where other arguments are tried, in the message."""
-
-    def resolver(batch: Any) -> Any:
-        raise KeyError("scans")
-
-    wrapper = brain().wrapper(resolver=resolver)
-    with pytest.raises(KeyError, match="scans"):
-        wrapper.total(REAL, T1_BATCH)
-    with pytest.raises(BatchMetadataError, match="raised KeyError: 'scans'"):
-        wrapper(plain)(REAL, T1_BATCH)
-
-
 # --- without gradient mode, with nothing to do -----------------------------------------------
 
 
@@ -237,9 +51,15 @@ def test_evaluation_is_left_alone(mode: Any) -> None:
     last = wrapper.last
     with mode():
         assert wrapper.total(REAL, object()) is REAL
-        assert wrapper(variadic)(REAL, modalities="nonsense") == 2
+        assert wrapper(torch.nn.Identity())(REAL, modalities="nonsense") is REAL
         assert wrapper.dummy(object()).item() == 0
     assert wrapper.last is last
+
+
+def test_with_nothing_inactive_a_wrapped_loss_returns_what_it_got() -> None:
+    """The very container, so that not even a shallow copy is made."""
+    result = {"loss": REAL, "logits": REAL}
+    assert brain().wrapper()(lambda batch: result)(["T1", "rsfMRI", "dMRI"]) is result
 
 
 def test_inactive_modalities_that_are_frozen_leave_the_loss_alone() -> None:
@@ -286,10 +106,14 @@ def test_an_integer_loss_becomes_floating() -> None:
 def test_gradient_only_leaves_the_value_bit_for_bit() -> None:
     """The gradients are those of the ordinary form."""
     case = brain()
-    real = torch.tensor(-0.0, requires_grad=True) * 1
-    total = case.wrapper(0.5, gradient_only=True).total(real, "T1")
-    assert_same_bits(total.detach(), real.detach(), "value")
-    total.backward()
+    wrapper = case.wrapper(0.5, gradient_only=True)
+    for value in (2.0, -0.0):
+        case.model.zero_grad()
+        real = torch.tensor(value, requires_grad=True) * 1
+        total = wrapper.total(real, "T1")
+        assert_same_bits(total.detach(), real.detach(), "value")
+        assert wrapper.dummy("T1").item() == 0
+        total.backward()
     assert all((gradient == 0.5).all() for gradient in gradients_of(case.inactive({"T1"})))
 
 
@@ -348,6 +172,17 @@ def test_the_total_may_be_changed_in_place() -> None:
     gradient = case.model.get_parameter("fusion.bias").grad
     assert gradient is not None
     assert_same_bits(gradient, torch.full((4,), 1e-7) * 3, "scaled")
+
+
+def test_the_dummy_may_be_changed_in_place() -> None:
+    """It shares no memory with the report."""
+    wrapper = brain().wrapper(1.0)
+    dummy = wrapper.dummy("T1")
+    before = dummy.item()
+    dummy *= 3
+    assert wrapper.last is not None
+    assert before != 0
+    assert wrapper.last.dummy == wrapper.last.uncapped == before
 
 
 def test_accumulation_adds_up() -> None:
@@ -440,11 +275,3 @@ def test_a_copy_of_the_wrapper_has_its_own_model() -> None:
     twin = copy.deepcopy(case.wrapper())
     twin.total(real_loss(), "T1").backward()
     assert all(p.grad is None for p in case.model.parameters())
-
-
-def test_metadata_in_an_object() -> None:
-    case: Case = brain()
-    wrapper = case.wrapper()
-    wrapper(variadic)(REAL, SimpleNamespace(modalities=["rsfMRI"], x=REAL))
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("rsfMRI",)

@@ -141,7 +141,9 @@ def mixed_dtypes() -> Case:
 
 def scalars_and_empties() -> Case:
     a = _holder(scalar=nn.Parameter(torch.tensor(2.0)), empty=nn.Parameter(torch.empty(0, 3)))
-    return _pair(a, nn.Linear(2, 2))
+    return _pair(
+        a, _holder(scalar=nn.Parameter(torch.tensor(3.0)), one=nn.Parameter(torch.ones(1)))
+    )
 
 
 def strided() -> Case:

@@ -24,27 +24,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m modaldummy", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="train a three-modality model on real scans",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    demo = commands.add_parser("demo", help="train a three-modality model on real scans")
+    demo.add_argument("--steps", type=_count, default=200, help="training steps (default: 200)")
+    demo.add_argument(
+        "--seed", type=_seed, default=0, help="of weights, batches, masks (default: 0)"
     )
-    demo.add_argument("--steps", type=_positive, default=200, help="training steps")
-    demo.add_argument("--seed", type=int, default=0, help="seed of weights, batches and masks")
-    demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
+    demo.add_argument("--no-dummy", action="store_true", help="train without the wrapper")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write to (default: demo-output, or demo-output-no-dummy)",
+    )
     demo.add_argument(
         "--modalities",
         nargs="+",
         choices=("T1", "rsfMRI", "dMRI"),
         help="modalities that batches hold; the model always has all three (default: all)",
     )
-    demo.add_argument("--no-dummy", action="store_true", help="train without the wrapper")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+def _count(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2**63:
+        expected = f"a whole number of at least {least} and below 2**63"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return int(text)
 
 

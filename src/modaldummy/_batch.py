@@ -1,37 +1,32 @@
 """Which modalities a batch holds, read from whatever form its metadata comes in."""
 
 import dataclasses
-import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modaldummy._errors import BatchMetadataError, unknown_modality
+from modaldummy._errors import BatchMetadataError, close_match, describe, unknown_modality
 
 EXPLICIT_KEYS = ("active_modalities", "modalities", "modality")
 
-_MAX_NESTING = 16
-FIXES = (
-    "Either name them in the call, `modalities=['T1']`, or put them into the batch, "
-    "`batch['modalities'] = ['T1']`; a batch in another form needs "
-    "`DummyLossWrapper(..., resolver=...)`."
-)
+MAX_NESTING = 16
 
 
 def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
     """Read from a batch which of the known modalities it holds.
 
-    Understood, in this order: a name; an iterable of names, nested per sample; a mapping,
+    Understood, in this order: a name; a collection of names, nested per sample; a mapping,
     dataclass, named tuple or object that holds any of these forms under `active_modalities`,
     `modalities` or `modality`; a mapping keyed by modality, where None, False, all-False and empty
     values mean inactive; such a mapping one level down; a list of samples, each in one of these
     forms; a bool array `[M]` or `[B, M]` in the order of `modalities`; an integer array `[B]` of
     indexes into `modalities`, -1 for none. Arrays may be numpy's or torch's. An explicitly empty
-    form means that nothing is active. A key such as `missing_modalities` is never read.
+    form means that nothing is active. A key such as `missing_modalities` is never read, and an
+    iterator is refused, since reading would use it up.
 
         >>> active_modalities({"modality": ["T1", "T1", "dMRI"]}, ["T1", "rsfMRI", "dMRI"])
         ('T1', 'dMRI')
@@ -48,37 +43,15 @@ def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UnknownModalityError: The batch names a modality that is not in `modalities`.
         BatchMetadataError: Nothing recognised, or a form that leaves room for two readings.
+        TypeError: `modalities` is a string.
 
     Note:
-        A mask on an accelerator is copied to the host, which waits for the device once.
+        Masks on an accelerator are copied to the host, which waits for the device.
     """
+    if isinstance(modalities, str):
+        raise TypeError(f"`modalities` must be a sequence of names, got {modalities!r}.")
     reader = Reader(modalities)
     return reader.in_map_order(reader.read(batch, "`batch`"))
-
-
-def may_hold_metadata(argument: object, modalities: Sequence[str]) -> bool:
-    """Whether an argument of a loss function is worth asking for the modalities of its batch.
-
-    Tensors, arrays, numbers, strings, modules, callables and empty containers never are, nor are
-    lists of strings (captions, file names) that hold no modality at all.
-    """
-    if argument is None or callable(argument):
-        return False
-    if isinstance(argument, (Tensor, np.ndarray, Number, np.generic, str, bytes, nn.Module)):
-        return False
-    if isinstance(argument, Sized) and len(argument) == 0:
-        return False
-    strings = set(_strings(argument)) if _is_plain_collection(argument) else set()
-    return not strings or not strings.isdisjoint(modalities)
-
-
-def describe(value: object) -> str:
-    """Short description of a value for an error message; large data are never printed."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f"a {type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {reprlib.repr(list(value))}"
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 class Reader:
@@ -95,10 +68,21 @@ class Reader:
         found = self.probe(value, where, explicit=explicit, depth=depth)
         if found is None:
             raise BatchMetadataError(
-                f"{where} does not say which modalities it holds: {describe(value)}. "
-                f"Known modalities: {', '.join(map(repr, self.modalities))}. {FIXES}"
+                f"{where} does not say which modalities it holds: {describe(value)}."
+                f"{self._hint(value)} {self.fixes()}"
             )
         return found
+
+    def fixes(self) -> str:
+        """What to do about a batch that cannot be read."""
+        first = self.modalities[0]
+        return (
+            f"Known modalities: {', '.join(map(repr, self.modalities))}. Put the active ones into "
+            f"the batch, `batch['modalities'] = [{first!r}]`, or name them yourself: "
+            f"`modalities=[{first!r}]` in a call of a wrapped loss function, `[{first!r}]` in "
+            "place of the batch elsewhere. A batch in another form needs "
+            "`DummyLossWrapper(..., resolver=...)`."
+        )
 
     def probe(
         self, value: Any, where: str, *, explicit: bool = False, depth: int = 0
@@ -108,8 +92,10 @@ class Reader:
         `explicit` says that `value` stands where only metadata can stand, so that lists of numbers
         are masks or indexes, and every key of a mapping must be a modality.
         """
-        if depth > _MAX_NESTING:
-            raise BatchMetadataError(f"{where} is nested more than {_MAX_NESTING} levels deep.")
+        if depth > MAX_NESTING:
+            raise BatchMetadataError(
+                f"{where} is nested more than {MAX_NESTING} levels deep; pass a list of names."
+            )
         if isinstance(value, str):
             return {self.known(value, where)}
         if isinstance(value, (Tensor, np.ndarray)):
@@ -119,7 +105,7 @@ class Reader:
                 names = [self.known(key, where) for key in mapping]
                 return self._present(mapping, names, where)
             return self._read_mapping(mapping, where, depth)
-        if _is_plain_collection(value):
+        if is_plain_collection(value):
             return self._read_collection(list(value), where, explicit, depth)
         for key in EXPLICIT_KEYS:
             attribute = getattr(value, key, None)
@@ -132,6 +118,17 @@ class Reader:
         if isinstance(name, str) and name in self.modalities:
             return str(name)
         raise unknown_modality(name, self.modalities, where)
+
+    def _hint(self, value: Any) -> str:
+        """What may have gone wrong with a `value` that holds no metadata."""
+        if isinstance(value, Iterator):
+            return " Reading an iterator would use it up; pass a list."
+        for key in _as_mapping(value) or ():
+            if isinstance(key, str) and (
+                match := close_match(key, EXPLICIT_KEYS + self.modalities)
+            ):
+                return f" Did you mean {match!r} by {key!r}?"
+        return ""
 
     def _read_mapping(self, mapping: Mapping[Any, Any], where: str, depth: int) -> set[str] | None:
         found = self._read_level(mapping, where, depth)
@@ -163,25 +160,32 @@ class Reader:
         return self._present(mapping, names, where) if names else None
 
     def _present(self, mapping: Mapping[Any, Any], names: list[str], where: str) -> set[str]:
-        return {name for name in names if _is_present(mapping[name], f"{where}[{name!r}]")}
+        flags = {name: _is_present(mapping[name], f"{where}[{name!r}]") for name in names}
+        masks = {name: flag for name, flag in flags.items() if isinstance(flag, Tensor)}
+        if masks:
+            device = next(iter(masks.values())).device
+            read = torch.stack([flag.to(device) for flag in masks.values()]).tolist()
+            flags |= dict(zip(masks, read, strict=True))
+        return {name for name, flag in flags.items() if flag}
 
     def _read_collection(
         self, items: list[Any], where: str, explicit: bool, depth: int
     ) -> set[str] | None:
-        if explicit and items and (_all(items, bool, np.bool_) or _all(items, int, np.integer)):
+        if explicit and items and all(isinstance(item, (bool, np.bool_)) for item in items):
             return self._read_array(np.asarray(items), where)
         found: set[str] = set()
         for index, item in enumerate(items):
             at = f"{where}[{index}]"
-            is_data = isinstance(item, (Tensor, np.ndarray)) and not _is_mask(item)
-            names = None if is_data else self.probe(item, at, explicit=explicit, depth=depth + 1)
+            numbers = isinstance(item, (Tensor, np.ndarray)) and not _is_mask(item)
+            names = None if numbers else self.probe(item, at, explicit=explicit, depth=depth + 1)
             if names is None:
                 if index == 0 and not explicit:
                     return None
                 raise BatchMetadataError(
-                    f"{at} does not say which modalities it holds, unlike the items before it: "
-                    f"{describe(item)}. Pass only the part of the batch that does, and an empty "
-                    "list for a sample without any modality."
+                    f"{at} does not say which modalities it holds: {describe(item)}. If {where} "
+                    "is a tuple such as (inputs, targets), pass the item that does; if it is a "
+                    "list of samples, write an empty list for one without modalities; integers "
+                    "could be flags or indexes, so use bools, or an integer array of indexes."
                 )
             found |= names
         return found
@@ -201,7 +205,7 @@ class Reader:
         if not _is_integer(array) or array.ndim != 1:
             raise BatchMetadataError(
                 f"{where} is {describe(array)}, which names no modality; expected names, a bool "
-                f"mask [{width}] or [B, {width}], or integer indexes [B]. {FIXES}"
+                f"mask [{width}] or [B, {width}], or integer indexes [B]. {self.fixes()}"
             )
         indexes = set(array.tolist()) - {-1}
         if wrong := sorted(index for index in indexes if not 0 <= index < width):
@@ -212,21 +216,26 @@ class Reader:
         return {self.modalities[index] for index in indexes}
 
 
-def _is_present(value: Any, where: str) -> bool:
-    """Whether the value of a mapping keyed by modality means that the modality is active."""
+def _is_present(value: Any, where: str) -> bool | Tensor:
+    """Whether the value of a mapping keyed by modality means that the modality is active.
+
+    The answer for a mask is a bool tensor of shape `[]`, still on its device.
+    """
     if value is None or isinstance(value, (bool, np.bool_)):
         return bool(value)
     is_array = isinstance(value, (Tensor, np.ndarray))
-    if isinstance(value, (Number, np.generic)) or (
-        is_array and value.ndim == 0 and not _is_mask(value)
-    ):
+    if is_array and _is_mask(value):
+        return value.any() if isinstance(value, Tensor) else bool(value.any())
+    if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
         raise BatchMetadataError(
-            f"{where} is the number {describe(value)}; a number could be data or a flag. "
-            "Use True or False for a flag, an array of at least one dimension for data."
+            f"{where} holds a number, {describe(value)}, which could be data or a flag. Use True "
+            "or False for a flag, an array of at least one dimension for data."
         )
-    if is_array:
-        return bool(value.any()) if _is_mask(value) else bool(np.prod(value.shape))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Tensor):
+        return value.numel() > 0
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.size > 0
+    if isinstance(value, (list, tuple, np.ndarray)):
         return any(
             (isinstance(item, Number) and not isinstance(item, bool)) or _is_present(item, where)
             for item in value
@@ -262,20 +271,10 @@ def _as_mapping(value: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-def _is_plain_collection(value: object) -> bool:
-    is_text = isinstance(value, (str, bytes))
-    return isinstance(value, Collection) and not is_text and _as_mapping(value) is None
-
-
-def _all(items: list[Any], *types: type) -> bool:
-    """Whether all items are of `types`, where a bool is no int."""
-    wanted = bool in types
-    return all(isinstance(item, types) and isinstance(item, bool) <= wanted for item in items)
-
-
-def _strings(collection: Any, depth: int = 0) -> Iterator[str]:
-    for item in collection if depth <= _MAX_NESTING else ():
-        if isinstance(item, str):
-            yield item
-        elif _is_plain_collection(item) and not isinstance(item, (Tensor, np.ndarray)):
-            yield from _strings(item, depth + 1)
+def is_plain_collection(value: object) -> bool:
+    other = (str, bytes, Tensor, np.ndarray)
+    return (
+        isinstance(value, Collection)
+        and not isinstance(value, other)
+        and _as_mapping(value) is None
+    )

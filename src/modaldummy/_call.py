@@ -1,11 +1,16 @@
 """Which argument of a call to a loss function says what its batch holds."""
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
-from modaldummy._batch import EXPLICIT_KEYS, FIXES, Reader, describe, may_hold_metadata
-from modaldummy._errors import BatchMetadataError
+import numpy as np
+from torch import Tensor
+
+from modaldummy._batch import EXPLICIT_KEYS, MAX_NESTING, Reader, is_plain_collection
+from modaldummy._errors import BatchMetadataError, describe
 
 Resolver = Callable[[Any], Iterable[str]]
 
@@ -28,6 +33,12 @@ class CallReader:
     ) -> None:
         self._reader = reader
         self._resolver = resolver
+        self._bound: tuple[Any, ...] = ()
+        self._bound_keywords: dict[str, Any] = {}
+        while isinstance(loss_fn, functools.partial):
+            self._bound = loss_fn.args + self._bound
+            self._bound_keywords = loss_fn.keywords | self._bound_keywords
+            loss_fn = loss_fn.func
         self._signature = _signature(loss_fn)
 
     def take_keyword(self, kwargs: dict[str, Any]) -> Any:
@@ -46,7 +57,7 @@ class CallReader:
                 return self._reader.read(arguments[key], f"`{key}=`", explicit=True)
         looked_at = []
         for name, argument in arguments.items():
-            if not may_hold_metadata(argument, self._reader.modalities):
+            if not self._is_worth_asking(argument):
                 looked_at.append(f"{name} (not asked): {describe(argument)}")
                 continue
             found, reason = self._ask(argument, name)
@@ -56,9 +67,13 @@ class CallReader:
         listed = "".join(f"\n  - {line}" for line in looked_at) or " none."
         raise BatchMetadataError(
             "No argument of the loss function says which modalities its batch holds. "
-            f"Arguments:{listed}\nKnown modalities: "
-            f"{', '.join(map(repr, self._reader.modalities))}. {FIXES}"
+            f"Arguments:{listed}\n{self._reader.fixes()}"
         )
+
+    def _is_worth_asking(self, argument: Any) -> bool:
+        if self._resolver is not None:
+            return not is_data(argument)
+        return may_hold_metadata(argument, self._reader.modalities)
 
     def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
         """The modalities that `argument` holds, or None and why it could not be read."""
@@ -75,9 +90,9 @@ class CallReader:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by name, in signature order; `*args` and `**kwargs` are taken apart."""
+        args, kwargs = self._bound + args, {**self._bound_keywords, **kwargs}
         if self._signature is None:
-            numbered = {f"argument {index}": value for index, value in enumerate(args)}
-            return numbered | {"**kwargs": kwargs, **kwargs}
+            return {f"argument {index}": value for index, value in enumerate(args)} | kwargs
         arguments: dict[str, Any] = {}
         bound = self._signature.bind(*args, **kwargs).arguments
         for index, (name, value) in enumerate(bound.items()):
@@ -91,6 +106,32 @@ class CallReader:
             else:
                 arguments[name] = value
         return arguments
+
+
+def is_data(argument: object) -> bool:
+    """Whether an argument is of a type that never holds the metadata of a batch.
+
+    Such are tensors, arrays, numbers, strings, modules, callables and None.
+    """
+    never = (Tensor, np.ndarray, Number, np.generic, str, bytes)
+    return argument is None or callable(argument) or isinstance(argument, never)
+
+
+def may_hold_metadata(argument: object, modalities: Sequence[str], depth: int = 0) -> bool:
+    """Whether an argument of a loss function is worth asking for the modalities of its batch.
+
+    Data is not, nor is a collection without any known modality, mapping or object in it, such as a
+    list of captions, boxes or tensors.
+    """
+    if not is_plain_collection(argument):
+        return not is_data(argument)
+    items: Collection[Any] = argument  # type: ignore[assignment]  # which was just established
+    return depth <= MAX_NESTING and any(
+        item in modalities
+        if isinstance(item, str)
+        else may_hold_metadata(item, modalities, depth + 1)
+        for item in items
+    )
 
 
 def check_names(names: Any, reader: Reader) -> set[str]:

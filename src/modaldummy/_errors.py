@@ -1,7 +1,11 @@
 """Exceptions of the library, each also the builtin that a user would catch."""
 
 import difflib
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
 
 
 class ModalDummyError(Exception):
@@ -22,10 +26,27 @@ class ParameterMapError(ModalDummyError, ValueError):
 
 def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownModalityError:
     """Error for `name`, found at `where`, that lists the `known` modalities and close matches."""
-    close = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1)
-    match = next((k for k in known if close and k.lower() == close[0]), None)
+    match = close_match(name, known)
     hint = f"; did you mean {match!r}?" if match else "."
     return UnknownModalityError(
-        f"{where} names the modality {name!r}, which `modality_param_map` does not have{hint} "
-        f"Known modalities: {', '.join(map(repr, known))}."
+        f"{where} names the modality {describe(name)}, which `modality_param_map` does not have"
+        f"{hint} Known modalities: {', '.join(map(repr, known))}."
     )
+
+
+def close_match(word: object, options: Sequence[str]) -> str | None:
+    """The one of `options` that looks like `word`, in any case of letters, or None."""
+    folded = {option.lower(): option for option in reversed(options)}
+    close = difflib.get_close_matches(str(word).lower(), folded, n=1) if word else []
+    return folded[close[0]] if close else None
+
+
+def describe(value: object) -> str:
+    """Short description of a value for an error message; large data are never printed."""
+    if isinstance(value, str):
+        return reprlib.repr(value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {reprlib.repr(list(value))}"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modaldummy._batch import describe
+from modaldummy._errors import describe
 
 
 def check_loss(real: object, where: str) -> Tensor:
@@ -35,7 +35,8 @@ def take_loss(result: Any) -> Tensor:
         return check_loss(result[0], "`loss_fn(...)[0]`")
     raise TypeError(
         "`loss_fn` must return a tensor, a tuple or list that starts with the loss, or a mapping "
-        f"or object with `loss`; got {describe(result)}."
+        f"or object with `loss`; got {describe(result)}. For a loss of any other kind use "
+        "`wrapper.total(real, batch)`."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from modaldummy._errors import ParameterMapError, unknown_modality
+from modaldummy._errors import ParameterMapError, describe, unknown_modality
 from modaldummy._paths import find_parameters, strip_wrappers
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
@@ -30,16 +30,16 @@ class ModalityMap:
 
     def __init__(self, model: nn.Module, modality_param_map: ParameterMap) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
+            raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
         if not isinstance(modality_param_map, Mapping) or not modality_param_map:
             raise ParameterMapError(
                 "`modality_param_map` must be a non-empty mapping such as {'T1': 'encoders.T1'}, "
-                f"got {modality_param_map!r}."
+                f"got {describe(modality_param_map)}."
             )
         self.model = model
         self.paths: dict[ModalityKey, tuple[str, ...]] = {}
         for key, spec in modality_param_map.items():
-            _check_key(key)
+            _check_key(key, self.paths)
             where = f"`modality_param_map[{key!r}]`"
             paths = tuple(dict.fromkeys(_paths_of(spec, model, where)))
             if not paths:
@@ -52,12 +52,15 @@ class ModalityMap:
 
     def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
         """Parameters of one key of the map by their present full name, frozen ones included."""
-        if key not in self.paths:
-            for name in _members(key):
-                if name not in self.modalities:
-                    raise unknown_modality(name, self.modalities, "`modality`")
-            return {}
-        unique = {id(parameter): (name, parameter) for name, parameter in self._lookup(key)}
+        for name in _members(key):
+            if name not in self.modalities:
+                raise unknown_modality(name, self.modalities, "`modality`")
+        own = next(
+            (other for other in self.paths if set(_members(other)) == set(_members(key))), None
+        )
+        unique: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in () if own is None else self._lookup(own):
+            unique.setdefault(id(parameter), (name, parameter))
         return dict(unique.values())
 
     def inactive_parameters(self, active: Collection[str]) -> list[nn.Parameter]:
@@ -88,16 +91,22 @@ class ModalityMap:
 
 
 def _members(key: ModalityKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key
+    return key if isinstance(key, tuple) else (key,)
 
 
-def _check_key(key: object) -> None:
-    names = key if isinstance(key, tuple) else (key,)
+def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
+    names = _members(key)
     valid = all(isinstance(name, str) and name for name in names)
     if not names or not valid or len(set(names)) < len(names):
         raise ParameterMapError(
             "Keys of `modality_param_map` must be modality names or tuples of different names, "
             f"got {key!r}."
+        )
+    same = next((other for other in earlier if set(_members(other)) == set(names)), None)
+    if same is not None:
+        raise ParameterMapError(
+            f"Keys {same!r} and {key!r} of `modality_param_map` mean the same modalities; "
+            "give one key the paths of both."
         )
 
 
@@ -122,7 +131,7 @@ def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
     else:
         raise ParameterMapError(
             f"{where} must be a path, a module, a parameter or an iterable of these, "
-            f"got {spec!r} ({type(spec).__name__})."
+            f"got {describe(spec)}."
         )
 
 
@@ -136,20 +145,25 @@ def _path_of_module(spec: nn.Module, model: nn.Module, where: str) -> str:
         )
     if not find_parameters(model, path):
         raise ParameterMapError(
-            f"{where} holds the {type(spec).__name__} at {path!r}, which has no parameters."
+            f"{where} holds the {type(spec).__name__} at {path!r}, which has no parameters; "
+            "leave it out."
         )
     return path
 
 
 def _match(spec: str, model: nn.Module, where: str) -> list[str]:
-    if spec and not any(wildcard in spec for wildcard in "*?["):
-        if find_parameters(model, spec):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not any(wildcard in spec for wildcard in "*?["):
+        # Wrapper segments alone would select the whole model, by accident more often than not.
+        if (strip_wrappers(spec) or spec in modules) and spec and find_parameters(model, spec):
             return [spec]
     else:
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         bare = strip_wrappers(spec)
         if found := [n for n in names if fnmatchcase(strip_wrappers(n), bare)]:
             return found
+    if spec and spec in modules:
+        raise ParameterMapError(f"{where}: the module {spec!r} has no parameters; leave it out.")
     raise ParameterMapError(
         f"{where}: {spec!r} matches no parameter of {type(model).__name__}"
         f"{_suggestion(spec, model)} A path names one parameter or one module, segment by "

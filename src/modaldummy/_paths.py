@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 # Child names that DDP, torch.compile, FSDP and activation checkpointing put around a module.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -43,18 +43,19 @@ def find_parameters(model: nn.Module, path: str) -> list[NamedParameter]:
 
 def _find(module: nn.Module, prefix: str, path: list[str]) -> list[NamedParameter]:
     if not path:
-        return list(module.named_parameters(prefix.rstrip("."), remove_duplicate=False))
+        return list(module.named_parameters(prefix.rstrip(".")))
     head, rest = path[0], path[1:]
     found: list[NamedParameter] = []
     if (child := module._modules.get(head)) is not None:
         found = _find(child, f"{prefix}{head}.", rest)
     elif not rest:
         found = _find_own(module, prefix, head)
-    for name, stand_in in () if found else _stand_ins(module):
-        found += _find(stand_in, f"{prefix}{name}.", path)
-    if found and not rest and head not in module._modules and "base_layer" in module._modules:
-        found += _adapters(module, prefix)
-    if not found and 0 < (skipped := _wrapper_length(path)) < len(path):
+    if found:
+        return found
+    for name, stand_in in _stand_ins(module):
+        inside = _find(stand_in, f"{prefix}{name}.", path)
+        found += inside + (_adapters(module, prefix) if inside and name == "base_layer" else [])
+    if not found and (skipped := _wrapper_length(path)):
         found = _find(module, prefix, path[skipped:])
     return found
 
@@ -66,6 +67,8 @@ def _find_own(module: nn.Module, prefix: str, name: str) -> list[NamedParameter]
     parametrizations = module._modules.get("parametrizations")
     if parametrizations is not None and (parts := parametrizations._modules.get(name)) is not None:
         return list(parts.named_parameters(f"{prefix}parametrizations.{name}"))
+    if not isinstance(vars(module).get(name), Tensor):
+        return []  # a reparametrization leaves the value that it computes under the old name
     renamed = ((name + ending, module._parameters.get(name + ending)) for ending in _RENAMED)
     return [(prefix + new, parameter) for new, parameter in renamed if parameter is not None]
 
@@ -90,7 +93,7 @@ def _adapters(module: nn.Module, prefix: str) -> list[NamedParameter]:
         named
         for name, child in module._modules.items()
         if name.startswith("lora_") and child is not None
-        for named in child.named_parameters(prefix + name, remove_duplicate=False)
+        for named in child.named_parameters(prefix + name)
     ]
 
 

@@ -73,7 +73,7 @@ def dummy_term(
         uncapped = sum_all(params, dtype=dtype, device=device) * scale
         value = torch.where(uncapped.isfinite(), uncapped, 0.0)
         if real is not None:
-            value = _clip(value, seen, real.dtype, max_fraction)
+            value = _clip(value, seen, real, max_fraction)
     return Term(connect(value, scale, params), value, uncapped, seen)
 
 
@@ -123,15 +123,14 @@ def _floor(dtype: torch.dtype) -> float:
     return max(info.tiny * info.eps, torch.finfo(accumulation_dtype([dtype])).tiny)
 
 
-def _clip(
-    value: Tensor, real: Tensor, loss_dtype: torch.dtype, max_fraction: float | None
-) -> Tensor:
-    """`value` within its fraction of `real`, and so small that their sum is finite."""
-    size = real.abs()
-    widest = loss_dtype if loss_dtype.is_floating_point else real.dtype
-    limit = torch.finfo(widest).max - size
+def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None) -> Tensor:
+    """`value` within its fraction of the loss `seen`, and so small that the total is finite."""
+    info = torch.finfo(real.dtype if real.is_floating_point() else seen.dtype)
+    peak = seen if real.ndim == 0 or real.numel() == 0 else real.detach().abs().amax()
+    # The total is rounded twice, by the cast of the dummy and by the addition.
+    limit = info.max * (1 - 2 * info.eps) - peak.abs().to(seen.dtype)
     if max_fraction is not None:
-        limit = torch.minimum(limit, size * (max_fraction * _ROUNDING_MARGIN))
+        limit = torch.minimum(limit, seen.abs() * (max_fraction * _ROUNDING_MARGIN))
     # Below the smallest normal number, rounding is too coarse for the bound to be exact; a NaN or
     # infinite loss has no limit that is a number.
     limit = torch.where(limit >= torch.finfo(limit.dtype).tiny, limit, 0.0)
@@ -163,5 +162,7 @@ class _Connect(torch.autograd.Function):
         for shape, dtype, device in ctx.layouts:
             if (dtype, device) not in filled:
                 filled[dtype, device] = nonzero_product(upstream.to(device), ctx.scale, dtype)
-            gradients.append(filled[dtype, device].expand(shape))
+            expanded = filled[dtype, device].expand(shape)
+            # Autograd keeps a gradient of one element as it is; two parameters must not share it.
+            gradients.append(expanded.clone() if shape.numel() == 1 else expanded)
         return (None, None, *gradients)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modaldummy._batch import Reader, describe
+from modaldummy._batch import Reader
 from modaldummy._call import CallReader, check_names
-from modaldummy._errors import BatchMetadataError
+from modaldummy._errors import BatchMetadataError, describe
 from modaldummy._loss import check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._reduce import accumulation_dtype
@@ -57,7 +57,7 @@ class DummyLossWrapper:
     Raises:
         ParameterMapError: The map is empty, a key is no name, or a spec matches nothing in `model`.
         ValueError: `scale` or `max_fraction` is not a finite number >= 0 or None.
-        TypeError: `model` is no module, or `resolver` is not callable.
+        TypeError: `model` is no module, `resolver` not callable, or `gradient_only` no bool.
 
     Note:
         A dummy gradient connects, it does not teach. SGD moves a parameter by `lr * scale` a step;
@@ -76,6 +76,8 @@ class DummyLossWrapper:
     ) -> None:
         if resolver is not None and not callable(resolver):
             raise TypeError(f"`resolver` must be callable or None, got {describe(resolver)}.")
+        if not isinstance(gradient_only, bool):
+            raise TypeError(f"`gradient_only` must be a bool, got {describe(gradient_only)}.")
         self._map = ModalityMap(model, modality_param_map)
         self._reader = Reader(self._map.modalities)
         self._scale = _check_number("scale", scale)
@@ -256,7 +258,10 @@ def _check_number(name: str, number: Any) -> float | None:
     if number is None:
         return None
     if isinstance(number, Real) and not isinstance(number, bool):
-        value = float(number)
-        if math.isfinite(value) and value >= 0:
+        try:
+            value = float(number)
+        except OverflowError:  # an integer beyond all floats
+            value = math.inf
+        if 0 <= value < math.inf:
             return value
     raise ValueError(f"`{name}` must be a finite number >= 0 or None, got {describe(number)}.")

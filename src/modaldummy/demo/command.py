@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -16,26 +17,39 @@ BOUND = 1e-4
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, print what happened, write metrics, picture and sources; 0 if the promises held."""
+    """Train, print what happened, write metrics, picture and sources.
+
+    Returns:
+        0 if the promises held or the wrapper was not used, 1 if they did not, 2 if the output
+        cannot be written.
+    """
     console = Console()
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    present = arguments.modalities or MODALITIES
     use_dummy = not arguments.no_dummy
+    out: Path = arguments.out or Path("demo-output" if use_dummy else "demo-output-no-dummy")
+    present = tuple(dict.fromkeys(arguments.modalities or MODALITIES))
     training = Training(load_scans(), present, seed=arguments.seed, use_dummy=use_dummy)
-    with (out / "metrics.jsonl").open("w", encoding="utf-8") as log, Progress() as progress:
-        task = progress.add_task("training", total=arguments.steps)
-        for record in training.run(arguments.steps):
-            log.write(json.dumps(record) + "\n")
-            progress.update(task, advance=1, description=f"training, loss {record['loss']:.3f}")
-    (out / "SOURCES.md").write_text(SOURCES, encoding="utf-8")
-    title = f"{arguments.steps} steps, {'with' if use_dummy else 'without'} the dummy term"
-    draw(
-        training.records, MODALITIES, f"Batches of {', '.join(present)}: {title}", out / "demo.png"
-    )
+    title = f"{arguments.steps} steps {'with' if use_dummy else 'without'} the dummy term"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _train(training, arguments.steps, out / "metrics.jsonl")
+        (out / "SOURCES.md").write_text(SOURCES, encoding="utf-8")
+        amount = "one or two of " if len(present) > 1 else ""
+        heading = f"Batches of {amount}{', '.join(present)}: {title}"
+        draw(training.records, MODALITIES, heading, out / "demo.png")
+    except OSError as error:
+        print(f"Cannot write to {out}: {error}. Choose another folder by --out.", file=sys.stderr)
+        return 2
     held = _report(console, training, title)
     console.print(f"Wrote metrics.jsonl, demo.png and SOURCES.md to {out}/", highlight=False)
     return 0 if held or not use_dummy else 1
+
+
+def _train(training: Training, steps: int, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as log, Progress() as progress:
+        task = progress.add_task("training", total=steps)
+        for record in training.run(steps):
+            log.write(json.dumps(record) + "\n")
+            progress.update(task, advance=1, description=f"training, loss {record['loss']:.3f}")
 
 
 def _report(console: Console, training: Training, title: str) -> bool:

@@ -6,6 +6,7 @@ from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from modaldummy.demo.training import Record
 
@@ -16,13 +17,18 @@ _WINDOW = 9
 
 def draw(records: Sequence[Record], modalities: Sequence[str], title: str, path: Path) -> None:
     """Write the loss and the gradient norm of each modality against the step as a PNG."""
+    is_whole = all(record[f"grad_norm/{name}"] for record in records for name in modalities)
     figure = Figure(figsize=(9, 7), layout="constrained")
-    losses, norms = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     figure.suptitle(title)
+    rows = figure.subplots(
+        2 if is_whole else 3, 1, sharex=True, height_ratios=(4, 6, 1)[: 2 + (not is_whole)]
+    )
+    losses, norms = rows[:2]
     for name, (colour, marker) in zip(modalities, _STYLES, strict=True):
         steps, errors = _series(records, f"loss/{name}")
-        losses.scatter(steps, errors, s=8, marker=marker, color=colour, alpha=0.35, lw=0)
-        losses.plot(steps, _running_median(errors), color=colour, lw=2, label=name)
+        losses.scatter(steps, errors, s=10, marker=marker, color=colour, alpha=0.4, lw=0)
+        if steps:
+            losses.plot(steps, _running_median(errors), color=colour, lw=2, label=name)
         _draw_norms(norms, records, name, colour, marker)
     losses.axhline(1.0, color="grey", lw=1, ls=":")
     last = len(records)
@@ -30,11 +36,13 @@ def draw(records: Sequence[Record], modalities: Sequence[str], title: str, path:
     losses.set_ylabel("reconstruction error\n(line: running median)")
     losses.legend(loc="lower left", ncols=len(modalities), frameon=False)
     norms.set_ylabel("gradient norm (log scale)")
-    norms.set_xlabel("step")
-    for axes in (losses, norms):
-        axes.margins(y=0.15)
+    if not is_whole:
+        _draw_missing(rows[2], records, modalities)
+    for axes in rows:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    rows[-1].set_xlabel("step")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.set_ylim(bottom=0)
     figure.legend(
         *norms.get_legend_handles_labels(),
@@ -46,7 +54,7 @@ def draw(records: Sequence[Record], modalities: Sequence[str], title: str, path:
 
 
 def _draw_norms(axes: Axes, records: Sequence[Record], name: str, colour: str, marker: str) -> None:
-    """Filled marks while active, hollow ones while inactive, crosses where nothing arrived."""
+    """Filled marks while active, hollow ones while inactive."""
     axes.set_yscale("log")
     for active, face in ((1.0, colour), (0.0, "none")):
         chosen = [record for record in records if record[f"active/{name}"] == active]
@@ -56,21 +64,17 @@ def _draw_norms(axes: Axes, records: Sequence[Record], name: str, colour: str, m
             axes.scatter(
                 steps, values, s=16, marker=marker, color=colour, facecolors=face, label=label
             )
-    none = [record for record in records if record[f"grad_norm/{name}"] is None]
-    if none:
-        row = 0.02 + 0.03 * [colour for colour, _ in _STYLES].index(colour)
-        label, place = f"{name}: no gradient", axes.get_xaxis_transform()
-        steps, _ = _series(none, "step")
-        axes.scatter(
-            steps,
-            [row] * len(steps),
-            s=14,
-            marker="x",
-            color=colour,
-            lw=0.8,
-            transform=place,
-            label=label,
-        )
+
+
+def _draw_missing(axes: Axes, records: Sequence[Record], modalities: Sequence[str]) -> None:
+    """A row of crosses for each modality, where it had no gradient at all."""
+    for row, (name, (colour, _)) in enumerate(zip(modalities, _STYLES, strict=True)):
+        missing = [record for record in records if record[f"grad_norm/{name}"] is None]
+        steps, _ = _series(missing, "step")
+        axes.scatter(steps, [row] * len(steps), s=14, marker="x", color=colour, lw=0.8)
+    axes.set_yticks(range(len(modalities)), modalities, fontsize=8)
+    axes.set_ylim(len(modalities) - 0.5, -0.5)
+    axes.set_ylabel("no\ngradient", rotation=0, ha="right", va="center")
 
 
 def _series(records: Sequence[Record], key: str) -> tuple[list[float], list[float]]:

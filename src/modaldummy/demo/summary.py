@@ -10,12 +10,12 @@ from rich.table import Table
 from modaldummy.demo.training import Record, Training
 
 _HEADINGS = (
-    "parameters",
+    "elements",
     "steps\nactive",
     "steps\ninactive",
     "gradient norm\nactive",
     "gradient norm\ninactive",
-    "missed a\ngradient",
+    "parameters\nthat missed",
 )
 
 
@@ -80,7 +80,7 @@ def table(summaries: Sequence[ModalitySummary], title: str) -> Table:
     """The table that the demo prints."""
     result = Table(
         title=title,
-        caption="Gradient norms: smallest to largest over the steps.",
+        caption="Gradient norms: smallest to largest. Missed: had no gradient after some backward.",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
