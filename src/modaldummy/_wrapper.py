@@ -111,10 +111,12 @@ class DummyLossWrapper:
         keyword `modalities=`. Which modalities are active is read, before `loss_fn` runs, from the
         first of: that keyword; a parameter called `active_modalities`, `modalities` or `modality`;
         the first argument, in signature order, that holds metadata. Tensors, arrays, numbers, bare
-        strings, modules, callables, and a first parameter `self` or `cls` are not asked.
+        strings, modules, callables, a first parameter `self` or `cls`, and collections with neither
+        a modality, a mapping nor an object in them are not asked.
 
         Works on whatever `loss_fn` returns: a tensor; a tuple or list that starts with the loss; a
-        mapping or object with `loss`. Only the loss is replaced, on a shallow copy.
+        mapping or object with `loss`. Only the loss is replaced, on a shallow copy. The result is
+        a plain function, also for an `nn.Module`, whose parameters it does not register.
 
             >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
             >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
@@ -156,7 +158,8 @@ class DummyLossWrapper:
         Args:
             real: The real loss, usually of shape `[]`. A loss of any other shape gets the dummy
                 added to each element, so that a later `.mean()` keeps the scale, while a `.sum()`
-                multiplies it by the number of elements.
+                multiplies it by the number of elements; the bound is on the mean of `|real|`. A
+                loss without a graph is accepted.
             batch: The batch or its metadata, in any form of `active_modalities`.
 
         Returns:

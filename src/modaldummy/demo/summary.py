@@ -15,7 +15,7 @@ _HEADINGS = (
     "steps\ninactive",
     "gradient norm\nactive",
     "gradient norm\ninactive",
-    "parameters\nthat missed",
+    "parameters\nmissed",
 )
 
 
@@ -80,7 +80,7 @@ def table(summaries: Sequence[ModalitySummary], title: str) -> Table:
     """The table that the demo prints."""
     result = Table(
         title=title,
-        caption="Gradient norms: smallest to largest. Missed: had no gradient after some backward.",
+        caption="Gradient norms: smallest - largest. Missed: no gradient after some backward.",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
