@@ -160,6 +160,17 @@ def test_gradient_is_scale_times_upstream_and_not_zero(
         assert abs(got) <= torch.finfo(dtype).tiny
 
 
+def test_the_copied_line_underflows_where_ours_does_not() -> None:
+    """A quarter of 1e-7 is below all of float16."""
+    naive, ours = ones(2, dtype=torch.float16), ones(2, dtype=torch.float16)
+    ((naive.sum() * 1e-7) / 4).backward()
+    (term(ours).connected / 4).backward()
+    assert naive.grad is not None
+    assert ours.grad is not None
+    assert not naive.grad.any()
+    assert ours.grad.all()
+
+
 def test_an_upstream_of_zero_gives_zero() -> None:
     """Nothing flows where nothing is asked for; a NaN or infinite upstream stays visible."""
     for upstream, expected in ((0.0, 0.0), (math.inf, math.inf), (math.nan, math.nan)):
