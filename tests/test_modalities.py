@@ -85,7 +85,7 @@ def test_a_tied_parameter_goes_by_its_first_name() -> None:
     assert names == {"a.0.weight", "a.0.bias"}
     assert names < set(dict(case.model.named_parameters()))
     by_list = DummyLossWrapper(case.model, {"a": ["a.1", "a.0"], "b": "b"})
-    assert len(by_list.named_parameters("a")) == 2
+    assert set(by_list.named_parameters("a")) == {"a.1.weight", "a.1.bias"}
 
 
 def test_parameters_that_only_look_like_weight_norm_are_no_match() -> None:
@@ -103,6 +103,13 @@ def test_a_submodule_with_the_name_of_a_wrapper_does_not_add_up() -> None:
     assert list(wrapper.named_parameters("near")) == ["enc.b.weight", "enc.b.bias"]
     assert list(wrapper.named_parameters("far")) == ["enc.module.b.weight", "enc.module.b.bias"]
     assert list(wrapper.named_parameters("skip")) == ["enc.module.c.weight", "enc.module.c.bias"]
+
+
+def test_adapters_belong_to_the_layer_that_they_adapt() -> None:
+    """Only a `base_layer` has adapters; a child that is called so beside a wrapper is none."""
+    wrapped = nn.ModuleDict({"module": nn.Linear(1, 1), "lora_A": nn.Linear(2, 2)})
+    wrapper = DummyLossWrapper(nn.ModuleDict({"enc": wrapped}), {"T1": "enc.weight"})
+    assert list(wrapper.named_parameters("T1")) == ["enc.module.weight"]
 
 
 def test_a_module_inside_a_wrapper_is_found_after_unwrapping() -> None:
