@@ -45,6 +45,16 @@ class ModelOutput(OrderedDict[str, Any]):
         super().__setattr__(key, value)
 
 
+class TupleWithLoss(tuple[Any, ...]):
+    loss: Tensor
+
+    @classmethod
+    def of(cls, loss: Tensor) -> "TupleWithLoss":
+        made = cls((LOGITS, LOGITS))
+        made.loss = loss
+        return made
+
+
 class ListWithName(list[Any]):
     name = "kept"
 
@@ -59,6 +69,7 @@ CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
     "model output": lambda loss: ModelOutput(loss=loss, logits=LOGITS),
     "named tuple with loss": lambda loss: Named(LOGITS, loss),
     "named tuple without": lambda loss: Unnamed(loss, LOGITS),
+    "tuple with an attribute": TupleWithLoss.of,
     "dataclass": lambda loss: Output(loss, LOGITS),
     "frozen dataclass": lambda loss: Frozen(loss, LOGITS),
     "dataclass with slots": lambda loss: Slotted(loss, LOGITS),

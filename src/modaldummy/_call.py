@@ -35,9 +35,9 @@ class CallReader:
         self._resolver = resolver
         self._bound: tuple[Any, ...] = ()
         self._bound_keywords: dict[str, Any] = {}
-        while isinstance(loss_fn, functools.partial):
-            self._bound = loss_fn.args + self._bound
-            self._bound_keywords = loss_fn.keywords | self._bound_keywords
+        if isinstance(loss_fn, functools.partial):
+            # What it binds is an argument like any other, but no part of its own signature.
+            self._bound, self._bound_keywords = loss_fn.args, loss_fn.keywords
             loss_fn = loss_fn.func
         self._signature = _signature(loss_fn)
 
