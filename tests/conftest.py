@@ -1,8 +1,10 @@
-"""Hypothesis profiles: quick while developing, larger and the same every time in CI."""
+"""Hypothesis profiles, quick while developing and larger in CI, and shared fixtures."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.asserts")
@@ -17,3 +19,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A gloo group of this one process, without a network."""
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in the stubs
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

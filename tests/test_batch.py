@@ -2,7 +2,9 @@
 
 import copy
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, StrEnum
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,8 +52,8 @@ class WithMethod:
     modalities: Any = None
 
 
-class TensorDictLike:
-    """Named fields without being a Mapping; iterating it gives rows, as TensorDict does."""
+class TensorDictLike(Mapping[str, Any]):
+    """As in tensordict: a Mapping that iterates over rows, and whose length counts rows."""
 
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
@@ -63,7 +65,39 @@ class TensorDictLike:
         return self.fields[key]
 
     def __iter__(self) -> Any:
-        raise AssertionError("rows are no keys")
+        raise TypeError("iteration over a 0-d tensordict")
+
+    def __len__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("a tensordict has no truth value")
+
+
+class GraphLike:
+    """As in PyTorch Geometric: `keys` is no Mapping's, and asking for a field creates it."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        self.created: list[str] = []
+
+    def keys(self) -> list[str]:
+        return [*self.fields, "edge_index"]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.fields:
+            self.created.append(key)
+        return self.fields.get(key, {})
+
+
+class Modality(StrEnum):
+    T1 = "T1"
+    RSFMRI = "rsfMRI"
+
+
+class OldModality(str, Enum):  # noqa: UP042  # still common, and prints in another way
+    T1 = "T1"
+    DIFFUSION = "dMRI"
 
 
 FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -106,6 +140,15 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "user dict": (UserDict({"T1": X}), ("T1",)),
     "TensorDict-like": (TensorDictLike(modality=["T1"], x=X), ("T1",)),
     "TensorDict-like by modality": (TensorDictLike(T1=X, y=X), ("T1",)),
+    "TensorDict-like within": ({"T1": TensorDictLike(img=X), "dMRI": TensorDictLike()}, ("T1",)),
+    "TensorDict-like one level down": (TensorDictLike(x=TensorDictLike(dMRI=X)), ("dMRI",)),
+    "TensorDict-like of flags": ({"modality": TensorDictLike(T1=True, dMRI=False)}, ("T1",)),
+    "graph-like": (GraphLike(T1=X, y=X), ("T1",)),
+    "Enum": (OldModality.DIFFUSION, ("dMRI",)),
+    "list of Enums": ([Modality.RSFMRI, OldModality.T1], ("T1", "rsfMRI")),
+    "flags by Enum": ({"modalities": {OldModality.DIFFUSION: True, Modality.T1: False}}, ("dMRI",)),
+    "column with nulls": ({"modality": ["T1", None, "dMRI"]}, ("T1", "dMRI")),
+    "array with nulls": (np.array(["T1", None], dtype=object), ("T1",)),
     "dataclass": (Batch(X, ["dMRI"]), ("dMRI",)),
     "dataclass with a property": (WithProperty(X), ("dMRI",)),
     "dataclass by field": (ByField(T1=X), ("T1",)),
@@ -134,6 +177,14 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "keyed, numbers in a list are data": ({"T1": [0, 0], "dMRI": [False]}, ("T1",)),
     "keyed, integer tensors are data": ({"T1": torch.tensor([0, 0])}, ("T1",)),
     "keyed, nested inputs": ({"T1": {"pixel_values": X, "labels": X}, "dMRI": {}}, ("T1",)),
+    "keyed, nothing but None inside": (
+        {"T1": {"img": X, "mask": None}, "dMRI": {"img": None, "mask": [None]}},
+        ("T1",),
+    ),
+    "keyed, numbers inside are data": (
+        {"T1": {"id": 0}, "dMRI": [torch.tensor(0.1)]},
+        ("T1", "dMRI"),
+    ),
     "keyed, paths": ({"T1": "sub-01_T1w.nii", "dMRI": ""}, ("T1",)),
     "keyed, other objects": ({"T1": object(), "dMRI": None}, ("T1",)),
     "keyed, all absent by name": ({"T1": None, "dMRI": None}, ()),
@@ -201,6 +252,17 @@ def test_a_callable_attribute_is_no_metadata(make: Any) -> None:
     batch = make(modality="dMRI")
     batch.modalities = lambda: ["T1"]
     assert active_modalities(batch, KNOWN) == ("dMRI",)
+
+
+@pytest.mark.parametrize("fields", [{"modality": "T1"}, {"T1": X}, {"x": X}])
+def test_nothing_is_created_by_looking(fields: dict[str, Any]) -> None:
+    """A graph that makes the fields it is asked for has no more of them afterwards."""
+    graph = GraphLike(**fields)
+    try:
+        active_modalities(graph, KNOWN)
+    except ValueError:
+        assert fields == {"x": X}
+    assert graph.created == []
 
 
 def test_the_batch_is_left_alone() -> None:

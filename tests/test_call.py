@@ -199,6 +199,18 @@ def test_resolver_may_return_a_bare_name() -> None:
     assert wrapper.last.active == ("rsfMRI",)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [{"T1": True, "dMRI": False}, torch.tensor([True, False, False]), [["T1"], ["T1"]], ("T1",)],
+    ids=["flags", "mask", "per sample", "tuple"],
+)
+def test_resolver_may_return_any_form(answer: Any) -> None:
+    wrapper = brain().wrapper(resolver=lambda batch: answer)
+    wrapper.total(REAL, {})
+    assert wrapper.last is not None
+    assert wrapper.last.active == ("T1",)
+
+
 def test_the_keyword_beats_the_resolver() -> None:
     wrapper = brain().wrapper(resolver=lambda batch: ["dMRI"])
     wrapper(plain)(REAL, T1_BATCH, modalities=["T1"])

@@ -211,6 +211,22 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "float tensor": (X, BatchMetadataError, ["shape [2, 3] and dtype torch.float32", "[B, 3]"]),
     "2-d integers": (torch.zeros(2, 3, dtype=torch.int64), BatchMetadataError, ["int64"]),
     "0-d integer": (torch.tensor(1), BatchMetadataError, ["shape []"]),
+    "uint8": (
+        torch.tensor([1, 0, 1], dtype=torch.uint8),
+        BatchMetadataError,
+        ["uint8", "bool or to int64"],
+    ),
+    "collated flags": (
+        {"modalities": {"T1": torch.tensor([1, 1]), "dMRI": torch.tensor([0, 0])}},
+        BatchMetadataError,
+        ["['modalities']['T1']", "could be flags", "bools"],
+    ),
+    "list of flags": (
+        {"modalities": {"T1": [1, 1], "dMRI": [0, 0]}},
+        BatchMetadataError,
+        ["['modalities']['T1']", "could be flags"],
+    ),
+    "explicit None alone": ({"modality": None}, BatchMetadataError, ["keys ['modality']. Known"]),
     "mask too wide": (torch.ones(4, dtype=torch.bool), BatchMetadataError, ["[4]", "[B, 3]"]),
     "mask too narrow": (np.ones((5, 2), bool), BatchMetadataError, ["[5, 2]", "T1, rsfMRI, dMRI"]),
     "mask of three dimensions": (torch.ones(2, 2, 3) > 0, BatchMetadataError, ["[2, 2, 3]"]),
@@ -237,7 +253,7 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "sample without metadata": (
         [{"modality": "T1"}, {"x": X}],
         BatchMetadataError,
-        ["`batch`[1]", "keys ['x']", "empty list"],
+        ["`batch`[1]", "keys ['x']", "`'modalities': []` in a dict"],
     ),
     "None among samples": ([["T1"], None], BatchMetadataError, ["`batch`[1]", "None"]),
     "contradiction": (
@@ -367,9 +383,10 @@ def test_wrong_arguments_raise_what_the_loss_function_would() -> None:
         brain().wrapper()(lambda model, inputs: REAL)(Brain(), modalities="T1")
 
 
-@pytest.mark.parametrize("names", [["PET"], "PET", [1], 5])
+@pytest.mark.parametrize("names", [["PET"], "PET", {"PET": True}, [1], 5, {"T1": 1}])
 def test_a_resolver_that_returns_no_modality(names: Any) -> None:
-    with pytest.raises(UnknownModalityError, match="`resolver` names"):
+    kinds = (UnknownModalityError, BatchMetadataError)
+    with pytest.raises(kinds, match="The result of `resolver`"):
         brain().wrapper(resolver=lambda batch: names).total(REAL, {})
 
 

@@ -1,11 +1,11 @@
 """Which parameters a map selects: every form of spec, and models that change afterwards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -76,6 +76,21 @@ def test_named_parameters_take_a_tuple_in_any_order() -> None:
     wrapper = brain().wrapper()
     assert list(wrapper.named_parameters(("dMRI", "T1"))) == ["fusion.weight", "fusion.bias"]
     assert wrapper.named_parameters(("T1", "rsfMRI")) == {}
+
+
+def test_keys_may_be_enums() -> None:
+    """They become plain strings, which print as they should in logs."""
+
+    class Scan(str, Enum):  # noqa: UP042  # still common, and prints in another way
+        T1 = "T1"
+        DIFFUSION = "dMRI"
+
+    wrapper = DummyLossWrapper(Brain(), {Scan.T1: T1, (Scan.T1, Scan.DIFFUSION): "fusion"})
+    assert wrapper.modalities == ("T1", "dMRI")
+    assert {type(name) for name in wrapper.modalities} == {str}
+    wrapper.total(torch.tensor(2.0), {"modality": [Scan.T1]})
+    assert wrapper.last is not None
+    assert "modaldummy/active/dMRI" in wrapper.last.as_dict()
 
 
 def test_a_tied_parameter_goes_by_its_first_name() -> None:
@@ -168,14 +183,6 @@ def test_freezing_is_read_at_each_call() -> None:
     assert connected(wrapper, ["T1", "dMRI"]) == {"vision_tower.rsfMRI_patch_embed.weight"}
     bias.requires_grad_(True)
     assert len(connected(wrapper, ["T1", "dMRI"])) == 2
-
-
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in the stubs
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def _compiled(model: nn.Module) -> nn.Module:

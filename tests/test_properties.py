@@ -49,16 +49,30 @@ def test_the_dummy_stays_below_its_fraction_of_the_loss(
         assert abs(total.item() - real.item()) <= 1e-4 * abs(real.item()) + rounding
 
 
-@given(data=st.data(), case=cases(), scale=scales())
-def test_other_gradients_stay_bit_for_bit(data: st.DataObject, case: Case, scale: float) -> None:
+@given(
+    data=st.data(),
+    case=cases(),
+    scale=scales(),
+    dtype=st.sampled_from(DTYPES),
+    shape=st.sampled_from([(), (1,), (2, 3)]),
+    factor=st.sampled_from([1.0, 1024.0, 1 / 4096]),
+)
+def test_other_gradients_stay_bit_for_bit(
+    data: st.DataObject,
+    case: Case,
+    scale: float,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    factor: float,
+) -> None:
     """(c) Whoever is not inactive has the gradient that the real loss alone gives."""
     active = data.draw(active_sets(case))
     twin = copy.deepcopy(case)
-    real, twin_real = case.real(active), twin.real(active)
+    real, twin_real = (stage.real(active, dtype).expand(shape) for stage in (case, twin))
     total = case.wrapper(scale).total(real, active)
     for loss in (total, twin_real):
         if loss.requires_grad:
-            loss.backward()
+            (loss.mean() * factor).backward()
     inactive = case.inactive(active)
     expected = dict(twin.model.named_parameters())
     for name, parameter in case.model.named_parameters():

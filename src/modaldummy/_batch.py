@@ -1,8 +1,6 @@
 """Which modalities a batch holds, read from whatever form its metadata comes in."""
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
-from numbers import Number
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +8,18 @@ import torch
 from torch import Tensor
 
 from modaldummy._errors import BatchMetadataError, close_match, describe, unknown_modality
+from modaldummy._values import (
+    Fields,
+    check_depth,
+    fields_of,
+    is_integer,
+    is_like_collated_flags,
+    is_mask,
+    is_plain_collection,
+    is_present,
+)
 
 EXPLICIT_KEYS = ("active_modalities", "modalities", "modality")
-
-MAX_NESTING = 16
 
 
 def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
@@ -92,51 +98,65 @@ class Reader:
         `explicit` says that `value` stands where only metadata can stand, so that lists of numbers
         are masks or indexes, and every key of a mapping must be a modality.
         """
-        if depth > MAX_NESTING:
-            raise BatchMetadataError(
-                f"{where} is nested more than {MAX_NESTING} levels deep; pass a list of names."
-            )
+        check_depth(depth, where)
         if isinstance(value, str):
             return {self.known(value, where)}
         if isinstance(value, (Tensor, np.ndarray)):
-            return self._read_array(value, where)
-        if (mapping := _as_mapping(value)) is not None:
-            if explicit and not any(key in mapping for key in EXPLICIT_KEYS):
-                names = [self.known(key, where) for key in mapping]
-                return self._present(mapping, names, where)
-            return self._read_mapping(mapping, where, depth)
-        if is_plain_collection(value):
-            return self._read_collection(list(value), where, explicit, depth)
-        for key in EXPLICIT_KEYS:
+            return self._read_array(value, where, depth)
+        for key in () if isinstance(value, (Mapping, type)) else EXPLICIT_KEYS:
             attribute = getattr(value, key, None)
             if attribute is not None and not callable(attribute):
                 return self.read(attribute, f"{where}.{key}", explicit=True, depth=depth + 1)
+        if (fields := fields_of(value)) is not None:
+            if explicit and not any(key in fields.keys for key in EXPLICIT_KEYS):
+                return self._read_flags(fields, where)
+            return self._read_mapping(fields, where, depth)
+        if is_plain_collection(value):
+            return self._read_collection(list(value), where, explicit, depth)
         return None
 
     def known(self, name: object, where: str) -> str:
-        """`name` if it is a known modality."""
-        if isinstance(name, str) and name in self.modalities:
-            return str(name)
+        """The known modality that `name` is; of the map's own type where `name` is an Enum."""
+        if isinstance(name, str):
+            for modality in self.modalities:
+                if modality == name:
+                    return modality
         raise unknown_modality(name, self.modalities, where)
 
     def _hint(self, value: Any) -> str:
         """What may have gone wrong with a `value` that holds no metadata."""
         if isinstance(value, Iterator):
             return " Reading an iterator would use it up; pass a list."
-        for key in _as_mapping(value) or ():
-            if isinstance(key, str) and (
-                match := close_match(key, EXPLICIT_KEYS + self.modalities)
-            ):
+        fields = fields_of(value)
+        options = EXPLICIT_KEYS + self.modalities
+        for key in () if fields is None else fields.keys:
+            match = (
+                close_match(key, options) if isinstance(key, str) and key not in options else None
+            )
+            if match is not None:
                 return f" Did you mean {match!r} by {key!r}?"
         return ""
 
-    def _read_mapping(self, mapping: Mapping[Any, Any], where: str, depth: int) -> set[str] | None:
-        found = self._read_level(mapping, where, depth)
-        if found is not None:
+    def _read_flags(self, fields: Fields, where: str) -> set[str]:
+        """A mapping under an explicit key: only modalities, and no numbers that could be flags."""
+        values = {}
+        for key in fields.keys:
+            name, value = self.known(key, where), fields.get(key)
+            if is_like_collated_flags(value):
+                raise BatchMetadataError(
+                    f"{where}[{name!r}] holds numbers, {describe(value)}, which could be flags; "
+                    "use bools."
+                )
+            values[name] = value
+        return self._present(values, where)
+
+    def _read_mapping(self, fields: Fields, where: str, depth: int) -> set[str] | None:
+        found = self._read_level(fields, where, depth)
+        if found is not None or not fields.may_be_searched:
             return found
         answers: dict[Any, set[str]] = {}
-        for key in mapping:
-            inner = _as_mapping(mapping[key])
+        for key in fields.keys:
+            inner = fields_of(fields.get(key))
             if inner is None:
                 continue
             answer = self._read_level(inner, f"{where}[{key!r}]", depth + 1)
@@ -150,17 +170,18 @@ class Reader:
             )
         return next(iter(answers.values()), None)
 
-    def _read_level(self, mapping: Mapping[Any, Any], where: str, depth: int) -> set[str] | None:
+    def _read_level(self, fields: Fields, where: str, depth: int) -> set[str] | None:
         """Explicit keys first, then keys that are modalities; nothing further down."""
         for key in EXPLICIT_KEYS:
-            if key in mapping and mapping[key] is not None:
+            value = fields.get(key) if key in fields.keys else None
+            if value is not None and not callable(value):
                 at = f"{where}[{key!r}]"
-                return self.read(mapping[key], at, explicit=True, depth=depth + 1)
-        names = [name for name in self.modalities if name in mapping]
-        return self._present(mapping, names, where) if names else None
+                return self.read(value, at, explicit=True, depth=depth + 1)
+        names = [name for name in self.modalities if name in fields.keys]
+        return self._present({name: fields.get(name) for name in names}, where) if names else None
 
-    def _present(self, mapping: Mapping[Any, Any], names: list[str], where: str) -> set[str]:
-        flags = {name: _is_present(mapping[name], f"{where}[{name!r}]") for name in names}
+    def _present(self, values: Mapping[str, Any], where: str) -> set[str]:
+        flags = {name: is_present(value, f"{where}[{name!r}]") for name, value in values.items()}
         masks = {name: flag for name, flag in flags.items() if isinstance(flag, Tensor)}
         if masks:
             device = next(iter(masks.values())).device
@@ -172,11 +193,13 @@ class Reader:
         self, items: list[Any], where: str, explicit: bool, depth: int
     ) -> set[str] | None:
         if explicit and items and all(isinstance(item, (bool, np.bool_)) for item in items):
-            return self._read_array(np.asarray(items), where)
+            return self._read_array(np.asarray(items), where, depth)
         found: set[str] = set()
         for index, item in enumerate(items):
+            if item is None and explicit:
+                continue  # a sample without modalities, as in a column with nulls
             at = f"{where}[{index}]"
-            numbers = isinstance(item, (Tensor, np.ndarray)) and not _is_mask(item)
+            numbers = isinstance(item, (Tensor, np.ndarray)) and not is_mask(item)
             names = None if numbers else self.probe(item, at, explicit=explicit, depth=depth + 1)
             if names is None:
                 if index == 0 and not explicit:
@@ -184,17 +207,18 @@ class Reader:
                 raise BatchMetadataError(
                     f"{at} does not say which modalities it holds: {describe(item)}. If {where} "
                     "is a tuple such as (inputs, targets), pass the item that does; if it is a "
-                    "list of samples, write an empty list for one without modalities; integers "
-                    "could be flags or indexes, so use bools, or an integer array of indexes."
+                    "list of samples, write `[]`, or `'modalities': []` in a dict, for one without "
+                    "modalities; integers could be flags or indexes, so use bools, or an integer "
+                    "array of indexes."
                 )
             found |= names
         return found
 
-    def _read_array(self, array: Any, where: str) -> set[str]:
+    def _read_array(self, array: Any, where: str, depth: int) -> set[str]:
         width = len(self.modalities)
         if isinstance(array, np.ndarray) and array.dtype.kind in "UO":
-            return {self.known(name, where) for name in array.ravel().tolist()}
-        if _is_mask(array):
+            return self.read(array.ravel().tolist(), where, explicit=True, depth=depth + 1)
+        if is_mask(array):
             if array.ndim not in (1, 2) or array.shape[-1] != width:
                 raise BatchMetadataError(
                     f"{where} is a bool mask of shape {list(array.shape)}; expected [{width}] or "
@@ -202,10 +226,15 @@ class Reader:
                 )
             columns = array.reshape(-1, width).any(0).tolist()
             return {name for name, on in zip(self.modalities, columns, strict=True) if on}
-        if not _is_integer(array) or array.ndim != 1:
+        if not is_integer(array) or array.ndim != 1:
             raise BatchMetadataError(
                 f"{where} is {describe(array)}, which names no modality; expected names, a bool "
                 f"mask [{width}] or [B, {width}], or integer indexes [B]. {self.fixes()}"
+            )
+        if array.dtype in (torch.uint8, np.uint8):
+            raise BatchMetadataError(
+                f"{where} is {describe(array)}; uint8 is used for masks as well as for indexes. "
+                "Convert it to bool or to int64."
             )
         indexes = set(array.tolist()) - {-1}
         if wrong := sorted(index for index in indexes if not 0 <= index < width):
@@ -214,67 +243,3 @@ class Reader:
                 f"{', '.join(self.modalities)}, or -1 for none."
             )
         return {self.modalities[index] for index in indexes}
-
-
-def _is_present(value: Any, where: str) -> bool | Tensor:
-    """Whether the value of a mapping keyed by modality means that the modality is active.
-
-    The answer for a mask is a bool tensor of shape `[]`, still on its device.
-    """
-    if value is None or isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    is_array = isinstance(value, (Tensor, np.ndarray))
-    if is_array and _is_mask(value):
-        return value.any() if isinstance(value, Tensor) else bool(value.any())
-    if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
-        raise BatchMetadataError(
-            f"{where} holds a number, {describe(value)}, which could be data or a flag. Use True "
-            "or False for a flag, an array of at least one dimension for data."
-        )
-    if isinstance(value, Tensor):
-        return value.numel() > 0
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.size > 0
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return any(
-            (isinstance(item, Number) and not isinstance(item, bool)) or _is_present(item, where)
-            for item in value
-        )
-    return len(value) > 0 if isinstance(value, Sized) else True
-
-
-def _is_mask(array: Any) -> bool:
-    return array.dtype in (torch.bool, np.bool_)
-
-
-def _is_integer(array: Any) -> bool:
-    if isinstance(array, np.ndarray):
-        return array.dtype.kind in "iu"
-    return not (array.is_floating_point() or array.is_complex())
-
-
-def _as_mapping(value: Any) -> Mapping[Any, Any] | None:
-    """`value` as a mapping if it has named fields: mapping, TensorDict-like, tuple, dataclass."""
-    if isinstance(value, type):
-        return None
-    if isinstance(value, Mapping):
-        return value
-    if hasattr(value, "keys") and hasattr(value, "__getitem__"):
-        return {key: value[key] for key in value.keys()}  # noqa: SIM118  # a TensorDict iterates rows
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return dict(value._asdict())
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        names += [key for key in EXPLICIT_KEYS if hasattr(value, key) and key not in names]
-        fields = {name: getattr(value, name) for name in names}
-        return {name: held for name, held in fields.items() if not callable(held)}
-    return None
-
-
-def is_plain_collection(value: object) -> bool:
-    other = (str, bytes, Tensor, np.ndarray)
-    return (
-        isinstance(value, Collection)
-        and not isinstance(value, other)
-        and _as_mapping(value) is None
-    )

@@ -2,15 +2,16 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from modaldummy._batch import EXPLICIT_KEYS, MAX_NESTING, Reader, is_plain_collection
+from modaldummy._batch import EXPLICIT_KEYS, Reader
 from modaldummy._errors import BatchMetadataError, describe
+from modaldummy._values import MAX_NESTING, is_plain_collection
 
 Resolver = Callable[[Any], Iterable[str]]
 
@@ -135,10 +136,10 @@ def may_hold_metadata(argument: object, modalities: Sequence[str], depth: int = 
 
 
 def check_names(names: Any, reader: Reader) -> set[str]:
-    """What a user's resolver returned: one known modality or an iterable of them."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        names = [names]
-    return {reader.known(name, "`resolver`") for name in names}
+    """What a user's resolver returned, in any form that can stand under an explicit key."""
+    if isinstance(names, Iterator):
+        names = list(names)
+    return reader.read(names, "The result of `resolver`", explicit=True)
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

@@ -48,5 +48,5 @@ def describe(value: object) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {reprlib.repr(list(value))}"
+        return f"a {type(value).__name__} with the keys {reprlib.repr(list(value.keys()))}"
     return f"{reprlib.repr(value)} ({type(value).__name__})"

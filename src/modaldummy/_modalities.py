@@ -38,8 +38,9 @@ class ModalityMap:
             )
         self.model = model
         self.paths: dict[ModalityKey, tuple[str, ...]] = {}
-        for key, spec in modality_param_map.items():
-            _check_key(key, self.paths)
+        for given, spec in modality_param_map.items():
+            _check_key(given, self.paths)
+            key = _plain(given)
             where = f"`modality_param_map[{key!r}]`"
             paths = tuple(dict.fromkeys(_paths_of(spec, model, where)))
             if not paths:
@@ -92,6 +93,11 @@ class ModalityMap:
 
 def _members(key: ModalityKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
+
+
+def _plain(key: ModalityKey) -> ModalityKey:
+    """`key` with plain strings in place of members of a string Enum, which print otherwise."""
+    return tuple(map(str.__str__, key)) if isinstance(key, tuple) else str.__str__(key)
 
 
 def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:

@@ -1,0 +1,112 @@
+"""Looks into single values of a batch: their named fields, and whether anything is in them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sized
+from numbers import Number
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modaldummy._errors import BatchMetadataError, describe
+
+MAX_NESTING = 16
+
+
+class Fields(NamedTuple):
+    """Named fields of a value: the keys of a mapping, the attributes of a record.
+
+    Attributes:
+        keys: Their names.
+        get: Gives the value of one of them.
+        may_be_searched: Whether fields of any name may be looked into. Those of a type that only
+            resembles a mapping may not: asking it for a field can create it.
+    """
+
+    keys: list[Any]
+    get: Callable[[Any], Any]
+    may_be_searched: bool
+
+
+def fields_of(value: Any) -> Fields | None:
+    """The named fields of a mapping, TensorDict-like, dataclass or named tuple, else None."""
+    if isinstance(value, type):
+        return None
+    if isinstance(value, Mapping):
+        # Not `list(value)`: a TensorDict is a Mapping that iterates over rows.
+        return Fields(list(value.keys()), value.__getitem__, True)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return Fields(list(value._fields), functools.partial(getattr, value), True)
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return Fields(names, functools.partial(getattr, value), True)
+    if hasattr(value, "keys") and hasattr(value, "__getitem__"):
+        keys = value.keys() if callable(value.keys) else value.keys
+        return Fields(list(keys), value.__getitem__, False)
+    return None
+
+
+def is_plain_collection(value: object) -> bool:
+    other = (str, bytes, Tensor, np.ndarray)
+    return (
+        isinstance(value, Collection) and not isinstance(value, other) and fields_of(value) is None
+    )
+
+
+def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
+    """Whether the value of a mapping keyed by modality means that the modality is active.
+
+    The answer for a mask is a bool tensor of shape `[]`, still on its device.
+    """
+    check_depth(depth, where)
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    is_array = isinstance(value, (Tensor, np.ndarray))
+    if is_array and is_mask(value):
+        return value.any() if isinstance(value, Tensor) else bool(value.any())
+    if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
+        if depth > 0:
+            return True
+        raise BatchMetadataError(
+            f"{where} holds a number, {describe(value)}, which could be data or a flag. Use True "
+            "or False for a flag, an array of at least one dimension for data."
+        )
+    if isinstance(value, Tensor):
+        return value.numel() > 0
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.size > 0
+    parts: Any = value if isinstance(value, (list, tuple, np.ndarray)) else None
+    if parts is None and (fields := fields_of(value)) is not None:
+        parts = (fields.get(key) for key in fields.keys)
+    if parts is not None:
+        return any(is_present(part, where, depth + 1) for part in parts)
+    return len(value) > 0 if isinstance(value, Sized) else True
+
+
+def is_like_collated_flags(value: Any) -> bool:
+    """Whether `value` is a list or array of numbers, as collated flags of samples would be."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 1 and not is_mask(value)
+    is_list = isinstance(value, (list, tuple))
+    return is_list and any(
+        isinstance(item, Number) and not isinstance(item, bool) for item in value
+    )
+
+
+def check_depth(depth: int, where: str) -> None:
+    if depth > MAX_NESTING:
+        raise BatchMetadataError(
+            f"{where} is nested more than {MAX_NESTING} levels deep; pass a list of names."
+        )
+
+
+def is_mask(array: Any) -> bool:
+    return array.dtype in (torch.bool, np.bool_)
+
+
+def is_integer(array: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return array.dtype.kind in "iu"
+    return not (array.is_floating_point() or array.is_complex())
