@@ -90,6 +90,13 @@ class GraphLike:
         return self.fields.get(key, {})
 
 
+class MakesFields(dict[str, Any]):
+    """As some attribute dictionaries do, it answers for every attribute with an empty one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return MakesFields()
+
+
 class Modality(StrEnum):
     T1 = "T1"
     RSFMRI = "rsfMRI"
@@ -143,6 +150,11 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "TensorDict-like within": ({"T1": TensorDictLike(img=X), "dMRI": TensorDictLike()}, ("T1",)),
     "TensorDict-like one level down": (TensorDictLike(x=TensorDictLike(dMRI=X)), ("dMRI",)),
     "TensorDict-like of flags": ({"modality": TensorDictLike(T1=True, dMRI=False)}, ("T1",)),
+    "attribute dictionary": (MakesFields(T1=X, y=X), ("T1",)),
+    "masks under an explicit key": (
+        {"modalities": {"T1": torch.tensor([True, False]), "dMRI": torch.tensor([False, False])}},
+        ("T1",),
+    ),
     "graph-like": (GraphLike(T1=X, y=X), ("T1",)),
     "Enum": (OldModality.DIFFUSION, ("dMRI",)),
     "list of Enums": ([Modality.RSFMRI, OldModality.T1], ("T1", "rsfMRI")),

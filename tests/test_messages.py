@@ -203,6 +203,11 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "None": (None, BatchMetadataError, ["None (NoneType)"]),
     "object": (Sample(X), BatchMetadataError, ["does not say", "Sample"]),
     "class": (dict, BatchMetadataError, ["does not say"]),
+    "class with the attribute": (
+        type("Scan", (), {"modality": "T1"}),
+        BatchMetadataError,
+        ["does not say"],
+    ),
     "generator": (
         (name for name in ["T1"]),
         BatchMetadataError,

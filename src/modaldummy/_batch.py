@@ -174,7 +174,7 @@ class Reader:
         """Explicit keys first, then keys that are modalities; nothing further down."""
         for key in EXPLICIT_KEYS:
             value = fields.get(key) if key in fields.keys else None
-            if value is not None and not callable(value):
+            if value is not None:
                 at = f"{where}[{key!r}]"
                 return self.read(value, at, explicit=True, depth=depth + 1)
         names = [name for name in self.modalities if name in fields.keys]
