@@ -79,6 +79,18 @@ def test_meta_can_fail(read: Any) -> None:
         read(torch.ones((), device="meta"))
 
 
+def test_arguments_are_not_printed_on_the_way() -> None:
+    """Printing a tensor waits for the device, and printing a model takes long."""
+
+    class Unprintable(nn.Module):
+        def __repr__(self) -> str:
+            raise AssertionError("printed")
+
+    wrapped = brain().wrapper()(lambda model, outputs, extra, batch: torch.ones(()) * 2)
+    with patch.object(Tensor, "__repr__", Unprintable.__repr__):
+        wrapped(Unprintable(), [torch.ones(2)], {"x": torch.ones(2)}, {"modality": "T1"})
+
+
 def test_masks_of_a_mapping_are_read_at_once() -> None:
     """However many masks say which modalities are there, the host waits once."""
     masks = {name: torch.ones(2, dtype=torch.bool) for name in ("T1", "rsfMRI", "dMRI")}

@@ -359,10 +359,10 @@ def test_a_call_without_metadata_lists_what_was_looked_at() -> None:
     assert_says(
         error,
         [
-            "output (not asked): a Tensor of shape [2, 3]",
+            "output: a Tensor of shape [2, 3] and dtype torch.float32 (not asked)",
             "batch: a dict with the keys ['ids']",
-            "names (not asked): ['a scan'] (list)",
-            "flag (not asked): True (bool)",
+            "names: ['a scan'] (list) (not asked)",
+            "flag: True (bool) (not asked)",
             "Known modalities: 'T1', 'rsfMRI', 'dMRI'",
             "modalities=['T1']",
         ],
@@ -379,7 +379,7 @@ def test_a_trainer_like_self_is_no_batch() -> None:
             return REAL
 
     wrapped = brain().wrapper()(Trainer.compute_loss)
-    with pytest.raises(BatchMetadataError, match=r"model \(not asked\)"):
+    with pytest.raises(BatchMetadataError, match=r"model: a Brain module \(not asked\)"):
         wrapped(Trainer(), Brain(), {"x": X})
 
 

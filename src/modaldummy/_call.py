@@ -56,19 +56,19 @@ class CallReader:
         for key in EXPLICIT_KEYS:
             if arguments.get(key) is not None:
                 return self._reader.read(arguments[key], f"`{key}=`", explicit=True)
-        looked_at = []
+        reasons = {}
         for name, argument in arguments.items():
             if not self._is_worth_asking(argument):
-                looked_at.append(f"{name} (not asked): {describe(argument)}")
+                reasons[name] = " (not asked)"
                 continue
-            found, reason = self._ask(argument, name)
+            found, reasons[name] = self._ask(argument, name)
             if found is not None:
                 return found
-            looked_at.append(f"{name}: {describe(argument)}{reason}")
-        listed = "".join(f"\n  - {line}" for line in looked_at) or " none."
+        # Described only now: to print a model or a tensor takes time at each step.
+        lines = (f"\n  - {name}: {describe(arguments[name])}{reasons[name]}" for name in reasons)
         raise BatchMetadataError(
             "No argument of the loss function says which modalities its batch holds. "
-            f"Arguments:{listed}\n{self._reader.fixes()}"
+            f"Arguments:{''.join(lines) or ' none.'}\n{self._reader.fixes()}"
         )
 
     def _is_worth_asking(self, argument: Any) -> bool:

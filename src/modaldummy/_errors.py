@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ModalDummyError(Exception):
@@ -45,6 +45,8 @@ def describe(value: object) -> str:
     """Short description of a value for an error message; large data are never printed."""
     if isinstance(value, str):
         return reprlib.repr(value)
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__} module"
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
     if isinstance(value, Mapping):
