@@ -81,7 +81,6 @@ def test_meta_can_fail(read: Any) -> None:
 
 def test_arguments_are_not_printed_on_the_way() -> None:
     """Printing a tensor waits for the device, and printing a model takes long."""
-
     printed: list[object] = []
 
     class Printable(nn.Module):
