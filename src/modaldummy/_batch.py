@@ -95,8 +95,9 @@ class Reader:
     ) -> set[str] | None:
         """Active modalities in `value`, or None if it holds no metadata; malformed ones raise.
 
-        `explicit` says that `value` stands where only metadata can stand, so that lists of numbers
-        are masks or indexes, and every key of a mapping must be a modality.
+        `explicit` says that `value` stands where only metadata can stand, so that a list of bools
+        is a mask, None in a list is a sample without modalities, and every key of a mapping must be
+        a modality.
         """
         check_depth(depth, where)
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Exceptions of the library, each also the builtin that a user would catch."""
+"""Exceptions of the library, each also the builtin that a user would catch, and their words."""
 
 import difflib
 import reprlib
