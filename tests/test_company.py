@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from modaldummy import DummyLossWrapper
-from tests.asserts import gradients_of
+from tests.asserts import assert_connected, gradients_of
 from tests.zoo import brain
 
 BATCHES = ({"T1": torch.ones(2, 3)}, {"dMRI": torch.ones(2, 5)}, {"rsfMRI": torch.ones(2, 2)})
@@ -29,6 +29,7 @@ def test_ddp_stops_without_the_dummy_and_goes_on_with_it() -> None:
         model.zero_grad()
         wrapper.total(model(batch).square().mean(), batch).backward()
         assert gradients_of(dict(model.named_parameters()))
+        assert_connected(case.inactive(set(batch)))
 
 
 # Torch's own compiler makes an instance of the Function that it traces.

@@ -76,7 +76,7 @@ def test_the_counter_can_fail(read: Any) -> None:
 def test_meta_can_fail(read: Any) -> None:
     """And so does `meta`, also for what never passes the dispatcher on a CPU."""
     # Torch raises one or the other, by operator; both say that `meta` has no value to give.
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         read(torch.ones((), device="meta"))
 
 
