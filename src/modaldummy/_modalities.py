@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from modaldummy._errors import ParameterMapError, describe, unknown_modality
-from modaldummy._paths import find_parameters, strip_wrappers
+from modaldummy._kinds import check_dtype, check_initialised, is_sparse_table
+from modaldummy._paths import Located, find_parameters, strip_wrappers
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
 ParamSpec: TypeAlias = "str | nn.Module | nn.Parameter | Iterable[ParamSpec]"
@@ -48,6 +49,8 @@ class ModalityMap:
                     f"{where} is empty; give a path, a module or a parameter, or drop the key."
                 )
             self.paths[key] = paths
+            for located in self._lookup(key):
+                check_dtype(located, where)
         members = (name for key in self.paths for name in _members(key))
         self.modalities: tuple[str, ...] = tuple(dict.fromkeys(members))
 
@@ -60,26 +63,36 @@ class ModalityMap:
             (other for other in self.paths if set(_members(other)) == set(_members(key))), None
         )
         unique: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, parameter in () if own is None else self._lookup(own):
+        for name, parameter, _ in () if own is None else self._lookup(own):
             unique.setdefault(id(parameter), (name, parameter))
         return dict(unique.values())
 
-    def inactive_parameters(self, active: Collection[str]) -> list[nn.Parameter]:
+    def inactive_parameters(self, active: Collection[str]) -> list[Located]:
         """Trainable parameters that only inactive keys own, each once.
 
         A tuple key is active only if all its modalities are.
+
+        Raises:
+            ParameterMapError: A path matches nothing any more, or no gradient can reach what it
+                matches.
         """
         taught: set[int] = set()
-        idle: dict[int, nn.Parameter] = {}
+        idle: dict[int, Located] = {}
         for key in self.paths:
-            parameters = (parameter for _, parameter in self._lookup(key))
             if all(name in active for name in _members(key)):
-                taught.update(map(id, parameters))
-            else:
-                idle.update((id(p), p) for p in parameters if p.requires_grad)
-        return [parameter for identity, parameter in idle.items() if identity not in taught]
+                taught.update(id(located.parameter) for located in self._lookup(key))
+                continue
+            where = f"`modality_param_map[{key!r}]`"
+            for located in self._lookup(key):
+                if located.parameter.requires_grad:
+                    check_dtype(located, where)
+                    check_initialised(located, where)
+                    # A sparse table that a dense layer uses too gets dense gradients anyway.
+                    if id(located.parameter) not in idle or not is_sparse_table(located):
+                        idle[id(located.parameter)] = located
+        return [located for identity, located in idle.items() if identity not in taught]
 
-    def _lookup(self, key: ModalityKey) -> Iterator[tuple[str, nn.Parameter]]:
+    def _lookup(self, key: ModalityKey) -> Iterator[Located]:
         for path in self.paths[key]:
             found = find_parameters(self.model, path)
             if not found:

@@ -1,6 +1,7 @@
 """Finds parameters by path in a model as it is now, through whatever wraps parts of it."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,7 +14,13 @@ _REPLACED = ("base_layer", "original_module")
 # weight_norm, spectral_norm and pruning of `torch.nn.utils` rename a parameter with these endings.
 _RENAMED = ("_orig", "_g", "_v")
 
-NamedParameter = tuple[str, nn.Parameter]
+
+class Located(NamedTuple):
+    """A parameter, its present full name, and the module that holds it."""
+
+    name: str
+    parameter: nn.Parameter
+    owner: nn.Module
 
 
 def strip_wrappers(name: str) -> str:
@@ -28,7 +35,7 @@ def strip_wrappers(name: str) -> str:
     return ".".join(kept)
 
 
-def find_parameters(model: nn.Module, path: str) -> list[NamedParameter]:
+def find_parameters(model: nn.Module, path: str) -> list[Located]:
     """Parameters of `model` at or below the dotted `path`, with their present full names.
 
     Wrapper segments may be missing from the path or be too many in it. A path to a parameter also
@@ -36,16 +43,17 @@ def find_parameters(model: nn.Module, path: str) -> list[NamedParameter]:
     the modules along the path and below its end are visited.
 
     Returns:
-        `(name, parameter)` pairs, in model order; empty if nothing matches.
+        In model order, a tied parameter once for each module that holds it; empty if nothing
+        matches.
     """
     return _find(model, "", path.split(".") if path else [])
 
 
-def _find(module: nn.Module, prefix: str, path: list[str]) -> list[NamedParameter]:
+def _find(module: nn.Module, prefix: str, path: list[str]) -> list[Located]:
     if not path:
-        return list(module.named_parameters(prefix.rstrip(".")))
+        return list(_below(module, prefix.rstrip(".")))
     head, rest = path[0], path[1:]
-    found: list[NamedParameter] = []
+    found: list[Located] = []
     if (child := module._modules.get(head)) is not None:
         found = _find(child, f"{prefix}{head}.", rest)
     elif not rest:
@@ -60,17 +68,25 @@ def _find(module: nn.Module, prefix: str, path: list[str]) -> list[NamedParamete
     return found
 
 
-def _find_own(module: nn.Module, prefix: str, name: str) -> list[NamedParameter]:
+def _below(module: nn.Module, path: str) -> Iterator[Located]:
+    """All parameters of `module`, which is at `path`, and of its submodules."""
+    for where, owner in module.named_modules(prefix=path):
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield Located(f"{where}.{name}" if where else name, parameter, owner)
+
+
+def _find_own(module: nn.Module, prefix: str, name: str) -> list[Located]:
     """The parameter `name` that `module` itself holds, or what a reparametrization made of it."""
     if (parameter := module._parameters.get(name)) is not None:
-        return [(prefix + name, parameter)]
+        return [Located(prefix + name, parameter, module)]
     parametrizations = module._modules.get("parametrizations")
     if parametrizations is not None and (parts := parametrizations._modules.get(name)) is not None:
-        return list(parts.named_parameters(f"{prefix}parametrizations.{name}"))
+        return list(_below(parts, f"{prefix}parametrizations.{name}"))
     if not isinstance(vars(module).get(name), Tensor):
         return []  # a reparametrization leaves the value that it computes under the old name
     renamed = ((name + ending, module._parameters.get(name + ending)) for ending in _RENAMED)
-    return [(prefix + new, parameter) for new, parameter in renamed if parameter is not None]
+    return [Located(prefix + new, part, module) for new, part in renamed if part is not None]
 
 
 def _stand_ins(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -87,13 +103,13 @@ def _stand_ins(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"modules_to_save.{name}", child
 
 
-def _adapters(module: nn.Module, prefix: str) -> list[NamedParameter]:
+def _adapters(module: nn.Module, prefix: str) -> list[Located]:
     """LoRA parameters that sit beside the layer they adapt."""
     return [
-        named
+        located
         for name, child in module._modules.items()
         if name.startswith("lora_") and child is not None
-        for named in child.named_parameters(prefix + name)
+        for located in _below(child, prefix + name)
     ]
 
 

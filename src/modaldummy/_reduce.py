@@ -25,9 +25,11 @@ def sum_all(tensors: Sequence[Tensor], *, dtype: torch.dtype, device: torch.devi
     No tensors at all give an exact zero.
     """
     partial: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        values = tensor.real if tensor.is_complex() else tensor
-        partial.setdefault(tensor.device, []).append(values.sum(dtype=dtype))
-    if not partial:
-        return torch.zeros((), dtype=dtype, device=device)
-    return torch.stack([torch.stack(sums).sum().to(device) for sums in partial.values()]).sum()
+    # A subclass that only relabels tensors must not relabel the loss.
+    with torch._C.DisableTorchFunctionSubclass():
+        for tensor in tensors:
+            values = tensor.real if tensor.is_complex() else tensor
+            partial.setdefault(tensor.device, []).append(values.sum(dtype=dtype))
+        if not partial:
+            return torch.zeros((), dtype=dtype, device=device)
+        return torch.stack([torch.stack(sums).sum().to(device) for sums in partial.values()]).sum()

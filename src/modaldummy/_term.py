@@ -144,6 +144,8 @@ class _Connect(torch.autograd.Function):
     change the parameters between forward and backward.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: Tensor, scale: float | None, *params: Tensor) -> Tensor:
         return value.clone()

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from modaldummy._batch import Reader
 from modaldummy._call import CallReader, check_names
 from modaldummy._errors import BatchMetadataError, describe
+from modaldummy._kinds import check_readable, reached
 from modaldummy._loss import check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
+from modaldummy._paths import Located
 from modaldummy._reduce import accumulation_dtype
 from modaldummy._report import StepReport
 from modaldummy._term import Term, dummy_term, magnitude
@@ -199,12 +201,9 @@ class DummyLossWrapper:
         if not torch.is_grad_enabled():
             return zero
         active = self._active(batch)
-        params = self._map.inactive_parameters(active)
-        if not params:
-            self._report(active, params, Term(zero, zero, zero, unknown))
-            return zero
-        term = dummy_term(params, self._scale, read=not self._gradient_only)
-        self._report(active, params, term)
+        idle = self._map.inactive_parameters(active)
+        term = self._term(idle, None) if idle else Term(zero, zero, zero, unknown)
+        self._report(active, idle, term)
         return term.connected
 
     def __repr__(self) -> str:
@@ -227,33 +226,41 @@ class DummyLossWrapper:
         return check_names(names, self._reader)
 
     def _add(self, real: Tensor, active: set[str]) -> Tensor:
-        params = self._map.inactive_parameters(active)
-        if not params:
+        idle = self._map.inactive_parameters(active)
+        if not idle:
             seen = magnitude(real, accumulation_dtype([real.dtype]))
             zero = torch.zeros_like(seen)
-            self._report(active, params, Term(zero, zero, zero, seen))
+            self._report(active, idle, Term(zero, zero, zero, seen))
             return real
-        term = dummy_term(
-            params,
-            self._scale,
-            real=real,
-            max_fraction=self._max_fraction,
-            read=not self._gradient_only,
-        )
-        self._report(active, params, term)
+        term = self._term(idle, real)
+        self._report(active, idle, term)
         # An integer loss is promoted: it could not carry the gradient.
         dtype = real.dtype if real.is_floating_point() else term.connected.dtype
         return real + term.connected.to(dtype)
 
-    def _report(self, active: set[str], params: list[nn.Parameter], term: Term) -> None:
+    def _term(self, idle: list[Located], real: Tensor | None) -> Term:
+        if self._scale is None:
+            return dummy_term([located.parameter for located in idle], None, real=real)
+        read = self._scale > 0 and not self._gradient_only
+        if read and real is not None:
+            check_readable(idle, real.device)
+        return dummy_term(
+            [reached(located) for located in idle],
+            self._scale,
+            real=real,
+            max_fraction=self._max_fraction,
+            read=read,
+        )
+
+    def _report(self, active: set[str], idle: list[Located], term: Term) -> None:
         self.last = StepReport(
             active=self._reader.in_map_order(active),
             inactive=tuple(name for name in self.modalities if name not in active),
             real=term.real,
             dummy=term.value,
             uncapped=term.uncapped,
-            num_params=len(params),
-            num_elements=sum(parameter.numel() for parameter in params),
+            num_params=len(idle),
+            num_elements=sum(located.parameter.numel() for located in idle),
         )
 
 

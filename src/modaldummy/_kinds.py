@@ -1,0 +1,77 @@
+"""Which kinds of parameter a dummy gradient can reach, and through what it reaches them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from modaldummy._errors import ParameterMapError
+from modaldummy._paths import Located
+
+
+def check_dtype(located: Located, where: str) -> None:
+    """Refuse a trainable parameter whose gradients autograd cannot add up.
+
+    Raises:
+        ParameterMapError: The dtype is narrower than 16 bits.
+    """
+    name, parameter, _ = located
+    if parameter.requires_grad and parameter.dtype.itemsize < 2:
+        raise ParameterMapError(
+            f"{where}: the parameter {name!r} is trainable and of dtype {parameter.dtype}, in "
+            "which autograd cannot add up gradients; keep trainable weights in torch.bfloat16 or "
+            "wider and cast them in forward, or freeze this one with `requires_grad_(False)`."
+        )
+
+
+def check_initialised(located: Located, where: str) -> None:
+    """Refuse a parameter of a lazy module that no forward pass has given a shape yet.
+
+    Raises:
+        ParameterMapError: The parameter is uninitialised.
+    """
+    if isinstance(located.parameter, UninitializedParameter):
+        raise ParameterMapError(
+            f"{where}: the parameter {located.name!r} of a lazy module is not initialised, so that "
+            "no gradient can fit it; run one forward pass with each modality before training."
+        )
+
+
+def check_readable(parameters: Iterable[Located], device: torch.device) -> None:
+    """Refuse parameters without values, unless the loss on `device` has none either.
+
+    Raises:
+        ParameterMapError: A parameter is on the meta device and the loss is not.
+    """
+    for name, parameter, _ in parameters:
+        if parameter.is_meta and device.type != "meta":
+            raise ParameterMapError(
+                f"The parameter {name!r} of an inactive modality is on the meta device and has no "
+                f"values to add to a loss on {device}; load the model before training, or pass "
+                "`gradient_only=True`, which reads none."
+            )
+
+
+def is_sparse_table(located: Located) -> bool:
+    """Whether the parameter is the table of an embedding that makes sparse gradients."""
+    owner = located.owner
+    return isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.sparse
+
+
+def reached(located: Located) -> Tensor:
+    """The part of a parameter that the dummy term sums up and hands a gradient.
+
+    A DTensor is reached through its local shard, which takes no communication. The table of a
+    sparse embedding is reached through a selection of none of its rows: it contributes nothing,
+    and its gradient is sparse and empty, as an optimizer such as `torch.optim.SparseAdam` wants
+    it. Anything else is reached as it is.
+    """
+    parameter: Tensor = located.parameter
+    # By name: the DTensor class is slow to import, and a model without one has no use for it.
+    if hasattr(parameter, "to_local"):
+        parameter = parameter.to_local()
+    if is_sparse_table(located):
+        nothing = torch.empty(0, dtype=torch.long, device=parameter.device)
+        return nn.functional.embedding(nothing, parameter, sparse=True)
+    return parameter
