@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from modaldummy import StepReport
 
 
-def assert_connected(parameters: Mapping[str, nn.Parameter]) -> None:
+def assert_connected(parameters: Mapping[str, Tensor]) -> None:
     """Connect: every gradient exists, fits its parameter, and is nowhere zero."""
     for name, parameter in parameters.items():
         gradient = parameter.grad
@@ -34,8 +34,8 @@ def assert_same_bits(actual: Tensor | None, expected: Tensor | None, name: str) 
         return
     assert actual.dtype == expected.dtype, name
     assert actual.shape == expected.shape, name
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
-    assert torch.equal(actual.contiguous().view(bits), expected.contiguous().view(bits)), name
+    bits = [tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (actual, expected)]
+    assert torch.equal(*bits), name
 
 
 def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:

@@ -10,10 +10,11 @@ def naive_dummy(params: Iterable[Tensor], scale: float) -> Tensor:
     """The line that everybody copies, carried out in float64."""
     dummy = torch.zeros((), dtype=torch.float64)
     for param in params:
-        dummy = dummy + param.to(torch.float64).sum() * scale
+        real = param.real if param.is_complex() else param
+        dummy = dummy + real.to(torch.float64).sum() * scale
     return dummy
 
 
 def naive_magnitude(params: Iterable[Tensor], scale: float) -> float:
     """`scale * sum |p|`: what the rounding error of a sum is relative to."""
-    return scale * sum(param.detach().double().abs().sum().item() for param in params)
+    return scale * sum(param.detach().to(torch.complex128).abs().sum().item() for param in params)

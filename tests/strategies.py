@@ -6,9 +6,11 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from modaldummy import testing
 from tests.zoo import Case, Key
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (*FLOATS, torch.complex64, torch.complex128)
 _NAMES = ("T1", "T10", "rsfMRI", "dMRI", "text")
 
 
@@ -62,26 +64,12 @@ def cases(draw: st.DrawFn) -> Case:
 
 def active_sets(case: Case) -> st.SearchStrategy[set[str]]:
     """Any subset of the modalities of a case."""
-    return st.sets(st.sampled_from(sorted(modalities(case))))
+    return testing.active_sets(sorted(modalities(case)))
 
 
 def modalities(case: Case) -> set[str]:
     """All modality names in the map of a case."""
     return {name for key in case.spec for name in ([key] if isinstance(key, str) else key)}
-
-
-def batches(active: set[str], known: set[str]) -> st.SearchStrategy[Any]:
-    """Several forms in which a batch says that exactly `active` of `known` are active."""
-    names, others = sorted(active), sorted(known - active)
-    keyed = {name: torch.zeros(2, 3) for name in names} | dict.fromkeys(others)
-    return st.sampled_from(
-        [names, {"modalities": names}, {"modality": [[name] for name in names]}, keyed]
-    )
-
-
-def scales() -> st.SearchStrategy[float]:
-    """Positive scales over all magnitudes, the usual one often."""
-    return st.just(1e-7) | st.floats(-36, 3).map(lambda exponent: float(10**exponent))
 
 
 def _specs(model: nn.Module, paths: list[str]) -> st.SearchStrategy[Any]:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 
@@ -248,21 +251,21 @@ def _prune(model: Brain) -> None:
     prune.random_unstructured(model.vision_tower["T1_patch_embed"], "weight", amount=0.5)
 
 
+def _spectral_norm(model: Brain) -> None:
+    parametrizations.spectral_norm(model.vision_tower["T1_patch_embed"])
+
+
 def _lora(model: Brain) -> None:
-    """What PEFT builds: the layer moves to `base_layer`, adapters stand beside it."""
-    adapted = nn.Module()
-    adapted.base_layer = model.vision_tower["T1_patch_embed"]
-    adapted.lora_A = nn.ModuleDict({"default": nn.Linear(3, 1, bias=False)})
-    adapted.lora_B = nn.ModuleDict({"default": nn.Linear(1, 4, bias=False)})
-    model.vision_tower["T1_patch_embed"] = adapted
+    # PEFT freezes what it adapts, and frozen parameters get no dummy.
+    get_peft_model(model, PEFT["LoRA"][0]).requires_grad_(True)
 
 
 def _modules_to_save(model: Brain) -> None:
-    """What PEFT builds for modules that it trains whole."""
-    saved = nn.Module()
-    saved.original_module = model.vision_tower["T1_patch_embed"]
-    saved.modules_to_save = nn.ModuleDict({"default": nn.Linear(3, 4)})
-    model.vision_tower["T1_patch_embed"] = saved
+    get_peft_model(model, PEFT["modules_to_save"][0]).requires_grad_(True)
+
+
+def _fully_shard(model: Brain) -> None:
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 
 
 WEIGHT = {f"{T1}.weight"}
@@ -277,6 +280,7 @@ CHANGES: dict[str, tuple[Callable[[Brain], None], set[str]]] = {
         {f"{T1}.parametrizations.weight.original{index}" for index in (0, 1)},
     ),
     "weight_norm before parametrizations": (_old_weight_norm, {f"{T1}.weight_g", f"{T1}.weight_v"}),
+    "spectral_norm": (_spectral_norm, {f"{T1}.parametrizations.weight.original"}),
     "pruning": (_prune, {f"{T1}.weight_orig"}),
     "LoRA": (
         _lora,
@@ -286,6 +290,7 @@ CHANGES: dict[str, tuple[Callable[[Brain], None], set[str]]] = {
         _modules_to_save,
         {f"{T1}.{part}.weight" for part in ("original_module", "modules_to_save.default")},
     ),
+    "fully_shard": (_fully_shard, WEIGHT),
 }
 WAYS: dict[str, Callable[[Brain], Any]] = {
     "path": lambda _: f"{T1}.weight",
@@ -294,6 +299,7 @@ WAYS: dict[str, Callable[[Brain], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("spec", WAYS.values(), ids=WAYS.keys())
 def test_a_parameter_is_found_after_the_model_changed(
@@ -307,6 +313,7 @@ def test_a_parameter_is_found_after_the_model_changed(
     assert connected(wrapper, ["dMRI"]) == expected
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES.keys())
 def test_a_module_is_found_after_the_model_changed(
     change: Callable[[Brain], None], expected: set[str]
@@ -318,6 +325,29 @@ def test_a_module_is_found_after_the_model_changed(
     names = {strip_wrappers(name) for name in wrapper.named_parameters("T1")}
     assert expected < names
     assert all(name.startswith(T1) for name in names)
+
+
+PEFT: dict[str, tuple[LoraConfig, set[str]]] = {
+    "LoRA": (
+        LoraConfig(target_modules=["T1_patch_embed"], r=1),
+        {"lora_A.default", "lora_B.default"},
+    ),
+    "modules_to_save": (
+        LoraConfig(target_modules=["trunk"], modules_to_save=["T1_patch_embed"], r=1),
+        {"modules_to_save.default"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "trained"), PEFT.values(), ids=PEFT.keys())
+def test_what_peft_freezes_gets_no_dummy(config: LoraConfig, trained: set[str]) -> None:
+    """As PEFT leaves a model: its own parameters are trained, those of the model are not."""
+    model = Brain()
+    earlier = DummyLossWrapper(model, {"T1": f"{T1}.weight", "dMRI": "fusion"})
+    adapted = get_peft_model(model, config)
+    later = DummyLossWrapper(adapted, {"T1": f"{T1}.weight", "dMRI": "fusion"})
+    for wrapper in (earlier, later):
+        assert connected(wrapper, ["dMRI"]) == {f"{T1}.{part}.weight" for part in trained}
 
 
 def test_a_path_that_is_gone_is_an_error() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modaldummy._reduce import accumulation_dtype, sum_all
+from tests.oracles import naive_dummy, naive_magnitude
 from tests.strategies import parameters
 
 CPU = torch.device("cpu")
@@ -13,8 +14,8 @@ CPU = torch.device("cpu")
 
 @given(st.lists(parameters(), max_size=6))
 def test_sum_agrees_with_the_loop(tensors: list[torch.nn.Parameter]) -> None:
-    expected = sum(tensor.detach().double().sum().item() for tensor in tensors)
-    size = sum(tensor.detach().double().abs().sum().item() for tensor in tensors)
+    expected = naive_dummy(tensors, 1.0).item()
+    size = naive_magnitude(tensors, 1.0)
     total = sum_all(tensors, dtype=torch.float32, device=CPU)
     assert total.shape == ()
     assert total.item() == pytest.approx(expected, rel=0, abs=1e-5 * size)

@@ -46,7 +46,9 @@ class Case:
         """A loss that reaches exactly the parameters that the active keys or no key own."""
         idle = {id(parameter) for parameter in self.inactive(active).values()}
         reached = [p for p in self.model.parameters() if id(p) not in idle]
-        terms = [parameter.to(dtype).square().mean() for parameter in reached if parameter.numel()]
+        parts = [torch.view_as_real(p) if p.is_complex() else p for p in reached]
+        squares = [part.to(dtype).square() for part in parts]
+        terms = [square.mean() if square.numel() else square.sum() for square in squares]
         return torch.stack([torch.ones((), dtype=dtype), *terms]).mean()
 
 
@@ -91,10 +93,34 @@ def brain() -> Case:
     return Case(model, spec, owners)
 
 
-def _holder(**parameters: nn.Parameter) -> nn.Module:
+class Pair(nn.Module):
+    """Modality `a` is always active, `b` never."""
+
+    def __init__(self, b: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        self.b: Any = b
+
+    def forward(self) -> Tensor:
+        output: Tensor = self.a(torch.ones(1, 2)).square().sum()
+        return output
+
+    def wrapper(
+        self, scale: float | None = 1e-7, *, gradient_only: bool = False
+    ) -> DummyLossWrapper:
+        return DummyLossWrapper(self, {"a": "a", "b": "b"}, scale, gradient_only=gradient_only)
+
+    def step(self, wrapper: DummyLossWrapper) -> Tensor:
+        total = wrapper.total(self(), "a")
+        total.backward()
+        return total
+
+
+def holder(**parameters: Tensor) -> nn.Module:
+    """A module of nothing but parameters."""
     module = nn.Module()
-    for name, parameter in parameters.items():
-        module.register_parameter(name, parameter)
+    for name, values in parameters.items():
+        module.register_parameter(name, nn.Parameter(values))
     return module
 
 
@@ -135,23 +161,27 @@ def tied_within() -> Case:
 
 
 def mixed_dtypes() -> Case:
-    parts = [nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float16, torch.float32)]
+    parts = [nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float16, torch.complex64)]
     return _pair(nn.Sequential(*parts), nn.Linear(2, 2, dtype=torch.float64))
 
 
 def scalars_and_empties() -> Case:
-    a = _holder(scalar=nn.Parameter(torch.tensor(2.0)), empty=nn.Parameter(torch.empty(0, 3)))
-    return _pair(
-        a, _holder(scalar=nn.Parameter(torch.tensor(3.0)), one=nn.Parameter(torch.ones(1)))
-    )
+    a = holder(scalar=torch.tensor(2.0), empty=torch.empty(0, 3))
+    return _pair(a, holder(scalar=torch.tensor(3.0), one=torch.ones(1)))
 
 
 def strided() -> Case:
-    a = _holder(
-        transposed=nn.Parameter(torch.randn(4, 3).t()),
-        channels_last=nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
+    a = holder(
+        transposed=torch.randn(4, 3).t(),
+        channels_last=torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        expanded=torch.randn(1).expand(3),
+        every_other=torch.randn(6)[::2],
     )
     return _pair(a, nn.Linear(2, 2))
+
+
+def sparse_tables() -> Case:
+    return _pair(nn.Embedding(5, 3, sparse=True), nn.EmbeddingBag(4, 2, sparse=True))
 
 
 ZOO: dict[str, Callable[[], Case]] = {
@@ -159,6 +189,8 @@ ZOO: dict[str, Callable[[], Case]] = {
     "float64": _with_dtype(torch.float64),
     "bfloat16": _with_dtype(torch.bfloat16),
     "float16": _with_dtype(torch.float16),
+    "complex64": _with_dtype(torch.complex64),
+    "complex128": _with_dtype(torch.complex128),
     "mixed-dtypes": mixed_dtypes,
     "frozen-in-part": frozen_in_part,
     "frozen-whole": frozen_whole,
