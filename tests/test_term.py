@@ -1,7 +1,6 @@
 """The numerics of the dummy term: value, cap, gradient."""
 
 import math
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -206,27 +205,6 @@ def test_flushed_subnormals_do_no_harm(dtype: torch.dtype) -> None:
         assert nonzero_product(torch.tensor(1.0), 1e-45, dtype) != 0
     finally:
         torch.set_flush_denormal(False)
-
-
-# Torch's own compiler makes an instance of the Function that it traces and uses `torch.jit`.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_gradients_do_not_underflow(dtype: torch.dtype, backend: str) -> None:
-    """Inductor keeps the choice between product and floor, in one graph."""
-    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("inductor needs a C++ compiler")
-    parameter = ones(3, dtype=dtype)
-
-    @torch.compile(backend=backend, fullgraph=True)
-    def loss(weight: Tensor) -> Tensor:
-        real = weight.square().sum()
-        return (real + dummy_term([parameter], 1e-7, real=real, max_fraction=1e-4).connected) / 4096
-
-    loss(ones(2)).backward()
-    expected = nonzero_product(torch.tensor(1 / 4096), 1e-7, dtype).expand(3)
-    assert_same_bits(parameter.grad, expected, backend)
 
 
 def test_gradcheck() -> None:

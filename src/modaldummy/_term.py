@@ -1,5 +1,6 @@
 """The dummy term: its value, its cap and its gradient. The numerics of the library live here."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +80,9 @@ def dummy_term(
 
 def magnitude(real: Tensor, dtype: torch.dtype) -> Tensor:
     """A detached copy of a scalar loss, or the mean of `|real|`, in `dtype` and of shape `[]`."""
+    wide = real.detach().to(dtype)
     # A copy: frameworks multiply the loss in place.
-    copied = real.detach().to(dtype, copy=True)
-    return copied if copied.ndim == 0 else copied.abs().mean()
+    return _copy(wide) if wide.ndim == 0 else wide.abs().mean()
 
 
 def connect(value: Tensor, scale: float | None, params: Sequence[Tensor]) -> Tensor:
@@ -137,6 +138,15 @@ def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None)
     return torch.clamp(value, -limit, limit)
 
 
+def _copy(value: Tensor) -> Tensor:
+    """A clone that inductor keeps apart from `value`.
+
+    Of a plain clone it makes the same output twice, once with a graph and once without, and torch
+    then cuts the graph of both: https://github.com/pytorch/pytorch/pull/195688.
+    """
+    return value.clamp(-math.inf, math.inf)
+
+
 class _Connect(torch.autograd.Function):
     """Identity on `value` with one autograd edge to each parameter.
 
@@ -148,7 +158,7 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, scale: float | None, *params: Tensor) -> Tensor:
-        return value.clone()
+        return _copy(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
