@@ -77,10 +77,10 @@ def test_total_compiles_into_one_graph(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_dummy_alone_compiles(backend: str) -> None:
-    """The report beside it holds the same value, and must not cost it its graph."""
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_the_dummy_alone_compiles(backend: str, gradient_only: bool) -> None:
     case = brain()
-    wrapper = case.wrapper(0.25)
+    wrapper = case.wrapper(0.25, gradient_only=gradient_only)
     torch.compile(wrapper.dummy, backend=backend, fullgraph=True)("T1").backward()
     inactive = case.inactive({"T1"})
     assert all(p.grad is not None and (p.grad == 0.25).all() for p in inactive.values())

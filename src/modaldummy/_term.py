@@ -81,8 +81,12 @@ def dummy_term(
 def magnitude(real: Tensor, dtype: torch.dtype) -> Tensor:
     """A detached copy of a scalar loss, or the mean of `|real|`, in `dtype` and of shape `[]`."""
     wide = real.detach().to(dtype)
-    # A copy: frameworks multiply the loss in place.
-    return _copy(wide) if wide.ndim == 0 else wide.abs().mean()
+    if wide.ndim:
+        return wide.abs().mean()
+    # A copy: frameworks multiply the loss in place. Inductor takes a clone for the same output as
+    # a total that differs from it by its graph alone, and torch then cuts that graph, see
+    # https://github.com/pytorch/pytorch/pull/195688; clamping makes a copy that it keeps apart.
+    return wide.clamp(-math.inf, math.inf)
 
 
 def connect(value: Tensor, scale: float | None, params: Sequence[Tensor]) -> Tensor:
@@ -138,15 +142,6 @@ def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None)
     return torch.clamp(value, -limit, limit)
 
 
-def _copy(value: Tensor) -> Tensor:
-    """A clone that inductor keeps apart from `value`.
-
-    Of a plain clone it makes the same output twice, once with a graph and once without, and torch
-    then cuts the graph of both: https://github.com/pytorch/pytorch/pull/195688.
-    """
-    return value.clamp(-math.inf, math.inf)
-
-
 class _Connect(torch.autograd.Function):
     """Identity on `value` with one autograd edge to each parameter.
 
@@ -158,7 +153,7 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, scale: float | None, *params: Tensor) -> Tensor:
-        return _copy(value)
+        return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
