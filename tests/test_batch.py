@@ -186,6 +186,8 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
         {"T1": np.array([None, None]), "dMRI": np.array([None, "x"], dtype=object)},
         ("dMRI",),
     ),
+    "keyed, arrays are data": ({"T1": np.zeros((2, 3)), "dMRI": np.zeros((0, 3))}, ("T1",)),
+    "keyed, beside an unrelated mapping": ({"info": {"site": 1}, "scans": {"T1": X}}, ("T1",)),
     "keyed, numbers in a list are data": ({"T1": [0, 0], "dMRI": [False]}, ("T1",)),
     "keyed, integer tensors are data": ({"T1": torch.tensor([0, 0])}, ("T1",)),
     "keyed, nested inputs": ({"T1": {"pixel_values": X, "labels": X}, "dMRI": {}}, ("T1",)),

@@ -211,6 +211,25 @@ def test_resolver_may_return_any_form(answer: Any) -> None:
     assert wrapper.last.active == ("T1",)
 
 
+def test_a_resolver_that_finds_nothing_in_any_argument_is_told() -> None:
+    wrapper = brain().wrapper(resolver=lambda batch: None)
+    with pytest.raises(BatchMetadataError, match=r"`resolver` returned None"):
+        wrapper(plain)(REAL, T1_BATCH)
+
+
+def test_a_function_without_a_signature_is_read_by_position() -> None:
+    """Some builtins have none that `inspect` could find."""
+    wrapper = brain().wrapper()
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(max)
+    losses = [torch.tensor(2.0), torch.tensor(1.0)]
+    wrapper(max)(*losses, modalities=["T1"])
+    assert wrapper.last is not None
+    assert wrapper.last.active == ("T1",)
+    with pytest.raises(BatchMetadataError, match="argument 1: a Tensor of shape"):
+        wrapper(max)(*losses)
+
+
 def test_the_keyword_beats_the_resolver() -> None:
     wrapper = brain().wrapper(resolver=lambda batch: ["dMRI"])
     wrapper(plain)(REAL, T1_BATCH, modalities=["T1"])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,15 @@ def test_wrong_arguments(
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m modaldummy --help`, with the exit status that a shell sees."""
+    monkeypatch.setattr(sys, "argv", ["modaldummy", "--help"])
+    monkeypatch.delitem(sys.modules, "modaldummy.__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("modaldummy", run_name="__main__")
+    assert stop.value.code == 0
+    assert "demo" in capsys.readouterr().out

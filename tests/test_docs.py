@@ -21,18 +21,31 @@ def relative(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+# Torch's own compiler makes an instance of the Function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if SNIPPETS[page]], ids=relative)
 def test_snippets_run(page: Path) -> None:
-    """From top to bottom of a page, as a reader would type them."""
-    namespace = {"__name__": "snippet"}
+    """From top to bottom of a page, as a reader would type them; then the tests in them."""
+    namespace: dict[str, Any] = {"__name__": "snippet"}
     for code in SNIPPETS[page]:
         exec(compile(code, str(page), "exec"), namespace)
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert bool(tests) == (page.name == "property-test-your-model.md")
+    for test in tests:
+        test()
 
 
 def test_there_are_snippets() -> None:
     """Otherwise the test above would pass on a page without any."""
     pages = {relative(page) for page in PAGES if SNIPPETS[page]}
-    assert {"README.md", "docs/index.md", "docs/explanation/when-not-to-use-it.md"} <= pages
+    assert pages == {
+        "README.md",
+        "docs/index.md",
+        "docs/explanation/when-not-to-use-it.md",
+        "docs/how-to/compile.md",
+        "docs/how-to/property-test-your-model.md",
+        "docs/reference/batch-metadata.md",
+    }
 
 
 def metadata_rows() -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,16 @@ def test_all_is_what_there_is() -> None:
     assert public - submodules == set(modaldummy.__all__)
     assert list(modaldummy.__all__) == sorted(modaldummy.__all__)
     assert all(getattr(modaldummy, name).__doc__ for name in modaldummy.__all__)
+
+
+def test_other_peoples_pytest_runs_do_not_load_torch(tmp_path: Path) -> None:
+    """Installing the package hands pytest and Hypothesis no plugin, which would import it."""
+    groups = {point.group for point in distribution("modaldummy").entry_points}
+    assert not groups & {"pytest11", "hypothesis"}
+    test = (
+        "def test(): import hypothesis, sys; assert not {'torch', 'modaldummy'} & set(sys.modules)"
+    )
+    (tmp_path / "test_other.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert "1 passed" in result.stdout, result.stdout + result.stderr

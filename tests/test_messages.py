@@ -182,6 +182,7 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         UnknownModalityError,
         ["'dmri'", "did you mean 'dMRI'?"],
     ),
+    "number as a key of flags": ({"modalities": {5: True}}, UnknownModalityError, ["5 (int)"]),
     "typo in an attribute": (SimpleNamespace(modality="T"), UnknownModalityError, [".modality"]),
     "number as name": ({"modality": [1.5]}, BatchMetadataError, ["['modality'][0]", "1.5 (float)"]),
     "flag 0": ({"T1": X, "dMRI": 0}, BatchMetadataError, ["['dMRI']", "0 (int)", "True or False"]),

@@ -97,9 +97,8 @@ def _stand_ins(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     outer = module._modules.get(_PEFT_MODEL[0])
     if outer is not None and (inner := outer._modules.get(_PEFT_MODEL[1])) is not None:
         yield ".".join(_PEFT_MODEL), inner
-    saved = module._modules.get("modules_to_save")
-    for name, child in saved._modules.items() if saved is not None else ():
-        if child is not None:
+    if (saved := module._modules.get("modules_to_save")) is not None:
+        for name, child in saved.named_children():
             yield f"modules_to_save.{name}", child
 
 

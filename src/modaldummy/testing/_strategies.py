@@ -43,8 +43,12 @@ def batches(
     The forms are names, names per sample, an explicit key, one entry per modality, and a bool
     mask; what they hold besides are small tensors of zeros, not data that a model could run on.
 
-        >>> batches(["T1", "dMRI"], ["T1"]).example()  # doctest: +SKIP
-        {'T1': tensor([[0., 0., 0.], [0., 0., 0.]]), 'dMRI': None}
+        >>> from hypothesis import given
+        >>> from modaldummy import active_modalities
+        >>> @given(batches(["T1", "dMRI"], ["T1"]))
+        ... def test(batch):
+        ...     assert active_modalities(batch, ["T1", "dMRI"]) == ("T1",)
+        >>> test()
 
     Args:
         modalities: All names, in map order, usually `wrapper.modalities`.
