@@ -5,13 +5,27 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 STEPS ?= 200
 
-.PHONY: demo test lint types clean
+LOWEST := .venv-lowest
+LOWEST_PINS := requirements/lowest.txt
+
+.PHONY: demo test test-lowest mutants soak lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov
+
+# The suite on the oldest torch and numpy that pyproject.toml admits; downloads several GB once.
+test-lowest: $(LOWEST)/.dev
+	$(LOWEST)/bin/python -m pytest
+
+# Breaks the core in hundreds of ways and runs its tests on each; about half an hour on 2 cores.
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutants
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -21,7 +35,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-output* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) demo-output* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +43,12 @@ $(BIN)/python:
 # The stamps make a second run start at once, and a changed pyproject install again.
 $(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
+	touch $@
+
+# The everyday pins, but for what the oldest releases pin otherwise.
+$(LOWEST)/.dev: pyproject.toml $(CONSTRAINTS) $(LOWEST_PINS)
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE "^($$(sed -n 's/==.*//p' $(LOWEST_PINS) | paste -sd '|'))==" $(CONSTRAINTS) > $(LOWEST)/pins.txt
+	cat $(LOWEST_PINS) >> $(LOWEST)/pins.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/pins.txt --editable '.[dev]'
 	touch $@

@@ -41,10 +41,11 @@ class CallReader:
             self._bound, self._bound_keywords = loss_fn.args, loss_fn.keywords
             loss_fn = loss_fn.func
         self._signature = _signature(loss_fn)
+        self._names_keyword = self._signature is not None and _KEYWORD in self._signature.parameters
 
     def take_keyword(self, kwargs: dict[str, Any]) -> Any:
         """Remove `modalities=` from `kwargs` unless the loss function itself names it."""
-        if self._signature is not None and _KEYWORD in self._signature.parameters:
+        if self._names_keyword:
             return None
         return kwargs.pop(_KEYWORD, None)
 
