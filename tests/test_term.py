@@ -47,6 +47,23 @@ def test_float64_parameters_are_summed_in_float64() -> None:
     assert value.item() == 1 + 1e-12
 
 
+def test_a_float64_loss_is_held_against_a_float64_sum() -> None:
+    """The dtype is the widest of parameters and loss, whether the parameters are read or not."""
+    loss = torch.tensor(2.0, dtype=torch.float64)
+    for read in (True, False):
+        result = dummy_term([ones(2)], 1e-7, real=loss, read=read)
+        for tensor in (result.value, result.uncapped, result.real, result.connected):
+            assert tensor.dtype == torch.float64
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_everything_is_where_the_loss_is(read: bool) -> None:
+    loss = torch.ones((), device="meta")
+    result = dummy_term([ones(2)], 1e-7, real=loss, read=read)
+    for tensor in (result.value, result.uncapped, result.real, result.connected):
+        assert tensor.is_meta
+
+
 def test_complex_parameters_count_by_their_real_part() -> None:
     """And receive a real gradient."""
     parameter = nn.Parameter(torch.tensor([1 + 5j, 2 - 3j]))
@@ -107,6 +124,39 @@ def test_the_largest_finite_loss_stays_finite(
                 params = [nn.Parameter(huge.detach() * scale)]
                 result = dummy_term(params, 1.0, real=losses, max_fraction=max_fraction)
                 assert (losses + result.connected.to(dtype)).isfinite().all(), real
+
+
+LOSSES = [2.0, -3.0, 0.0, 1e-3, math.inf, -math.inf, math.nan, 2**-24, 2**-14, 65504.0]
+LOSS_DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", LOSS_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (0,)], ids=str)
+@pytest.mark.parametrize("sum_of_parameters", [1e6, -1e6, 1e-6, math.inf, math.nan])
+def test_the_bound_holds_for_losses_of_every_kind(
+    dtype: torch.dtype, shape: tuple[int, ...], sum_of_parameters: float
+) -> None:
+    """A finite loss stays finite, a broken one stays broken, and the gradient notices nothing."""
+    integer = not dtype.is_floating_point
+    for number in LOSSES:
+        if integer and (number != int(abs(number)) if math.isfinite(number) else True):
+            continue
+        if dtype == torch.uint8 and number > 255:
+            continue
+        loss = torch.full(shape, number).to(dtype)
+        parameter = nn.Parameter(torch.tensor([sum_of_parameters, 0.0]))
+        result = dummy_term([parameter], 1.0, real=loss, max_fraction=1e-4)
+        assert_same_bits(
+            result.uncapped, torch.tensor(sum_of_parameters).to(result.uncapped), "sum"
+        )
+        mean = loss.double().abs().mean().item()
+        assert abs(result.value.double().item()) <= (1e-4 * mean if math.isfinite(mean) else 0)
+        total = loss + result.connected.to(loss.dtype if not integer else result.connected.dtype)
+        assert torch.equal(total.isfinite(), loss.isfinite())
+        assert total.shape == loss.shape
+        if total.numel():
+            total.mean().backward()
+            assert_same_bits(parameter.grad, torch.ones(2), f"gradient at {number}")
 
 
 def test_an_empty_loss_has_no_peak() -> None:

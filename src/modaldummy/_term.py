@@ -131,9 +131,9 @@ def _floor(dtype: torch.dtype) -> float:
 def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None) -> Tensor:
     """`value` within its fraction of the loss `seen`, and so small that the total is finite."""
     info = torch.finfo(real.dtype if real.is_floating_point() else seen.dtype)
-    peak = seen if real.ndim == 0 or real.numel() == 0 else real.detach().abs().amax()
+    peak = real.detach().abs().amax() if real.numel() else seen
     # The total is rounded twice, by the cast of the dummy and by the addition.
-    limit = info.max * (1 - 2 * info.eps) - peak.abs().to(seen.dtype)
+    limit = info.max * (1 - 2 * info.eps) - peak.to(seen.dtype)
     if max_fraction is not None:
         limit = torch.minimum(limit, seen.abs() * (max_fraction * _ROUNDING_MARGIN))
     # Below the smallest normal number, rounding is too coarse for the bound to be exact; a NaN or
