@@ -1,11 +1,12 @@
 """The promises as assertions, each with its definition."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from modaldummy import StepReport
+from modaldummy import DummyLossWrapper, StepReport
+from modaldummy._paths import strip_wrappers
 
 
 def assert_connected(parameters: Mapping[str, Tensor]) -> None:
@@ -44,3 +45,14 @@ def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
     present = [gradient for gradient in gradients if gradient is not None]
     assert len(present) == len(gradients) > 0
     return present
+
+
+def connected(wrapper: DummyLossWrapper, active: Collection[str]) -> set[str]:
+    """Names, without wrapper segments, of the parameters that a dummy reaches."""
+    model = wrapper._map.model
+    model.zero_grad()
+    dummy = wrapper.dummy(active)
+    if dummy.requires_grad:
+        dummy.backward()
+    named = model.named_parameters(remove_duplicate=False)
+    return {strip_wrappers(name) for name, p in named if p.grad is not None}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,9 +15,9 @@ from torch.nn.utils import parametrizations, prune
 
 from modaldummy import DummyLossWrapper, ParameterMapError
 from modaldummy._paths import strip_wrappers
-from tests.zoo import ZOO, Brain, brain
+from tests.asserts import connected
+from tests.zoo import T1, WAYS, ZOO, Brain, brain
 
-T1 = "vision_tower.T1_patch_embed"
 BOTH = {f"{T1}.weight", f"{T1}.bias"}
 
 
@@ -147,17 +146,6 @@ def test_a_modality_may_live_in_tuple_keys_alone() -> None:
     assert wrapper.named_parameters("text") == {}
 
 
-def connected(wrapper: DummyLossWrapper, active: list[str]) -> set[str]:
-    """Names, without wrapper segments, of the parameters that a dummy reaches."""
-    model = wrapper._map.model
-    model.zero_grad()
-    dummy = wrapper.dummy(active)
-    if dummy.requires_grad:
-        dummy.backward()
-    named = model.named_parameters(remove_duplicate=False)
-    return {strip_wrappers(name) for name, p in named if p.grad is not None}
-
-
 TUPLE_KEYS: dict[str, tuple[list[str], set[str]]] = {
     "all": (["T1", "rsfMRI", "dMRI"], set()),
     "one of the pair": (["T1", "rsfMRI"], {"vision_tower.dMRI_patch_embed", "fusion"}),
@@ -255,15 +243,6 @@ def _spectral_norm(model: Brain) -> None:
     parametrizations.spectral_norm(model.vision_tower["T1_patch_embed"])
 
 
-def _lora(model: Brain) -> None:
-    # PEFT freezes what it adapts, and frozen parameters get no dummy.
-    get_peft_model(model, PEFT["LoRA"][0]).requires_grad_(True)
-
-
-def _modules_to_save(model: Brain) -> None:
-    get_peft_model(model, PEFT["modules_to_save"][0]).requires_grad_(True)
-
-
 def _fully_shard(model: Brain) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 
@@ -282,20 +261,7 @@ CHANGES: dict[str, tuple[Callable[[Brain], None], set[str]]] = {
     "weight_norm before parametrizations": (_old_weight_norm, {f"{T1}.weight_g", f"{T1}.weight_v"}),
     "spectral_norm": (_spectral_norm, {f"{T1}.parametrizations.weight.original"}),
     "pruning": (_prune, {f"{T1}.weight_orig"}),
-    "LoRA": (
-        _lora,
-        {f"{T1}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")},
-    ),
-    "modules_to_save": (
-        _modules_to_save,
-        {f"{T1}.{part}.weight" for part in ("original_module", "modules_to_save.default")},
-    ),
     "fully_shard": (_fully_shard, WEIGHT),
-}
-WAYS: dict[str, Callable[[Brain], Any]] = {
-    "path": lambda _: f"{T1}.weight",
-    "glob": lambda _: "vision_tower.T1*.weight",
-    "parameter": lambda model: model.vision_tower["T1_patch_embed"].weight,
 }
 
 
@@ -325,29 +291,6 @@ def test_a_module_is_found_after_the_model_changed(
     names = {strip_wrappers(name) for name in wrapper.named_parameters("T1")}
     assert expected < names
     assert all(name.startswith(T1) for name in names)
-
-
-PEFT: dict[str, tuple[LoraConfig, set[str]]] = {
-    "LoRA": (
-        LoraConfig(target_modules=["T1_patch_embed"], r=1),
-        {"lora_A.default", "lora_B.default"},
-    ),
-    "modules_to_save": (
-        LoraConfig(target_modules=["trunk"], modules_to_save=["T1_patch_embed"], r=1),
-        {"modules_to_save.default"},
-    ),
-}
-
-
-@pytest.mark.parametrize(("config", "trained"), PEFT.values(), ids=PEFT.keys())
-def test_what_peft_freezes_gets_no_dummy(config: LoraConfig, trained: set[str]) -> None:
-    """As PEFT leaves a model: its own parameters are trained, those of the model are not."""
-    model = Brain()
-    earlier = DummyLossWrapper(model, {"T1": f"{T1}.weight", "dMRI": "fusion"})
-    adapted = get_peft_model(model, config)
-    later = DummyLossWrapper(adapted, {"T1": f"{T1}.weight", "dMRI": "fusion"})
-    for wrapper in (earlier, later):
-        assert connected(wrapper, ["dMRI"]) == {f"{T1}.{part}.weight" for part in trained}
 
 
 def test_a_path_that_is_gone_is_an_error() -> None:

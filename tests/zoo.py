@@ -56,6 +56,9 @@ def is_active(key: Key, active: set[str]) -> bool:
     return key in active if isinstance(key, str) else set(key) <= active
 
 
+T1 = "vision_tower.T1_patch_embed"
+
+
 class Brain(nn.Module):
     """Three towers, a fusion of T1 and dMRI, a trunk; `T10_proj` is there to be confused with."""
 
@@ -77,6 +80,14 @@ class Brain(nn.Module):
         hidden = [self.vision_tower[f"{name}_patch_embed"](batch[name]) for name in names]
         output: Tensor = self.trunk(torch.stack(hidden).sum(0))
         return output
+
+
+# Ways to name one parameter of `Brain` in a map.
+WAYS: dict[str, Callable[[Brain], Any]] = {
+    "path": lambda _: f"{T1}.weight",
+    "glob": lambda _: "vision_tower.T1*.weight",
+    "parameter": lambda model: model.vision_tower["T1_patch_embed"].weight,
+}
 
 
 def brain() -> Case:
