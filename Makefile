@@ -45,7 +45,7 @@ $(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
 	touch $@
 
-# The everyday pins, but for what the oldest releases pin otherwise.
+# The everyday pins, but for the floors.
 $(LOWEST)/.dev: pyproject.toml $(CONSTRAINTS) $(LOWEST_PINS)
 	$(PYTHON) -m venv $(LOWEST)
 	grep -vE "^($$(sed -n 's/==.*//p' $(LOWEST_PINS) | paste -sd '|'))==" $(CONSTRAINTS) > $(LOWEST)/pins.txt

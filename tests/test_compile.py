@@ -18,11 +18,9 @@ from tests.asserts import assert_connected, assert_same_bits
 from tests.zoo import brain, sparse_tables
 
 pytestmark = [
-    # Torch's own compiler makes an instance of the Function that it traces and uses `torch.jit`,
-    # and inductor tells which of its own settings it leaves out of its cache key.
+    # Torch's own compiler makes an instance of the Function that it traces and uses `torch.jit`.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),
 ]
 
 NO_COMPILER = not any(map(shutil.which, ("c++", "g++", "clang++")))
@@ -157,10 +155,6 @@ def test_names_per_sample_make_one_graph_for_each_sequence() -> None:
     assert counter.frame_count == 3
 
 
-# Before torch 2.7 it went by the other name.
-LIMIT = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
-
-
 def two_modalities() -> tuple[DummyLossWrapper, list[tuple[str, ...]]]:
     """A wrapper and all of its active sets."""
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in "ab"})
@@ -168,7 +162,7 @@ def two_modalities() -> tuple[DummyLossWrapper, list[tuple[str, ...]]]:
 
 
 def test_the_documented_limit_is_that_of_dynamo() -> None:
-    assert getattr(dynamo_config, LIMIT) == 8
+    assert dynamo_config.recompile_limit == 8
     assert " 8 " in (Path(__file__).parent.parent / "docs/how-to/compile.md").read_text()
 
 
@@ -176,7 +170,7 @@ def test_more_sets_than_the_recompile_limit_fail() -> None:
     """Under `fullgraph`, at the first set beyond it."""
     wrapper, sets = two_modalities()
     step, _ = counted(wrapper)
-    with dynamo_config.patch({LIMIT: 3}):
+    with dynamo_config.patch(recompile_limit=3):
         for names in sets[:3]:
             step(names)
         with pytest.raises(FailOnRecompileLimitHit):
@@ -187,7 +181,7 @@ def test_a_limit_of_all_sets_is_enough() -> None:
     """One of two remedies: 2 to the power of the number of modalities."""
     wrapper, sets = two_modalities()
     step, counter = counted(wrapper)
-    with dynamo_config.patch({LIMIT: 2 ** len(wrapper.modalities)}):
+    with dynamo_config.patch(recompile_limit=2 ** len(wrapper.modalities)):
         for names in sets * 2:
             step(names)
     assert counter.frame_count == 4
