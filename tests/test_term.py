@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modaldummy._term import Term, connect, dummy_term, magnitude, nonzero_product
+from modaldummy._term import Term, connect, dummy_term, magnitude
 from tests.asserts import assert_same_bits
 
 HALF = (torch.float16, torch.bfloat16)
@@ -246,15 +246,35 @@ def test_scale_zero_gives_exact_zeros_and_none_gives_nothing() -> None:
     assert none.grad is None
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_flushed_subnormals_do_no_harm(dtype: torch.dtype) -> None:
-    """Where the product is subnormal, the floor of the dtype is a number that survives."""
+@pytest.fixture
+def _flushed_subnormals() -> Iterator[None]:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
-    try:
-        assert nonzero_product(torch.tensor(1.0), 1e-45, dtype) != 0
-    finally:
-        torch.set_flush_denormal(False)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("_flushed_subnormals")
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("scale", [1e-45, 1e-7])
+def test_flushed_subnormals_do_no_harm(dtype: torch.dtype, scale: float) -> None:
+    """The floor is a normal number of the dtype, or in float16 of the float32 behind it."""
+    assert torch.tensor(1e-40) * 1 == 0
+    parameter = ones(3, dtype=dtype)
+    for _ in range(2):
+        (term(parameter, scale=scale).connected / 4096).backward()
+    assert parameter.grad is not None
+    assert parameter.grad.all()
+    if dtype != torch.float16:
+        assert (parameter.grad.abs() >= torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.usefixtures("_flushed_subnormals")
+def test_with_flushed_subnormals_a_subnormal_scale_is_zero() -> None:
+    """What is not promised: the processor does not tell the scale from zero."""
+    parameter = ones(3)
+    term(parameter, scale=1e-320).connected.backward()
+    assert_same_bits(parameter.grad, torch.zeros(3), "gradient")
 
 
 def test_gradcheck() -> None:

@@ -136,7 +136,7 @@ def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
     elif isinstance(spec, nn.Module):
         yield _path_of_module(spec, model, where)
     elif isinstance(spec, nn.Parameter):
-        named = model.named_parameters(remove_duplicate=False)
+        named = model.named_parameters()
         path = next((name for name, parameter in named if parameter is spec), None)
         if path is None:
             raise ParameterMapError(
