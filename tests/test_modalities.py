@@ -105,6 +105,15 @@ def test_a_tied_parameter_goes_by_its_first_name() -> None:
     assert set(by_list.named_parameters("a")) == {"a.1.weight", "a.1.bias"}
 
 
+def test_every_name_of_a_shared_module_is_known() -> None:
+    """A path may be any of them; the error is that it owns nothing, not that it does not exist."""
+    activation = nn.ReLU()
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2), "first": activation, "second": activation})
+    for name in ("first", "second"):
+        with pytest.raises(ParameterMapError, match=f"the module '{name}' has no parameters"):
+            DummyLossWrapper(model, {"T1": name})
+
+
 def test_parameters_that_only_look_like_weight_norm_are_no_match() -> None:
     """`T1_g` and `T1_v` stand for a parameter `T1` only where something computes it from them."""
     model = nn.ParameterDict({"T1_g": torch.ones(1), "T1_v": torch.ones(1), "dMRI": torch.ones(1)})

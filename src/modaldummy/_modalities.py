@@ -155,7 +155,7 @@ def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
 
 
 def _path_of_module(spec: nn.Module, model: nn.Module, where: str) -> str:
-    named = model.named_modules(remove_duplicate=False)
+    named = model.named_modules()
     path: str | None = next((name for name, module in named if module is spec), None)
     if path is None:
         raise ParameterMapError(
