@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modaldummy import active_modalities
+from modaldummy import BatchMetadataError, active_modalities
 
 KNOWN = ("T1", "rsfMRI", "dMRI")
 X = torch.zeros(2, 3)
@@ -167,6 +167,7 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "named tuple": (Named(X, "rsfMRI"), ("rsfMRI",)),
     "named tuple by field": (Scans(T1=None, dMRI=X), ("dMRI",)),
     "object": (SimpleNamespace(modality=["T1"], x=X), ("T1",)),
+    "object with a mask": (SimpleNamespace(modality=[True, False, True], x=X), ("T1", "dMRI")),
     "keyed by modality": ({"T1": X, "labels": X}, ("T1",)),
     "keyed, None and empty": (
         {"T1": None, "rsfMRI": torch.zeros(0, 3), "dMRI": X, "y": X},
@@ -245,6 +246,31 @@ def test_all_forms_agree(active: set[str], samples: int, data: st.DataObject) ->
     ]
     expected = tuple(name for name in KNOWN if name in union)
     assert [active_modalities(form, KNOWN) for form in forms] == [expected] * len(forms)
+
+
+NESTINGS: dict[str, Callable[[Any], Any]] = {
+    "lists": lambda inner: [inner],
+    "objects": lambda inner: SimpleNamespace(modality=inner),
+    "explicit keys": lambda inner: {"modality": inner},
+}
+TOPS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "alone": (lambda inner: inner, 16),
+    "one level down": (lambda inner: {"inputs": {"modality": inner}}, 14),
+}
+
+
+@pytest.mark.parametrize("nest", NESTINGS.values(), ids=NESTINGS.keys())
+@pytest.mark.parametrize(("top", "deepest"), TOPS.values(), ids=TOPS.keys())
+def test_sixteen_levels_are_read_and_no_more(
+    nest: Callable[[Any], Any], top: Callable[[Any], Any], deepest: int
+) -> None:
+    """Each level counts once, whatever it is made of."""
+    inner: Any = "T1"
+    for _ in range(deepest):
+        inner = nest(inner)
+    assert active_modalities(top(inner), KNOWN) == ("T1",)
+    with pytest.raises(BatchMetadataError, match="nested more than 16 levels deep"):
+        active_modalities(top(nest(inner)), KNOWN)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")

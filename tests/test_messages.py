@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
@@ -40,6 +41,11 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: make("vision_tower.T1_embed"),
         ParameterMapError,
         ["['T1']", "'vision_tower.T1_embed' matches no", "Brain", f"closest: '{T1}'"],
+    ),
+    "typo in the path of a parameter": (
+        lambda: make("trunk.wieght"),
+        ParameterMapError,
+        ["closest: 'trunk.weight'"],
     ),
     "substring of a module": (lambda: make("T1"), ParameterMapError, [f"'{T1}'", "segment"]),
     "substring of another": (lambda: make("T10"), ParameterMapError, ["closest: 'T10_proj'"]),
@@ -167,6 +173,15 @@ def _endless() -> Any:
     return batch
 
 
+@pytest.mark.parametrize(("spec", "number"), [("*.", 0), ("[.", 0), ("patch_embed", 3)])
+def test_at_most_three_paths_are_suggested(spec: str, number: int) -> None:
+    """Those that look like the last word of the path, if there is one."""
+    with pytest.raises(ParameterMapError) as error:
+        make(spec)
+    closest = re.search("; closest: (.*?)\\. A path", str(error.value))
+    assert (closest.group(1).count("'") // 2 if closest else 0) == number
+
+
 BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "unknown name": ("PET", UnknownModalityError, ["`batch` names the modality 'PET'", "'rsfMRI'"]),
     "name in another case": ("t1", UnknownModalityError, ["did you mean 'T1'?"]),
@@ -184,6 +199,8 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     ),
     "number as a key of flags": ({"modalities": {5: True}}, UnknownModalityError, ["5 (int)"]),
     "typo in an attribute": (SimpleNamespace(modality="T"), UnknownModalityError, [".modality"]),
+    "list of bools": ([True, False, True], BatchMetadataError, ["`batch` does not say which"]),
+    "tensor as a key": ({torch.ones(2): X}, BatchMetadataError, ["`batch` does not say which"]),
     "number as name": ({"modality": [1.5]}, BatchMetadataError, ["['modality'][0]", "1.5 (float)"]),
     "flag 0": ({"T1": X, "dMRI": 0}, BatchMetadataError, ["['dMRI']", "0 (int)", "True or False"]),
     "flag 1.0": ({"dMRI": 1.0}, BatchMetadataError, ["['dMRI']", "1.0 (float)"]),

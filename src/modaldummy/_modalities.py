@@ -196,6 +196,6 @@ def _suggestion(spec: str, model: nn.Module) -> str:
     paths += [strip_wrappers(name) for name, _ in model.named_parameters()]
     word = spec.strip("*").rpartition(".")[2].strip("*").lower()
     similar = [path for path in paths if word and word in path.lower()]
-    similar += difflib.get_close_matches(spec, paths, n=3)
+    similar += difflib.get_close_matches(spec, paths)
     closest = list(dict.fromkeys(similar))[:3]
     return f"; closest: {', '.join(map(repr, closest))}." if closest else "."
