@@ -273,6 +273,22 @@ def test_sixteen_levels_are_read_and_no_more(
         active_modalities(top(nest(inner)), KNOWN)
 
 
+def test_arrays_of_objects_count_as_two_levels() -> None:
+    """The array, and the list that it becomes; with the key above it that makes three."""
+
+    def nested(times: int) -> Any:
+        inner: Any = "T1"
+        for _ in range(times):
+            array = np.empty(1, dtype=object)
+            array[0] = inner
+            inner = {"modality": array}
+        return inner
+
+    assert active_modalities(nested(5), KNOWN) == ("T1",)
+    with pytest.raises(BatchMetadataError, match="nested more than 16 levels deep"):
+        active_modalities(nested(6), KNOWN)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_nested_tensors_are_data() -> None:
     """They have no shape to speak of."""

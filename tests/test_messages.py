@@ -200,6 +200,7 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "number as a key of flags": ({"modalities": {5: True}}, UnknownModalityError, ["5 (int)"]),
     "typo in an attribute": (SimpleNamespace(modality="T"), UnknownModalityError, [".modality"]),
     "list of bools": ([True, False, True], BatchMetadataError, ["`batch` does not say which"]),
+    "floats for indexes": (np.array([0.0, 1.0]), BatchMetadataError, ["which names no modality"]),
     "tensor as a key": ({torch.ones(2): X}, BatchMetadataError, ["`batch` does not say which"]),
     "number as name": ({"modality": [1.5]}, BatchMetadataError, ["['modality'][0]", "1.5 (float)"]),
     "flag 0": ({"T1": X, "dMRI": 0}, BatchMetadataError, ["['dMRI']", "0 (int)", "True or False"]),
