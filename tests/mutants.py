@@ -185,22 +185,23 @@ def run(mutants: list[Mutant], jobs: int) -> list[Mutant]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         places = _workplaces(jobs, Path(folder))
 
-        def survives(mutant: Mutant) -> bool:
+        def tested(mutant: Mutant) -> bool:
             place = places.get()
             try:
-                caught = is_caught(mutant, place)
+                return is_caught(mutant, place)
             finally:
                 places.put(place)
+
+        def survives(mutant: Mutant) -> bool:
+            caught = tested(mutant)
             print(
-                f"{'caught  ' if caught else 'SURVIVED'} {mutant.line:>4} {mutant.key}", flush=True
+                f"{'caught' if caught else 'SURVIVED':8} {mutant.line:>4} {mutant.key}", flush=True
             )
             return not caught
 
-        untouched = [
-            Mutant(file, "", 0, "nothing", (ROOT / "src/modaldummy" / file).read_text())
-            for file in {mutant.file for mutant in mutants}
-        ]
-        if not all(pool.map(survives, untouched)):
+        files = {mutant.file: (ROOT / "src/modaldummy" / mutant.file) for mutant in mutants}
+        intact = [Mutant(file, "", 0, "", path.read_text()) for file, path in files.items()]
+        if any(pool.map(tested, intact)):
             sys.exit("The tests fail on the code as it is; no break could be told from that.")
         outcomes = list(pool.map(survives, mutants))
     return [mutant for mutant, survived in zip(mutants, outcomes, strict=True) if survived]
@@ -219,6 +220,8 @@ def main() -> int:
     if arguments.list:
         print(*(mutant.key for mutant in chosen), f"{len(chosen)} breaks", sep="\n")
         return 0
+    if not chosen:
+        parser.error(f"no break matches {arguments.match!r}; `--list` shows them all")
     survivors = run(chosen, arguments.jobs)
     share = 1 - len(survivors) / len(chosen)
     print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} breaks caught, {share:.1%}")
