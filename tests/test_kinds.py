@@ -71,6 +71,21 @@ def test_a_sparse_table_that_a_dense_layer_shares_gets_a_dense_gradient(dense_fi
     assert_connected({"table": table.weight})
 
 
+class Projected(nn.Embedding):
+    """A table with a dense parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3, sparse=True)
+        self.projection = nn.Parameter(torch.ones(3, 3))
+
+
+def test_only_the_table_of_a_sparse_embedding_is_sparse() -> None:
+    model = Pair(Projected())
+    model.step(model.wrapper())
+    assert model.b.weight.grad.is_sparse
+    assert_connected({"projection": model.b.projection})
+
+
 # --- tensor subclasses ------------------------------------------------------------------------
 
 

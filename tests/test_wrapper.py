@@ -89,6 +89,16 @@ def test_a_loss_of_any_shape_keeps_it(shape: tuple[int, ...]) -> None:
         assert all(torch.allclose(g, torch.full_like(g, 1e-3)) for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_gradients_of_many_elements_are_added_up_without_overflow(dtype: torch.dtype) -> None:
+    """A later sum hands each of 70,000 elements an upstream gradient of 1."""
+    case = brain()
+    losses = torch.zeros(70_000, dtype=dtype, requires_grad=True)
+    case.wrapper().total(losses * 1, "T1").sum().backward()
+    for gradient in gradients_of(case.inactive({"T1"})):
+        assert torch.allclose(gradient, torch.full_like(gradient, 7e-3), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_loss_keeps_its_dtype(dtype: torch.dtype) -> None:
     assert brain().wrapper().total(REAL.to(dtype), "T1").dtype == dtype

@@ -56,7 +56,9 @@ def check_readable(parameters: Iterable[Located], device: torch.device) -> None:
 def is_sparse_table(located: Located) -> bool:
     """Whether the parameter is the table of an embedding that makes sparse gradients."""
     owner = located.owner
-    return isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.sparse
+    if not isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or not owner.sparse:
+        return False
+    return located.parameter is owner._parameters.get("weight")  # not what a subclass adds to it
 
 
 def reached(located: Located) -> Tensor:

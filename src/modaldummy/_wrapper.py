@@ -236,7 +236,9 @@ class DummyLossWrapper:
         self._report(active, idle, term)
         # An integer loss is promoted: it could not carry the gradient.
         dtype = real.dtype if real.is_floating_point() else term.connected.dtype
-        return real + term.connected.to(dtype)
+        # Expanded before the cast: backward then adds up the upstream gradients of all elements in
+        # the accumulation dtype, where more than 65,504 of them do not overflow float16.
+        return real + term.connected.expand(real.shape).to(dtype)
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
         if self._scale is None:
