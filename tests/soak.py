@@ -59,6 +59,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=0.01, help="largest growth to accept")
     parser.add_argument("--leak", action="store_true", help="keep every loss, to see it fail")
     arguments = parser.parse_args()
+    if not 0 < arguments.warm_up < arguments.steps:
+        parser.error("--warm-up must be at least 1 and less than --steps")
     grown = growth(arguments.steps, arguments.warm_up, leak=arguments.leak)
     passed = grown <= arguments.limit
     print(

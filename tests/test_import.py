@@ -93,3 +93,11 @@ def test_other_peoples_pytest_runs_do_not_load_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert "1 passed" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_kit_says_what_it_needs() -> None:
+    code = "import sys; sys.modules['hypothesis'] = None; import modaldummy.testing"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert "pip install modaldummy[testing]" in result.stderr

@@ -126,8 +126,8 @@ def test_the_largest_finite_loss_stays_finite(
                 assert (losses + result.connected.to(dtype)).isfinite().all(), real
 
 
-LOSSES = [2.0, -3.0, 0.0, 1e-3, math.inf, -math.inf, math.nan, 2**-24, 2**-14, 65504.0]
-LOSS_DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8)
+LOSSES = [1.0, 2.0, -3.0, 0.0, 1e-3, math.inf, -math.inf, math.nan, 2**-24, 2**-14, 65504.0]
+LOSS_DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.uint16, torch.bool)
 
 
 @pytest.mark.parametrize("dtype", LOSS_DTYPES, ids=str)
@@ -141,7 +141,7 @@ def test_the_bound_holds_for_losses_of_every_kind(
     for number in LOSSES:
         if integer and (number != int(abs(number)) if math.isfinite(number) else True):
             continue
-        if dtype == torch.uint8 and number > 255:
+        if integer and number > (1 if dtype == torch.bool else torch.iinfo(dtype).max):
             continue
         loss = torch.full(shape, number).to(dtype)
         parameter = nn.Parameter(torch.tensor([sum_of_parameters, 0.0]))
@@ -157,6 +157,14 @@ def test_the_bound_holds_for_losses_of_every_kind(
         if total.numel():
             total.mean().backward()
             assert_same_bits(parameter.grad, torch.ones(2), f"gradient at {number}")
+
+
+def test_losses_whose_mean_overflows_get_no_dummy() -> None:
+    """Each is finite, their mean is not a number that anything could be held against."""
+    losses = torch.full((4,), 1e38)
+    result = dummy_term([nn.Parameter(torch.tensor([3e38]))], 1.0, real=losses, max_fraction=1e-4)
+    assert result.real.isinf()
+    assert result.value == 0
 
 
 def test_an_empty_loss_has_no_peak() -> None:
@@ -286,6 +294,16 @@ def test_gradcheck() -> None:
 
     assert torch.autograd.gradcheck(dummy, params)
     assert torch.autograd.gradgradcheck(dummy, params)
+
+
+@pytest.mark.parametrize("upstream", [0.0, -0.0, 1.0, -2.0])
+def test_the_gradient_of_a_dummy_gradient_is_the_scale(upstream: float) -> None:
+    """Also where the upstream gradient is zero, which `gradgradcheck` never tries."""
+    parameter, weight = ones(3), nn.Parameter(torch.tensor(upstream))
+    connected = weight * connect(torch.zeros(()), 0.25, [parameter])
+    (gradient,) = torch.autograd.grad(connected, parameter, create_graph=True)
+    gradient.sum().backward()
+    assert weight.grad == 0.75
 
 
 def test_an_optimizer_may_step_between_forward_and_backward() -> None:

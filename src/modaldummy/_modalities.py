@@ -77,20 +77,22 @@ class ModalityMap:
                 matches.
         """
         taught: set[int] = set()
-        idle: dict[int, Located] = {}
+        idle: dict[int, tuple[ModalityKey, Located]] = {}
         for key in self.paths:
             if all(name in active for name in _members(key)):
                 taught.update(id(located.parameter) for located in self._lookup(key))
                 continue
-            where = f"`modality_param_map[{key!r}]`"
             for located in self._lookup(key):
-                if located.parameter.requires_grad:
-                    check_dtype(located, where)
-                    check_initialised(located, where)
-                    # A sparse table that a dense layer uses too gets dense gradients anyway.
-                    if id(located.parameter) not in idle or not is_sparse_table(located):
-                        idle[id(located.parameter)] = located
-        return [located for identity, located in idle.items() if identity not in taught]
+                # A sparse table that a dense layer uses too gets dense gradients anyway.
+                if id(located.parameter) not in idle or not is_sparse_table(located):
+                    idle[id(located.parameter)] = key, located
+        reached = []
+        for identity, (key, located) in idle.items():
+            if located.parameter.requires_grad and identity not in taught:
+                check_dtype(located, f"`modality_param_map[{key!r}]`")
+                check_initialised(located, f"`modality_param_map[{key!r}]`")
+                reached.append(located)
+        return reached
 
     def _lookup(self, key: ModalityKey) -> Iterator[Located]:
         for path in self.paths[key]:

@@ -114,7 +114,8 @@ def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     product = wide * factor
     if factor > 0:
         kept = torch.copysign(product.abs().clamp(min=_floor(dtype)), wide)
-        product = torch.where(wide == 0, wide, kept)
+        # The product, not a constant zero: gradients of gradients go through it.
+        product = torch.where(wide == 0, product, kept)
     return product.to(dtype)
 
 
@@ -131,14 +132,15 @@ def _floor(dtype: torch.dtype) -> float:
 def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None) -> Tensor:
     """`value` within its fraction of the loss `seen`, and so small that the total is finite."""
     info = torch.finfo(real.dtype if real.is_floating_point() else seen.dtype)
-    peak = real.detach().abs().amax() if real.numel() else seen
+    peak = real.detach().to(seen.dtype).abs().amax() if real.numel() else seen
     # The total is rounded twice, by the cast of the dummy and by the addition.
-    limit = info.max * (1 - 2 * info.eps) - peak.to(seen.dtype)
+    limit = info.max * (1 - 2 * info.eps) - peak
     if max_fraction is not None:
         limit = torch.minimum(limit, seen.abs() * (max_fraction * _ROUNDING_MARGIN))
     # Below the smallest normal number, rounding is too coarse for the bound to be exact; a NaN or
-    # infinite loss has no limit that is a number.
-    limit = torch.where(limit >= torch.finfo(limit.dtype).tiny, limit, 0.0)
+    # infinite loss, or finite ones whose mean overflows, have no limit that is a number.
+    usable = seen.isfinite() & (limit >= torch.finfo(limit.dtype).tiny)
+    limit = torch.where(usable, limit, 0.0)
     return torch.clamp(value, -limit, limit)
 
 

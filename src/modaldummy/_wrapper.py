@@ -244,8 +244,8 @@ class DummyLossWrapper:
         if self._scale is None:
             return dummy_term([located.parameter for located in idle], None, real=real)
         read = self._scale > 0 and not self._gradient_only
-        if read and real is not None:
-            check_readable(idle, real.device)
+        if read:
+            check_readable(idle, (idle[0].parameter if real is None else real).device)
         return dummy_term(
             [reached(located) for located in idle],
             self._scale,

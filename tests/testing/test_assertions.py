@@ -230,6 +230,35 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(mean, before)
 
 
+class Counting(Brain):
+    """Replaces a buffer in each forward pass."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+
+def test_buffers_that_are_replaced_are_put_back() -> None:
+    """By the very tensor, so that no second run counts from where the first one ended."""
+    model = Counting()
+    before = model.count
+
+    def loss_fn(_: Any) -> Tensor:
+        model.count = model.count + 1
+        return model.count * model.trunk.weight.sum()
+
+    assert_gradients_unchanged(DummyLossWrapper(model, {"T1": "fusion"}), loss_fn, "T1")
+    assert model.count is before
+    assert model.count == 0
+
+
+def test_a_loss_function_that_returns_no_loss_is_told() -> None:
+    with pytest.raises(TypeError, match=r"`loss_fn\(batch\)`"):
+        assert_gradients_unchanged(brain().wrapper(), lambda _: (torch.ones(()),), "T1")  # type: ignore[arg-type, return-value]
+
+
 def test_sparse_gradients_are_compared() -> None:
     case = sparse_tables()
     table = case.model.get_submodule("a")

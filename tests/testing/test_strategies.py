@@ -29,9 +29,8 @@ def test_a_batch_without_a_given_set_is_readable(batch: Any) -> None:
     assert set(active_modalities(batch, NAMES)) <= set(NAMES)
 
 
-@given(st.data())
-def test_modalities_may_have_the_names_of_explicit_keys(data: st.DataObject) -> None:
-    names = ["modality", "modalities"]
+@given(data=st.data(), names=st.sampled_from([["modality", "modalities"], ["labels", "inputs"]]))
+def test_modalities_may_have_the_names_of_other_keys(data: st.DataObject, names: list[str]) -> None:
     active = data.draw(active_sets(names))
     assert set(active_modalities(data.draw(batches(names, active)), names)) == active
 
@@ -95,6 +94,21 @@ def test_names_with_wildcards_are_escaped() -> None:
     model.add_module("a0", nn.Linear(1, 1))
     spec = find(param_maps(model), lambda spec: spec.get("T1") == ["a[[]0].*"], settings=QUICK)
     assert set(DummyLossWrapper(model, spec).named_parameters("T1")) == {"a[0].weight", "a[0].bias"}
+
+
+class OwnParameter(nn.Sequential):
+    """Empty, and so false, yet it owns something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(2))
+
+
+@given(st.data())
+def test_a_module_without_children_can_be_drawn(data: st.DataObject) -> None:
+    model = nn.ModuleDict({"a": OwnParameter()})
+    wrapper = DummyLossWrapper(model, data.draw(param_maps(model)))
+    assert all(wrapper.named_parameters(key) for key in wrapper.modalities)
 
 
 def test_bad_input_is_told() -> None:

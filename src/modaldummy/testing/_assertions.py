@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modaldummy._kinds import reached
+from modaldummy._loss import check_loss
 from modaldummy._reduce import sum_all
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
@@ -85,12 +86,14 @@ def assert_gradients_unchanged(
         batch: A batch for `loss_fn`, which also says what is active.
 
     Raises:
+        TypeError: `loss_fn` returns no tensor.
         AssertionError: A gradient differs, or `loss_fn` gives two results for one batch, as an
             operator without a deterministic implementation may.
     """
     model = wrapper._map.model
     with preserved(model):
         real = loss_fn(batch)
+        check_loss(real, "`loss_fn(batch)`")
         first = real.detach().clone()
         alone = _gradients(model, real)
     with preserved(model):

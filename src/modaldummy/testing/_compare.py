@@ -5,13 +5,19 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Start without gradients; put gradients, buffers and the random state back at the end."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
+    ]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -21,8 +27,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer.copy_(saved)
 
 
 def difference(one: Tensor | None, other: Tensor | None) -> str:

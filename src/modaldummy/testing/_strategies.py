@@ -73,7 +73,7 @@ def batches(
         {"active_modalities": mask.numpy()},
         mask,
     ]
-    if not set(names) & set(EXPLICIT_KEYS):
+    if not {*EXPLICIT_KEYS, "inputs", "labels"} & set(names):
         entry = {name: torch.zeros(2, 3) if name in active else None for name in names}
         forms += [entry, {"inputs": entry, "labels": torch.zeros(2)}]
     return st.sampled_from(forms)
@@ -116,7 +116,7 @@ def _param_maps(
 def _specs(model: nn.Module, paths: Sequence[str]) -> st.SearchStrategy[ParamSpec]:
     """Several ways to select what is at `paths`."""
     modules = dict(model.named_modules())
-    objects = [modules.get(path) or model.get_parameter(path) for path in paths]
+    objects = [modules[p] if p in modules else model.get_parameter(p) for p in paths]
     globs = [glob.escape(path) + (".*" if path in modules else "") for path in paths]
     specs: list[ParamSpec] = [list(paths), objects, [[objects[0]], list(paths[1:])], globs]
     single: list[ParamSpec] = [paths[0], objects[0], globs[0]] if len(paths) == 1 else []
