@@ -81,11 +81,11 @@ class ModalityMap:
         for key in self.paths:
             if all(name in active for name in _members(key)):
                 taught.update(id(located.parameter) for located in self._lookup(key))
-                continue
-            for located in self._lookup(key):
-                # A sparse table that a dense layer uses too gets dense gradients anyway.
-                if id(located.parameter) not in idle or not is_sparse_table(located):
-                    idle[id(located.parameter)] = key, located
+            else:
+                for located in self._lookup(key):
+                    # A sparse table that a dense layer uses too gets dense gradients anyway.
+                    if id(located.parameter) not in idle or not is_sparse_table(located):
+                        idle[id(located.parameter)] = key, located
         reached = []
         for identity, (key, located) in idle.items():
             if located.parameter.requires_grad and identity not in taught:
