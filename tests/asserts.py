@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from modaldummy import DummyLossWrapper, StepReport
 from modaldummy._paths import strip_wrappers
+from modaldummy.testing._compare import difference
 
 
 def assert_connected(parameters: Mapping[str, Tensor]) -> None:
@@ -29,14 +30,9 @@ def assert_bounded(report: StepReport, max_fraction: float = 1e-4) -> None:
 
 
 def assert_same_bits(actual: Tensor | None, expected: Tensor | None, name: str) -> None:
-    """Both are None, or equal in dtype, shape and every bit, NaN included."""
-    if actual is None or expected is None:
-        assert actual is expected, name
-        return
-    assert actual.dtype == expected.dtype, name
-    assert actual.shape == expected.shape, name
-    bits = [tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (actual, expected)]
-    assert torch.equal(*bits), name
+    """Both are None, or equal in layout, dtype, shape and every bit, NaN included."""
+    found = difference(expected, actual)
+    assert not found, f"{name}: {found}"
 
 
 def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:

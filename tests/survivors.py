@@ -4,6 +4,7 @@ _STRICT = "both sides have the same length by construction; `strict` says so to 
 
 SURVIVORS = {
     "_term.py _clip: 2 -> 3": "a little more room below the largest number than is needed",
+    "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",
     "_term.py _clip: limit >= torch.finfo(limit.dtype).tiny -> "
     "limit > torch.finfo(limit.dtype).tiny": "differs at one number, and both results are bounded",
     "_term.py _Connect.backward: expanded.clone() if shape.numel() == 1 else expanded -> "

@@ -10,7 +10,7 @@ from modaldummy._errors import ParameterMapError
 from modaldummy._paths import Located
 
 
-def check_dtype(located: Located, where: str) -> None:
+def check_dtype(located: Located, key: object) -> None:
     """Refuse a trainable parameter whose gradients autograd cannot add up.
 
     Raises:
@@ -19,13 +19,14 @@ def check_dtype(located: Located, where: str) -> None:
     name, parameter, _ = located
     if parameter.requires_grad and parameter.dtype.itemsize < 2:
         raise ParameterMapError(
-            f"{where}: the parameter {name!r} is trainable and of dtype {parameter.dtype}, in "
-            "which autograd cannot add up gradients; keep trainable weights in torch.bfloat16 or "
-            "wider and cast them in forward, or freeze this one with `requires_grad_(False)`."
+            f"`modality_param_map[{key!r}]`: the parameter {name!r} is trainable and of dtype "
+            f"{parameter.dtype}, in which autograd cannot add up gradients; keep trainable weights "
+            "in torch.bfloat16 or wider and cast them in forward, or freeze this one with "
+            "`requires_grad_(False)`."
         )
 
 
-def check_initialised(located: Located, where: str) -> None:
+def check_initialised(located: Located, key: object) -> None:
     """Refuse a parameter of a lazy module that no forward pass has given a shape yet.
 
     Raises:
@@ -33,8 +34,9 @@ def check_initialised(located: Located, where: str) -> None:
     """
     if isinstance(located.parameter, UninitializedParameter):
         raise ParameterMapError(
-            f"{where}: the parameter {located.name!r} of a lazy module is not initialised, so that "
-            "no gradient can fit it; run one forward pass with each modality before training."
+            f"`modality_param_map[{key!r}]`: the parameter {located.name!r} of a lazy module is "
+            "not initialised, so that no gradient can fit it; run one forward pass with each "
+            "modality before training."
         )
 
 

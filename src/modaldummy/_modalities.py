@@ -50,7 +50,7 @@ class ModalityMap:
                 )
             self.paths[key] = paths
             for located in self._lookup(key):
-                check_dtype(located, where)
+                check_dtype(located, key)
         members = (name for key in self.paths for name in _members(key))
         self.modalities: tuple[str, ...] = tuple(dict.fromkeys(members))
 
@@ -89,8 +89,8 @@ class ModalityMap:
         reached = []
         for identity, (key, located) in idle.items():
             if located.parameter.requires_grad and identity not in taught:
-                check_dtype(located, f"`modality_param_map[{key!r}]`")
-                check_initialised(located, f"`modality_param_map[{key!r}]`")
+                check_dtype(located, key)
+                check_initialised(located, key)
                 reached.append(located)
         return reached
 

@@ -132,11 +132,12 @@ def _floor(dtype: torch.dtype) -> float:
 def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None) -> Tensor:
     """`value` within its fraction of the loss `seen`, and so small that the total is finite."""
     info = torch.finfo(real.dtype if real.is_floating_point() else seen.dtype)
-    peak = real.detach().to(seen.dtype).abs().amax() if real.numel() else seen
+    size = seen.abs()
+    peak = real.detach().to(seen.dtype).abs().amax() if real.numel() > 1 else size
     # The total is rounded twice, by the cast of the dummy and by the addition.
     limit = info.max * (1 - 2 * info.eps) - peak
     if max_fraction is not None:
-        limit = torch.minimum(limit, seen.abs() * (max_fraction * _ROUNDING_MARGIN))
+        limit = torch.minimum(limit, size * (max_fraction * _ROUNDING_MARGIN))
     # Below the smallest normal number, rounding is too coarse for the bound to be exact; a NaN or
     # infinite loss, or finite ones whose mean overflows, have no limit that is a number.
     usable = seen.isfinite() & (limit >= torch.finfo(limit.dtype).tiny)
