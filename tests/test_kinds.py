@@ -71,6 +71,13 @@ def test_a_sparse_table_that_a_dense_layer_shares_gets_a_dense_gradient(dense_fi
     assert_connected({"table": table.weight})
 
 
+def test_a_sparse_table_on_another_device_is_reached_there() -> None:
+    model = Pair(nn.Embedding(5, 3, sparse=True, device="meta"))
+    model.step(model.wrapper(gradient_only=True))
+    assert model.b.weight.grad.is_meta
+    assert model.b.weight.grad.is_sparse
+
+
 class Projected(nn.Embedding):
     """A table with a dense parameter of its own."""
 

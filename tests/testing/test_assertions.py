@@ -254,6 +254,14 @@ def test_buffers_that_are_replaced_are_put_back() -> None:
     assert model.count == 0
 
 
+def test_buffers_that_are_none_or_uninitialised_are_left_alone() -> None:
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    parts = {"a": norm, "b": nn.Linear(2, 2), "unused": nn.LazyBatchNorm1d()}
+    wrapper = DummyLossWrapper(nn.ModuleDict(parts), {"a": "a", "b": "b"})
+    assert_gradients_unchanged(wrapper, lambda _: norm(torch.randn(4, 3)).square().mean(), "a")
+    assert norm.running_mean is None
+
+
 def test_a_loss_function_that_returns_no_loss_is_told() -> None:
     with pytest.raises(TypeError, match=r"`loss_fn\(batch\)`"):
         assert_gradients_unchanged(brain().wrapper(), lambda _: (torch.ones(()),), "T1")  # type: ignore[arg-type, return-value]
