@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from modaldummy.testing import assert_every_parameter_has_gradient
 from tests.asserts import assert_same_bits
 from tests.zoo import Pair, holder
 
@@ -53,6 +54,18 @@ def test_a_dtensor_is_reached_through_its_local_shard(
     assert gradient.placements == (placement,)
     assert_same_bits(gradient.to_local(), torch.full_like(local, 2 * scale), "gradient")
     assert wrapper.last.uncapped.item() == pytest.approx(local.sum().item() * scale)
+
+
+def test_the_assertions_of_the_kit_need_no_other_rank() -> None:
+    """They look at the local shard alone."""
+    model = Pair(holder(weight=distributed(torch.ones(2, 2), Shard(0))))
+    wrapper = model.wrapper()
+    model.step(wrapper)
+    gradient = model.b.weight.grad
+    with CommDebugMode() as communication:
+        assert_every_parameter_has_gradient(model, wrapper)
+        assert_same_bits(gradient, gradient, "gradient")
+    assert communication.get_total_counts() == 0
 
 
 def test_the_plain_sum_would_communicate() -> None:

@@ -125,6 +125,13 @@ def test_a_zero_counts_only_where_the_dummy_alone_wrote() -> None:
     assert_every_parameter_has_gradient(zero.model, wrapper)
 
 
+def test_an_empty_sparse_gradient_holds_no_zero() -> None:
+    case = sparse_tables()
+    wrapper = case.wrapper()
+    backward(wrapper, case.real({"a"}), "a")
+    assert_every_parameter_has_gradient(case.model, wrapper)
+
+
 def test_a_wrapper_that_has_not_been_called_is_told() -> None:
     case = brain()
     with pytest.raises(AssertionError, match="has not been called in gradient mode"):

@@ -42,8 +42,10 @@ def assert_every_parameter_has_gradient(
     problems = []
     for name, parameter in model.named_parameters():
         label = f"{_label(owners.get(id(parameter)))}{name}"
-        if parameter.requires_grad and parameter.grad is None:
-            problems.append(f"{label}: no gradient{_cause(parameter, owners, inactive, wrapper)}")
+        if parameter.grad is None:
+            if parameter.requires_grad:
+                cause = _cause(parameter, owners, inactive, wrapper)
+                problems.append(f"{label}: no gradient{cause}")
         elif positive and id(parameter) in inactive and (zeros := count_zeros(parameter.grad)):
             problems.append(f"{label}: {zeros} of {parameter.numel()} elements are zero")
     _fail_if(problems, "trainable parameters lack a gradient after backward")

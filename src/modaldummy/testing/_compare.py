@@ -46,10 +46,8 @@ def difference(one: Tensor | None, other: Tensor | None) -> str:
     return f"differs by up to {(one - other).abs().max().item():.3g}"
 
 
-def count_zeros(gradient: Tensor | None) -> int:
+def count_zeros(gradient: Tensor) -> int:
     """How many elements are zero; what a sparse gradient leaves out does not count."""
-    if gradient is None:
-        return 0
     stored = gradient.coalesce().values() if gradient.is_sparse else _local(gradient)
     return stored.numel() - int(torch.count_nonzero(stored))
 
