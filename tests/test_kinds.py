@@ -270,16 +270,17 @@ def test_a_model_may_lie_on_several_devices(device: str) -> None:
 # --- gradients that exist ---------------------------------------------------------------------
 
 
-def test_a_kept_gradient_takes_no_more_memory_than_its_parameter() -> None:
-    """Saved with `torch.save`, it would take all of the storage that it lies in."""
-    case = brain()
-    wrapper = case.wrapper()
+@pytest.mark.parametrize("size", [2, 768, 8192, 8193, 1_000_000])
+def test_a_kept_gradient_takes_little_more_memory_than_its_parameter(size: int) -> None:
+    """Saved with `torch.save` it takes all of the storage that it lies in; small ones share one."""
+    tower = holder(**{f"p{index}": torch.ones(size) for index in range(300 if size < 9000 else 3)})
+    model = Pair(tower)
     for _ in range(2):
-        wrapper.total(case.real({"T1"}), "T1").backward()
-        for name, parameter in case.inactive({"T1"}).items():
+        model.step(model.wrapper())
+        for parameter in tower.parameters():
             assert parameter.grad is not None
-            size = parameter.numel() * parameter.element_size()
-            assert parameter.grad.untyped_storage().nbytes() <= size, name
+            kept = parameter.grad.untyped_storage().nbytes()
+            assert kept <= (4 * size if size > 8192 else 2**19)
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from modaldummy._errors import ParameterMapError
 from modaldummy._paths import Located
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def check_dtype(located: Located, key: object) -> None:
@@ -17,7 +19,7 @@ def check_dtype(located: Located, key: object) -> None:
         ParameterMapError: The dtype is narrower than 16 bits.
     """
     name, parameter, _ = located
-    if parameter.requires_grad and parameter.dtype.itemsize < 2:
+    if parameter.dtype.itemsize < 2 and parameter.requires_grad:
         raise ParameterMapError(
             f"`modality_param_map[{key!r}]`: the parameter {name!r} is trainable and of dtype "
             f"{parameter.dtype}, in which autograd cannot add up gradients; keep trainable weights "
@@ -26,18 +28,21 @@ def check_dtype(located: Located, key: object) -> None:
         )
 
 
-def check_initialised(located: Located, key: object) -> None:
-    """Refuse a parameter of a lazy module that no forward pass has given a shape yet.
+def check_reachable(located: Located, key: object) -> None:
+    """Refuse what `check_dtype` refuses, and what no forward pass has given a shape yet.
 
     Raises:
-        ParameterMapError: The parameter is uninitialised.
+        ParameterMapError: The dtype is too narrow, or the parameter of a lazy module uninitialised.
     """
-    if isinstance(located.parameter, UninitializedParameter):
+    name, parameter, _ = located
+    if is_lazy(parameter):
         raise ParameterMapError(
-            f"`modality_param_map[{key!r}]`: the parameter {located.name!r} of a lazy module is "
-            "not initialised, so that no gradient can fit it; run one forward pass with each "
-            "modality before training."
+            f"`modality_param_map[{key!r}]`: the parameter {name!r} of a lazy module is not "
+            "initialised, so that no gradient can fit it; run one forward pass with each modality "
+            "before training."
         )
+    if parameter.dtype.itemsize < 2:
+        check_dtype(located, key)
 
 
 def check_readable(parameters: Iterable[Located], device: torch.device) -> None:
@@ -57,10 +62,10 @@ def check_readable(parameters: Iterable[Located], device: torch.device) -> None:
 
 def is_sparse_table(located: Located) -> bool:
     """Whether the parameter is the table of an embedding that makes sparse gradients."""
-    owner = located.owner
-    if not isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or not owner.sparse:
+    _, parameter, owner = located
+    if not isinstance(owner, _EMBEDDINGS) or not owner.sparse:
         return False
-    return located.parameter is owner._parameters.get("weight")  # not what a subclass adds to it
+    return parameter is owner._parameters.get("weight")  # not what a subclass adds to it
 
 
 def reached(located: Located) -> Tensor:
@@ -71,11 +76,10 @@ def reached(located: Located) -> Tensor:
     and its gradient is sparse and empty, as an optimizer such as `torch.optim.SparseAdam` wants
     it. Anything else is reached as it is.
     """
-    parameter: Tensor = located.parameter
+    _, parameter, owner = located
     # By name: the DTensor class is slow to import, and a model without one has no use for it.
-    if hasattr(parameter, "to_local"):
-        parameter = parameter.to_local()
-    if is_sparse_table(located):
-        nothing = torch.empty(0, dtype=torch.long, device=parameter.device)
-        return nn.functional.embedding(nothing, parameter, sparse=True)
-    return parameter
+    shard: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    if isinstance(owner, _EMBEDDINGS) and is_sparse_table(located):
+        nothing = torch.empty(0, dtype=torch.long, device=shard.device)
+        return nn.functional.embedding(nothing, shard, sparse=True)
+    return shard

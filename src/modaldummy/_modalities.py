@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from modaldummy._errors import ParameterMapError, describe, unknown_modality
-from modaldummy._kinds import check_dtype, check_initialised, is_sparse_table
+from modaldummy._kinds import check_dtype, check_reachable, is_sparse_table
 from modaldummy._paths import Located, find_parameters, strip_wrappers
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
@@ -76,25 +76,27 @@ class ModalityMap:
             ParameterMapError: A path matches nothing any more, or no gradient can reach what it
                 matches.
         """
-        taught: set[int] = set()
-        idle: dict[int, tuple[ModalityKey, Located]] = {}
-        for key in self.paths:
-            if all(name in active for name in _members(key)):
-                taught.update(id(located.parameter) for located in self._lookup(key))
-            else:
-                for located in self._lookup(key):
+        present = set(active)
+        inactive = [key for key in self.paths if not present.issuperset(_members(key))]
+        taught = {
+            id(parameter)
+            for key in self.paths.keys() - inactive
+            for _, parameter, _ in self._lookup(key)
+        }
+        idle: dict[int, Located] = {}
+        for key in inactive:
+            for located in self._lookup(key):
+                _, parameter, _ = located
+                identity = id(parameter)
+                if parameter.requires_grad and identity not in taught:
+                    check_reachable(located, key)
                     # A sparse table that a dense layer uses too gets dense gradients anyway.
-                    if id(located.parameter) not in idle or not is_sparse_table(located):
-                        idle[id(located.parameter)] = key, located
-        reached = []
-        for identity, (key, located) in idle.items():
-            if located.parameter.requires_grad and identity not in taught:
-                check_dtype(located, key)
-                check_initialised(located, key)
-                reached.append(located)
-        return reached
+                    if identity not in idle or not is_sparse_table(located):
+                        idle[identity] = located
+        return list(idle.values())
 
-    def _lookup(self, key: ModalityKey) -> Iterator[Located]:
+    def _lookup(self, key: ModalityKey) -> list[Located]:
+        everything: list[Located] = []
         for path in self.paths[key]:
             found = find_parameters(self.model, path)
             if not found:
@@ -103,7 +105,8 @@ class ModalityMap:
                     f"but matches no parameter of {type(self.model).__name__} any more; make a new "
                     "wrapper after you change the model's structure."
                 )
-            yield from found
+            everything += found
+        return everything
 
 
 def _members(key: ModalityKey) -> tuple[str, ...]:

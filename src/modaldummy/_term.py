@@ -1,5 +1,6 @@
 """The dummy term: its value, its cap and its gradient. The numerics of the library live here."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modaldummy._reduce import accumulation_dtype, sum_all
+from modaldummy._reduce import Groups, accumulation_dtype, by_layout, fill_like, sum_all
 
 # Leaves room for every rounding between the limit and the total, so that the bound holds exactly.
 _ROUNDING_MARGIN = 1 - 2**-10
@@ -63,19 +64,24 @@ def dummy_term(
         The term. A sum that is not finite contributes zero and stays visible in `uncapped`; a real
         loss that is not finite gets a term of zero.
     """
-    dtypes = [p.dtype for p in params] + ([] if real is None else [real.dtype])
-    dtype = accumulation_dtype(dtypes)
+    groups = {} if scale is None else by_layout(params)
+    dtypes = [dtype for _, dtype, _ in groups] or [p.dtype for p in params]
+    dtype = accumulation_dtype(dtypes if real is None else [*dtypes, real.dtype])
     device = (params[0] if real is None else real).device
     with torch.no_grad():
-        zero = torch.zeros((), dtype=dtype, device=device)
-        seen = zero / 0 if real is None else magnitude(real, dtype)
+        seen = _nothing(dtype, device) / 0 if real is None else magnitude(real, dtype)
         if not (read and scale):
-            return Term(connect(-zero, scale, params), zero, zero, seen)
-        uncapped = sum_all(params, dtype=dtype, device=device) * scale
-        value = torch.where(uncapped.isfinite(), uncapped, 0.0)
+            zero = _nothing(dtype, device)
+            return Term(connect(-zero, scale, params, groups), zero, zero, seen)
+        uncapped = sum_all(params, groups, dtype=dtype, device=device) * scale
+        value = uncapped.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if real is not None:
             value = _clip(value, seen, real, max_fraction)
-    return Term(connect(value, scale, params), value, uncapped, seen)
+    return Term(connect(value, scale, params, groups), value, uncapped, seen)
+
+
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def magnitude(real: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,10 +95,16 @@ def magnitude(real: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.clamp(-math.inf, math.inf)
 
 
-def connect(value: Tensor, scale: float | None, params: Sequence[Tensor]) -> Tensor:
-    """Copy of `value` whose backward hands each of `params` the gradient `scale * upstream`."""
+def connect(
+    value: Tensor, scale: float | None, params: Sequence[Tensor], groups: Groups | None = None
+) -> Tensor:
+    """Copy of `value` whose backward hands each of `params` the gradient `scale * upstream`.
+
+    `groups` is `by_layout(params)`, where the caller has it.
+    """
+    groups = by_layout(params) if groups is None else groups
     with torch.enable_grad():
-        connected: Tensor = _Connect.apply(value, scale, *params)  # type: ignore[no-untyped-call]
+        connected: Tensor = _Connect.apply(value, scale, groups, *params)  # type: ignore[no-untyped-call]
     return connected
 
 
@@ -133,46 +145,55 @@ def _clip(value: Tensor, seen: Tensor, real: Tensor, max_fraction: float | None)
     """`value` within its fraction of the loss `seen`, and so small that the total is finite."""
     info = torch.finfo(real.dtype if real.is_floating_point() else seen.dtype)
     size = seen.abs()
-    peak = real.detach().to(seen.dtype).abs().amax() if real.numel() > 1 else size
+    peak = size
+    if real.numel() > 1:  # of finite losses the mean can overflow, and then there is no limit
+        peak = torch.maximum(real.detach().to(seen.dtype).abs().amax(), size)
     # The total is rounded twice, by the cast of the dummy and by the addition.
     limit = info.max * (1 - 2 * info.eps) - peak
     if max_fraction is not None:
         limit = torch.minimum(limit, size * (max_fraction * _ROUNDING_MARGIN))
-    # Below the smallest normal number, rounding is too coarse for the bound to be exact; a NaN or
-    # infinite loss, or finite ones whose mean overflows, have no limit that is a number.
-    usable = seen.isfinite() & (limit >= torch.finfo(limit.dtype).tiny)
-    limit = torch.where(usable, limit, 0.0)
+    # Below the smallest normal number, rounding is too coarse for the bound to be exact; the limit
+    # of an infinite loss is -inf, that of a NaN is NaN, and neither is above anything.
+    limit = torch.where(limit >= torch.finfo(limit.dtype).tiny, limit, 0.0)
     return torch.clamp(value, -limit, limit)
 
 
 class _Connect(torch.autograd.Function):
     """Identity on `value` with one autograd edge to each parameter.
 
-    Only shapes, dtypes and devices are kept for backward: no tensor is saved, so an optimizer may
-    change the parameters between forward and backward.
+    No value of a parameter is kept for backward, so an optimizer may change them in between. Their
+    shapes are those of the forward pass: engines empty parameters after it to save memory.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, scale: float | None, *params: Tensor) -> Tensor:
+    def forward(value: Tensor, scale: float | None, groups: Groups, *params: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.scale, *params = inputs
-        ctx.layouts = [(p.shape, p.dtype, p.device) for p in params]
+        _, ctx.scale, ctx.groups, *params = inputs
+        ctx.num_params = len(params)
+        # One parameter stands for all of its layout: a wrong guess costs time, nothing else.
+        # Compiled code cannot ask it.
+        compiling = torch.compiler.is_compiling()
+        ctx.samples = {} if compiling else {key: params[i[0]] for key, i in ctx.groups.items()}
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.scale is None:
-            return (None, None, *(None for _ in ctx.layouts))
-        filled: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        gradients = []
-        for shape, dtype, device in ctx.layouts:
-            if (dtype, device) not in filled:
-                filled[dtype, device] = nonzero_product(upstream.to(device), ctx.scale, dtype)
-            expanded = filled[dtype, device].expand(shape)
-            # Autograd keeps a gradient of one element as it is; two parameters must not share it.
-            gradients.append(expanded.clone() if shape.numel() == 1 else expanded)
-        return (None, None, *gradients)
+            return (None, None, None, *[None] * ctx.num_params)
+        values = {
+            (dtype, device): nonzero_product(upstream.to(device), ctx.scale, dtype)
+            for dtype, device in dict.fromkeys((dtype, device) for _, dtype, device in ctx.groups)
+        }
+        compiling = torch.compiler.is_compiling()
+        samples = {} if compiling else ctx.samples
+        fresh = {key for key, param in samples.items() if param.is_leaf and param.grad is None}
+        gradients = fill_like(ctx.groups, values, fresh)
+        return (None, None, None, *map(gradients.__getitem__, range(ctx.num_params)))
+
+
+# `apply` asks for the signature each time; found here, it need not be worked out again.
+_Connect.forward.__signature__ = inspect.signature(_Connect.forward)  # type: ignore[attr-defined]

@@ -242,10 +242,10 @@ class DummyLossWrapper:
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
         if self._scale is None:
-            return dummy_term([located.parameter for located in idle], None, real=real)
+            return dummy_term([parameter for _, parameter, _ in idle], None, real=real)
         read = self._scale > 0 and not self._gradient_only
         if read:
-            check_readable(idle, (idle[0].parameter if real is None else real).device)
+            check_readable(idle, (idle[0][1] if real is None else real).device)
         return dummy_term(
             [reached(located) for located in idle],
             self._scale,
@@ -262,7 +262,7 @@ class DummyLossWrapper:
             dummy=term.value,
             uncapped=term.uncapped,
             num_params=len(idle),
-            num_elements=sum(located.parameter.numel() for located in idle),
+            num_elements=sum(map(Tensor.numel, [parameter for _, parameter, _ in idle])),
         )
 
 

@@ -133,7 +133,7 @@ def _last(wrapper: DummyLossWrapper) -> StepReport:
 def _inactive(wrapper: DummyLossWrapper) -> set[int]:
     """Identities of the parameters that the last call took for inactive."""
     idle = wrapper._map.inactive_parameters(_last(wrapper).active)
-    return {id(located.parameter) for located in idle}
+    return {id(parameter) for _, parameter, _ in idle}
 
 
 def _owners(wrapper: DummyLossWrapper) -> dict[int, list[str]]:
@@ -172,10 +172,10 @@ def _largest_sums(wrapper: DummyLossWrapper) -> str:
     """The up to five parameters that contribute most to the dummy term of the last call."""
     owners, report = _owners(wrapper), _last(wrapper)
     sums = {
-        f"  {_label(owners[id(located.parameter)])}{located.name}": sum_all(
+        f"  {_label(owners[id(located[1])])}{located[0]}": sum_all(
             [reached(located)], dtype=report.dummy.dtype, device=report.dummy.device
         ).item()
-        for located in wrapper._map.inactive_parameters(report.active)
+        for located in wrapper._map.inactive_parameters(set(report.active))
     }
     largest = sorted(sums, key=lambda label: -abs(sums[label]))[:5]
     return "\n".join(f"{label}: {sums[label]:.6g}" for label in largest)
