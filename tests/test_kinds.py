@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from modaldummy import DummyLossWrapper, ParameterMapError
 from tests.asserts import assert_connected, assert_same_bits
-from tests.zoo import Pair, brain, holder
+from tests.zoo import Pair, holder
 
 SCALES = [1e-7, 0.0, None]
 

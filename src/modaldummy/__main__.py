@@ -1,10 +1,16 @@
-"""Command line: `python -m modaldummy demo`."""
+"""Command line: `python -m modaldummy demo | info`."""
 
 import argparse
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
+
+from modaldummy._reduce import fused_kernels, kernels_for
 
 _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
 
@@ -12,6 +18,9 @@ _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    if arguments.command == "info":
+        print(*_info(), sep="\n")
+        return 0
     if missing := [name for name in _DEMO_PACKAGES if find_spec(name) is None]:
         names = " and ".join(missing)
         print(f"The demo needs {names}: pip install 'modaldummy[demo]'", file=sys.stderr)
@@ -21,9 +30,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
+def _info() -> Iterator[str]:
+    """Lines that say which versions are here, and what adds up tensors on each device."""
+    names = ("modaldummy", "torch", "numpy", "triton")
+    yield from (f"{name:12}{_version(name)}" for name in names)
+    yield f"{'python':12}{platform.python_version()}"
+    kernels = "cannot be used here" if fused_kernels() is None else "can be used on CUDA"
+    yield f"The fused kernels {kernels}; MODALDUMMY_REDUCTIONS=triton asks for them."
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        use = "plain torch" if kernels_for(device) is None else "fused Triton kernels"
+        yield f"{device!s:12}{use}{name}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed" if find_spec(package) is None else "not installed, but importable"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m modaldummy", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands.add_parser("info", help="versions, and what reduces tensors on each device")
     demo = commands.add_parser("demo", help="train a three-modality model on real scans")
     demo.add_argument("--steps", type=_count, default=200, help="training steps (default: 200)")
     demo.add_argument(

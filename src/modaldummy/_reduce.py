@@ -4,7 +4,10 @@ Nothing here records autograd history of its own or waits for a device. Why the 
 are, and what all this costs: docs/explanation/cost.md.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import functools
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import TypeAlias
 
 import torch
@@ -21,6 +24,39 @@ _SUMMED, _SUMMED_ON_CPU = 2**22, 2**15
 # So many elements of gradients share a buffer. It lives as long as any of them, and `torch.save`
 # writes all of it.
 _SLICED = 2**17
+
+
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """The fused kernels, where they are to reduce tensors on `device`; None for plain torch.
+
+    This is the one place where that is decided. The kernels are for where they have been measured
+    to win. They have not been measured yet, so they must be asked for, in the environment. Plain
+    torch is what `torch.compile` can trace, what `torch.func` can transform, and what a CUDA graph
+    can capture: a table of addresses would have to be copied to the device first.
+
+    Raises:
+        ValueError: MODALDUMMY_REDUCTIONS is neither torch nor triton.
+    """
+    if device.type != "cuda":
+        return None
+    wanted = os.environ.get("MODALDUMMY_REDUCTIONS") or "torch"
+    if wanted not in ("torch", "triton"):
+        raise ValueError(f"MODALDUMMY_REDUCTIONS must be torch or triton, got {wanted!r}.")
+    if wanted == "torch" or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or torch.cuda.is_current_stream_capturing():
+        return None
+    return fused_kernels()
+
+
+@functools.cache
+def fused_kernels() -> ModuleType | None:
+    """The module of fused kernels; None without Triton, or with one that is too old for it."""
+    try:
+        from modaldummy import _triton
+    except (ImportError, AttributeError):
+        return None
+    return _triton
 
 
 def accumulation_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -61,12 +97,13 @@ def sum_all(
     # A subclass that only relabels tensors must not relabel the loss.
     with torch._C.DisableTorchFunctionSubclass():
         groups = by_layout(tensors) if groups is None else groups
-        sums = [
-            _sum(place, tensors, own, dtype).to(device) for place, own in _by_device(groups).items()
+        totals = [
+            torch.stack(_sums(tensors, own, dtype, place)).sum().to(device)
+            for place, own in _by_device(groups).items()
         ]
-        if len(sums) == 1:
-            return sums[0]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=dtype, device=device)
+        if len(totals) == 1:
+            return totals[0]
+        return torch.stack(totals).sum() if totals else torch.zeros((), dtype=dtype, device=device)
 
 
 def _by_device(groups: Groups) -> dict[torch.device, Groups]:
@@ -76,32 +113,50 @@ def _by_device(groups: Groups) -> dict[torch.device, Groups]:
     return parts
 
 
-def _sum(
-    device: torch.device, tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype
-) -> Tensor:
-    """Sum over the tensors on one device: small ones side by side, large ones each on its own."""
+def _sums(
+    tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Sums that together cover the tensors of the groups, all on one device."""
     sums: list[Tensor] = []
+    if (kernels := kernels_for(device)) is not None:
+        fused, groups = _split(tensors, groups, kernels.takes)
+        if fused:
+            sums.append(kernels.sum_all([tensors[index] for index in fused], dtype))
+    room = _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
     small: list[Tensor] = []
-    waiting, buffer = 0, _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
+    waiting = 0
     for (shape, kind, _), indexes in groups.items():
-        values = [tensors[index] for index in indexes]
-        if kind.is_complex:
-            values = [value.real for value in values]
         size = shape.numel()
+        values = [tensors[index].real if kind.is_complex else tensors[index] for index in indexes]
         if size > _SMALL:
             sums += [value.sum(dtype=dtype) for value in values]
             continue
-        fitting = buffer // max(size, 1)
+        fitting = room // max(size, 1)
         for start in range(0, len(values), fitting):
             chunk = values[start : start + fitting]
-            if waiting + size * len(chunk) > buffer:
+            if waiting + size * len(chunk) > room:
                 sums.append(torch.cat(small).sum(dtype=dtype))
                 small, waiting = [], 0
             small += chunk if len(shape) == 1 else [value.reshape(-1) for value in chunk]
             waiting += size * len(chunk)
     if small:
         sums.append(torch.cat(small).sum(dtype=dtype))
-    return torch.stack(sums).sum()
+    return sums
+
+
+def _split(
+    tensors: Sequence[Tensor], groups: Groups, takes: Callable[[Tensor], bool]
+) -> tuple[list[int], Groups]:
+    """Indexes of the tensors that the fused kernels take, and the groups of the others."""
+    fused: list[int] = []
+    rest: Groups = {}
+    for layout, indexes in groups.items():
+        for index in indexes:
+            if takes(tensors[index]):
+                fused.append(index)
+            else:
+                rest.setdefault(layout, []).append(index)
+    return fused, rest
 
 
 def fill_like(
@@ -157,10 +212,25 @@ def norms(tensors: Sequence[Tensor], *, dtype: torch.dtype, device: torch.device
     found: dict[int, Tensor] = {}
     with torch._C.DisableTorchFunctionSubclass():
         real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-        for own in _by_device(by_layout(real)).values():
-            indexes = [index for members in own.values() for index in members]
-            each = torch._foreach_norm([real[index] for index in indexes], 2, dtype=dtype)
-            found.update(zip(indexes, torch.stack(each).to(device).unbind(), strict=True))
+        for place, own in _by_device(by_layout(real)).items():
+            indexes, together = _norms(real, own, dtype, place)
+            found.update(zip(indexes, together.to(device).unbind(), strict=True))
         if not found:
             return torch.zeros(0, dtype=dtype, device=device)
         return torch.stack([found[index] for index in range(len(tensors))])
+
+
+def _norms(
+    tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
+) -> tuple[list[int], Tensor]:
+    """Indexes of the tensors of the groups, all on one device, and their norms."""
+    fused: list[int] = []
+    each: list[Tensor] = []
+    if (kernels := kernels_for(device)) is not None:
+        fused, groups = _split(tensors, groups, kernels.takes)
+        if fused:
+            each += kernels.norms([tensors[index] for index in fused], dtype)
+    plain = [index for indexes in groups.values() for index in indexes]
+    if plain:
+        each += torch._foreach_norm([tensors[index] for index in plain], 2, dtype=dtype)
+    return fused + plain, torch.stack(each)
