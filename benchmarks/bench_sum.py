@@ -1,68 +1,274 @@
-"""Cost of the dummy term beside the line that everybody copies, on the CPU.
+"""Cost of the dummy term beside what people write instead, and beside the least it could cost.
 
-Both compute `scale * sum(p.sum())` over the same parameters and run backward. They take turns
-within one run, so that a noisy machine disturbs both alike; compare the ratio, not the times.
+Every contender adds something to the same loss that gives all parameters a gradient. They take
+turns within one run, so that a noisy machine disturbs all alike: compare the ratios, not the times.
+`limit` is one sum over a flat buffer of as many bytes and one fill; `limit, fill each` fills as
+many tensors as there are parameters.
 """
 
 import argparse
+import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
+from pathlib import Path
+from typing import Any
 
 import torch
+from measure import (
+    ALLOCATOR,
+    RESULTS,
+    Contender,
+    Times,
+    Work,
+    clear,
+    copy_bandwidth,
+    environment,
+    keep_memory,
+    percentiles,
+    ratio,
+    take_turns,
+    work,
+    write_csv,
+)
+from shapes import SHAPES, USUAL
 from torch import Tensor, nn
 
 from modaldummy import DummyLossWrapper
+from modaldummy._reduce import fused_kernels
 
 SCALE = 1e-7
-SHAPES = {"many small": (300, 64), "few large": (8, 1_000_000)}
-# glibc returns large freed buffers to the system at once, so that each backward would pay for page
-# faults. The allocator reads these when a process starts.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
+MODES = ("fresh", "accumulate")
+# Compiling a loop takes about 0.1 s a tensor on two cores.
+MOST_COMPILED = 400
 
 
 def main() -> None:
-    """Print median times and their ratio for each set of shapes."""
+    """Measure the shapes that were asked for, and print, write and draw what was found."""
+    arguments = _parser().parse_args()
+    keep_memory()
+    device = torch.device(arguments.device)
+    bandwidth = copy_bandwidth(device)
+    rows: list[dict[str, Any]] = []
+    for shape in arguments.shapes:
+        torch.manual_seed(0)
+        tower = SHAPES[shape]().to(device, getattr(torch, arguments.dtype))
+        for mode in MODES:
+            print(f"measuring {shape}, {mode} gradients ...", file=sys.stderr)
+            found = measure(tower, mode, arguments.seconds, not arguments.no_compile)
+            rows += table_rows(shape, mode, tower, found, bandwidth)
+        del tower, found
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        print_tables(rows)
+    kind = device.type
+    if arguments.csv is not None:
+        write_csv(arguments.csv or RESULTS / f"bench_sum-{kind}.csv", rows)
+    if arguments.plot is not None:
+        from plots import draw_sums
+
+        draw_sums(rows, arguments.plot or RESULTS / f"bench_sum-{kind}.png")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=50, help="timed rounds (default: 50)")
-    arguments = parser.parse_args()
-    if not ALLOCATOR.keys() <= os.environ.keys():
-        command = [sys.executable, *sys.argv]
-        sys.exit(subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of rounds in ms")
-    print(f"{'parameters':>22} {'naive':>8} {'ours':>8} {'ours / naive':>13}")
-    for name, (count, size) in SHAPES.items():
-        naive, ours = compare(count, size, arguments.repeats)
-        label = f"{name} ({count} x {size:,})"
-        print(f"{label:>22} {naive * 1e3:8.2f} {ours * 1e3:8.2f} {ours / naive:13.2f}")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=USUAL, metavar="SHAPE")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32"
+    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each shape and mode")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", action="store_true", help="print rows, not tables")
+    for name in ("csv", "plot"):
+        parser.add_argument(
+            f"--{name}", type=Path, nargs="?", const=Path(), help="write to benchmarks/results"
+        )
+    return parser
 
 
-def compare(count: int, size: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of forward plus backward, naive and ours."""
-    model = nn.ParameterDict({f"p{index}": torch.randn(size) for index in range(count)})
-    wrapper = DummyLossWrapper(nn.ModuleDict({"T1": model}), {"T1": "T1"}, SCALE)
-    params = list(model.values())
+def measure(
+    tower: nn.Module, mode: str, seconds: float, compiled: bool
+) -> dict[str, tuple[Times, Work]]:
+    """Times and work of each contender over the parameters of `tower`."""
+    params = list(tower.parameters())
+    clear(params)
+    device = params[0].device
+    entrants = contenders(tower, mode, compiled and len(params) <= MOST_COMPILED)
+    once = sum(float(times.both.sum()) for times in take_turns(entrants, 1, device).values())
+    rounds = int(min(max(seconds / (2 * once), 5), 100))
+    times = take_turns(entrants, rounds, device)
+    return {name: (times[name], work(entrants[name], device)) for name in entrants}
+
+
+def contenders(tower: nn.Module, mode: str, compiled: bool) -> dict[str, Contender]:
+    """All that is compared, by name; `mode` says whether gradients exist already."""
+    params = list(tower.parameters())
+    real = torch.ones((), device=params[0].device, requires_grad=True)
+
+    def fresh() -> None:
+        clear([*params, real])
+
+    def existing() -> None:
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+
+    reset = fresh if mode == "fresh" else existing
+
+    def through_autograd(forward: Callable[[], Tensor]) -> Contender:
+        return Contender(forward, Tensor.backward, reset)
 
     def naive() -> Tensor:
-        dummy = torch.zeros((), requires_grad=True)
+        dummy = torch.zeros((), device=real.device, requires_grad=True)
         for param in params:
             dummy = dummy + param.sum() * SCALE
-        return dummy
+        return real + dummy
 
-    contenders: tuple[Callable[[], Tensor], ...] = (naive, lambda: wrapper.dummy([]))
-    times: tuple[list[float], ...] = ([], [])
-    for round_ in range(repeats + 3):
-        for contender, timings in zip(contenders, times, strict=True):
-            for param in params:
-                param.grad = None
-            start = time.perf_counter()
-            contender().backward()
-            if round_ >= 3:  # the first rounds warm up
-                timings.append(time.perf_counter() - start)
-    return median(times[0]), median(times[1])
+    found = {"naive loop": through_autograd(naive)}
+    if compiled:
+        torch.compiler.reset()
+        found["naive loop, compiled"] = through_autograd(torch.compile(naive))
+    found["0 * sum"] = through_autograd(lambda: real + 0.0 * sum(p.sum() for p in params))
+    found["stack(sum)"] = through_autograd(
+        lambda: real + torch.stack([p.sum() for p in params]).sum() * SCALE
+    )
+    found["one element each"] = through_autograd(
+        lambda: real + SCALE * sum(p.reshape(-1)[0] for p in params)
+    )
+    found |= {name: through_autograd(term) for name, term in ours(tower, real).items()}
+    plain = [param.detach() for param in params]
+    found["_foreach_norm"] = Contender(lambda: torch._foreach_norm(plain), None, fresh)
+    return found | limits(params, mode, fresh)
+
+
+def ours(tower: nn.Module, real: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """`DummyLossWrapper.total` in each setting: lookup, cap and report are part of it."""
+    model = nn.ModuleDict({"here": nn.Linear(1, 1), "gone": tower})
+    spec = {"here": "here", "gone": "gone"}
+    settings: dict[str, dict[str, Any]] = {
+        "ours": {"scale": SCALE},
+        "ours, gradient_only": {"scale": SCALE, "gradient_only": True},
+        "ours, scale=0.0": {"scale": 0.0},
+        "ours, scale=None": {"scale": None},
+    }
+    wrappers = {name: DummyLossWrapper(model, spec, **chosen) for name, chosen in settings.items()}
+
+    def term(wrapper: DummyLossWrapper, kernels: str) -> Callable[[], Tensor]:
+        def total() -> Tensor:
+            os.environ["MODALDUMMY_REDUCTIONS"] = kernels
+            return wrapper.total(real, ["here"])
+
+        return total
+
+    terms = {name: term(wrapper, "torch") for name, wrapper in wrappers.items()}
+    if real.is_cuda and fused_kernels() is not None:
+        terms["ours, fused kernels"] = term(wrappers["ours"], "triton")
+    return terms
+
+
+def limits(
+    params: list[nn.Parameter], mode: str, reset: Callable[[], None]
+) -> dict[str, Contender]:
+    """One sum over as many bytes, and one fill, or as many fills as there are parameters."""
+    flat = torch.cat([param.detach().reshape(-1) for param in params])
+    number = torch.full((), SCALE, dtype=flat.dtype, device=flat.device)
+    if mode == "fresh":
+
+        def one(_: Any) -> Any:
+            return torch.empty_like(flat).fill_(number)
+
+        def each(_: Any) -> Any:
+            return [torch.empty_like(param).fill_(number) for param in params]
+
+    else:
+        gradient = torch.zeros_like(flat)
+        gradients = gradient.split([param.numel() for param in params])
+
+        def one(_: Any) -> Any:
+            return gradient.add_(number)
+
+        def each(_: Any) -> Any:
+            return [own.add_(number) for own in gradients]
+
+    return {
+        "limit, fill each": Contender(flat.sum, torch.no_grad()(each), reset),
+        "limit": Contender(flat.sum, torch.no_grad()(one), reset),
+    }
+
+
+def table_rows(
+    shape: str,
+    mode: str,
+    tower: nn.Module,
+    found: dict[str, tuple[Times, Work]],
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    """One row for each contender and phase."""
+    params = list(tower.parameters())
+    size = sum(param.nbytes for param in params)
+    moved = {"forward": size, "backward": size if mode == "fresh" else 2 * size}
+    moved["both"] = sum(moved.values())
+    facts = {
+        "tensors": len(params),
+        "elements": sum(param.numel() for param in params),
+        "dtype": str(params[0].dtype).removeprefix("torch."),
+        "copy_GB_per_s": bandwidth / 1e9,
+    } | environment(params[0].device)
+    rows = []
+    for name, (times, done) in found.items():
+        phases = moved if times.backward.any() else {"forward": moved["forward"]}
+        for phase in phases:
+            figures = percentiles(getattr(times, phase))
+            speed = moved[phase] / (figures["p50_ms"] / 1e3)
+            rows.append(
+                {"shape": shape, "gradients": mode, "contender": name, "phase": phase}
+                | figures
+                | {
+                    "rounds": len(times.forward),
+                    "to_limit": ratio(times, found["limit"][0], phase),
+                    "to_naive": ratio(times, found["naive loop"][0], phase),
+                    "share_of_copy": speed / bandwidth,
+                    "operators": done.operators,
+                    "launches": done.launches,
+                    "peak_MB": done.peak_bytes / 1e6,
+                }
+                | facts
+            )
+    return rows
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """A table for each shape and mode: median times, and ratios of forward plus backward."""
+    first = rows[0]
+    print(
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, {first['dtype']}"
+    )
+    print(f"a copy reads and writes {first['copy_GB_per_s']:.1f} GB/s")
+    if first["launches"] is None:
+        print("set for this run:", *(f"{name}={ALLOCATOR[name]}" for name in ALLOCATOR))
+    for shape, mode in dict.fromkeys((row["shape"], row["gradients"]) for row in rows):
+        own = [row for row in rows if (row["shape"], row["gradients"]) == (shape, mode)]
+        size = f"{own[0]['tensors']:,} tensors, {own[0]['elements']:,} elements"
+        print(f"\n{shape}: {size}, {mode} gradients")
+        print(
+            f"{'':22}{'forward':>9}{'backward':>9}{'both':>9}{'/ limit':>10}{'/ naive':>8}", end=""
+        )
+        print(f"{'% copy':>8}{'calls':>8}{'peak MB':>9}")
+        for name in dict.fromkeys(row["contender"] for row in own):
+            _print_row(name, {row["phase"]: row for row in own if row["contender"] == name})
+    print("\ntimes: median, in ms; calls: kernel launches, or on a CPU operators of torch")
+    print("% copy: bytes that have to be moved, over time, as a share of what a copy moves")
+
+
+def _print_row(name: str, by_phase: dict[str, dict[str, Any]]) -> None:
+    phases = ("forward", "backward", "both")
+    times = [f"{by_phase[p]['p50_ms']:9.2f}" if p in by_phase else f"{'-':>9}" for p in phases]
+    row = by_phase.get("both", by_phase["forward"])
+    calls = row["operators"] if row["launches"] is None else row["launches"]
+    print(f"{name:22}", *times, f"{row['to_limit']:10.2f}{row['to_naive']:8.2f}", sep="", end="")
+    print(f"{row['share_of_copy']:8.0%}{calls:8,}{row['peak_MB']:9.1f}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from modaldummy._errors import ParameterMapError
 from modaldummy._paths import Located
@@ -35,7 +35,8 @@ def check_reachable(located: Located, key: object) -> None:
         ParameterMapError: The dtype is too narrow, or the parameter of a lazy module uninitialised.
     """
     name, parameter, _ = located
-    if is_lazy(parameter):
+    # `is_lazy` asks the same, but Dynamo does not trace it; the subclasses are slow to ask.
+    if isinstance(parameter, UninitializedTensorMixin):
         raise ParameterMapError(
             f"`modality_param_map[{key!r}]`: the parameter {name!r} of a lazy module is not "
             "initialised, so that no gradient can fit it; run one forward pass with each modality "

@@ -1,6 +1,5 @@
 """The dummy term: its value, its cap and its gradient. The numerics of the library live here."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,8 +102,11 @@ def connect(
     `groups` is `by_layout(params)`, where the caller has it.
     """
     groups = by_layout(params) if groups is None else groups
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # In Python, `apply` looks at each argument for what only `torch.func` does to tensors.
+    apply = _Connect.apply if transformed else super(torch.autograd.Function, _Connect).apply
     with torch.enable_grad():
-        connected: Tensor = _Connect.apply(value, scale, groups, *params)  # type: ignore[no-untyped-call]
+        connected: Tensor = apply(value, scale, groups, *params)  # type: ignore[no-untyped-call]
     return connected
 
 
@@ -193,7 +195,3 @@ class _Connect(torch.autograd.Function):
         fresh = {key for key, param in samples.items() if param.is_leaf and param.grad is None}
         gradients = fill_like(ctx.groups, values, fresh)
         return (None, None, None, *map(gradients.__getitem__, range(ctx.num_params)))
-
-
-# `apply` asks for the signature each time; found here, it need not be worked out again.
-_Connect.forward.__signature__ = inspect.signature(_Connect.forward)  # type: ignore[attr-defined]
