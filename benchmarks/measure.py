@@ -43,7 +43,8 @@ class Times:
     @property
     def both(self) -> np.ndarray[Any, Any]:
         """Forward and backward."""
-        return np.add(self.forward, self.backward)
+        total: np.ndarray[Any, Any] = self.forward + self.backward
+        return total
 
 
 def keep_memory() -> None:

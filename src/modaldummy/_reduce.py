@@ -16,10 +16,10 @@ from torch import Tensor
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 Groups: TypeAlias = dict[Layout, list[int]]
 
-# Up to so many elements, copying a tensor next to others costs less than a reduction of its own.
+# Up to so many elements, copying tensors of one shape side by side costs less than a call for each.
 _SMALL = 8192
-# So many elements of small tensors are summed up as one. On a CPU, just so few that torch does not
-# wake its other threads for them, which takes longer than the work.
+# So many elements are copied at once. On a CPU, just so few that torch does not wake its other
+# threads for them, which takes longer than the work.
 _SUMMED, _SUMMED_ON_CPU = 2**22, 2**15
 # So many elements of gradients share a buffer. It lives as long as any of them, and `torch.save`
 # writes all of it.
@@ -123,24 +123,14 @@ def _sums(
         if fused:
             sums.append(kernels.sum_all([tensors[index] for index in fused], dtype))
     room = _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
-    small: list[Tensor] = []
-    waiting = 0
     for (shape, kind, _), indexes in groups.items():
-        size = shape.numel()
         values = [tensors[index].real if kind.is_complex else tensors[index] for index in indexes]
-        if size > _SMALL:
+        size = shape.numel()
+        if size > _SMALL or size == 0 or len(values) == 1 or not shape:
             sums += [value.sum(dtype=dtype) for value in values]
             continue
-        fitting = room // max(size, 1)
-        for start in range(0, len(values), fitting):
-            chunk = values[start : start + fitting]
-            if waiting + size * len(chunk) > room:
-                sums.append(torch.cat(small).sum(dtype=dtype))
-                small, waiting = [], 0
-            small += chunk if len(shape) == 1 else [value.reshape(-1) for value in chunk]
-            waiting += size * len(chunk)
-    if small:
-        sums.append(torch.cat(small).sum(dtype=dtype))
+        for start in range(0, len(values), room // size):
+            sums.append(torch.cat(values[start : start + room // size]).sum(dtype=dtype))
     return sums
 
 
