@@ -11,13 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from measure import (
     ALLOCATOR,
-    RESULTS,
     Contender,
     Times,
     Work,
@@ -26,7 +24,9 @@ from measure import (
     environment,
     keep_memory,
     percentiles,
+    pick_device,
     ratio,
+    result_path,
     take_turns,
     work,
     write_csv,
@@ -47,7 +47,7 @@ def main() -> None:
     """Measure the shapes that were asked for, and print, write and draw what was found."""
     arguments = _parser().parse_args()
     keep_memory()
-    device = torch.device(arguments.device)
+    device = pick_device(arguments.device)
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
@@ -62,13 +62,12 @@ def main() -> None:
         print(json.dumps(rows))
     else:
         print_tables(rows)
-    kind = device.type
     if arguments.csv is not None:
-        write_csv(arguments.csv or RESULTS / f"bench_sum-{kind}.csv", rows)
+        write_csv(result_path(arguments.csv, "bench_sum.csv", device), rows)
     if arguments.plot is not None:
         from plots import draw_sums
 
-        draw_sums(rows, arguments.plot or RESULTS / f"bench_sum-{kind}.png")
+        draw_sums(rows, result_path(arguments.plot, "bench_sum.png", device))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print rows, not tables")
     for name in ("csv", "plot"):
         parser.add_argument(
-            f"--{name}", type=Path, nargs="?", const=Path(), help="write to benchmarks/results"
+            f"--{name}", nargs="?", const="", help="write it, by default to benchmarks/results"
         )
     return parser
 

@@ -57,6 +57,20 @@ def keep_memory() -> None:
         sys.exit(subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode)
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for `auto` CUDA where there is any."""
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        sys.exit("No CUDA device is here; pass --device cpu or auto.")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and cuda) else "cpu")
+
+
+def result_path(given: str, name: str, device: torch.device) -> Path:
+    """The path that was given after --csv or --plot, or one in benchmarks/results."""
+    stem, dot, ending = name.partition(".")
+    return Path(given) if given else RESULTS / f"{stem}-{device.type}{dot}{ending}"
+
+
 def take_turns(
     contenders: Mapping[str, Contender], rounds: int, device: torch.device
 ) -> dict[str, Times]:

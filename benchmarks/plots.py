@@ -41,6 +41,7 @@ def draw_sums(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.bar(where, heights, width, label=name, color=COLOURS[name])
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log")
+        axis.set_ylim(0.02, 2)
         axis.yaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -236,9 +236,12 @@ class DummyLossWrapper:
         self._report(active, idle, term)
         # An integer loss is promoted: it could not carry the gradient.
         dtype = real.dtype if real.is_floating_point() else term.connected.dtype
-        # Expanded before the cast: backward then adds up the upstream gradients of all elements in
-        # the accumulation dtype, where more than 65,504 of them do not overflow float16.
-        return real + term.connected.expand(real.shape).to(dtype)
+        connected = term.connected
+        if real.ndim:
+            # Before the cast: backward then adds up the upstream gradients of all elements in the
+            # accumulation dtype, where more than 65,504 of them do not overflow float16.
+            connected = connected.expand(real.shape)
+        return real + connected.to(dtype)
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
         if self._scale is None:
