@@ -139,7 +139,7 @@ def training(
         total.backward()
         if log:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norms(gradients, dtype=torch.float32, device=device).tolist()
+            norms(gradients, device=device).tolist()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -18,3 +18,9 @@ def naive_dummy(params: Iterable[Tensor], scale: float) -> Tensor:
 def naive_magnitude(params: Iterable[Tensor], scale: float) -> float:
     """`scale * sum |p|`: what the rounding error of a sum is relative to."""
     return scale * sum(param.detach().to(torch.complex128).abs().sum().item() for param in params)
+
+
+def naive_norm(tensor: Tensor) -> float:
+    """Square root of the sum of `|x|**2`, in float64."""
+    squares = tensor.detach().to(torch.complex128).abs().square()
+    return squares.sum().sqrt().item()

@@ -186,19 +186,19 @@ def _slices(value: Tensor, count: int, shape: torch.Size) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def norms(tensors: Sequence[Tensor], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    r"""Euclidean norm of each of the `tensors`, accumulated in `dtype`: one tensor of shape `[n]`.
+def norms(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
+    r"""Euclidean norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
 
     .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2}
 
-    Squares below the smallest or above the largest number of `dtype` are lost, as in
-    `torch.linalg.vector_norm`. An empty tensor has norm 0.
+    Squares are added up in the accumulation dtype of all tensors; those below its smallest or above
+    its largest number are lost, as in `torch.linalg.vector_norm`. An empty tensor has norm 0.
 
     Args:
         tensors: Tensors of any shapes, floating or complex dtypes and devices.
-        dtype: What to add squares up in, and dtype of the result.
         device: Device of the result.
     """
+    dtype = accumulation_dtype(tensor.dtype for tensor in tensors)
     found: dict[int, Tensor] = {}
     with torch._C.DisableTorchFunctionSubclass():
         real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
