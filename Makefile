@@ -8,7 +8,7 @@ STEPS ?= 200
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test test-lowest mutants soak lint types clean
+.PHONY: demo test test-lowest mutants soak bench gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -26,6 +26,17 @@ mutants: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
+
+# The figures of docs/explanation/cost.md for this machine; about fifteen minutes on 2 cores.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_sum.py --csv --plot
+	$(BIN)/python benchmarks/bench_step.py --csv
+	$(BIN)/python benchmarks/targets.py
+
+# On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu:
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,8 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Triton's own functions look at it too, so it must be there before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.register_assert_rewrite("tests.asserts")
 
@@ -20,6 +25,14 @@ settings.register_profile(
 )
 settings.register_profile("mutants", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="module")

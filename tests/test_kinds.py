@@ -249,7 +249,7 @@ def test_gradients_are_made_where_their_parameter_is() -> None:
     assert model.b[1].weight.grad.is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_may_lie_on_several_devices(device: str) -> None:
     """The value comes to the loss, the gradient to each parameter."""

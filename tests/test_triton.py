@@ -1,0 +1,202 @@
+"""The fused kernels, on a GPU or in Triton's interpreter, against plain loops in float64."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.oracles import naive_dummy, naive_norm
+from tests.strategies import FLOATS
+
+pytest.importorskip("triton")
+
+from modaldummy import _reduce, _triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@st.composite
+def lists(draw: st.DrawFn) -> list[Tensor]:
+    """Up to eight tensors, contiguous, of any dtype and length, some of them slices of others."""
+    tensors = []
+    for _ in range(draw(st.integers(1, 8))):
+        size = draw(st.sampled_from([0, 1, 2, 100, 4095, 4096, 4097, 9000, 65536, 65537, 200_000]))
+        offset = draw(st.integers(0, 3))
+        seed = draw(st.integers(0, 2**16))
+        values = torch.randn(size + offset, generator=torch.Generator().manual_seed(seed))
+        tensors.append(values.to(DEVICE, draw(st.sampled_from(FLOATS)))[offset:])
+    return tensors
+
+
+@given(lists(), st.sampled_from([torch.float32, torch.float64]))
+def test_sums_agree_with_the_loop(tensors: list[Tensor], dtype: torch.dtype) -> None:
+    tensors = [t for t in tensors if t.dtype != torch.float64 or dtype == torch.float64]
+    if tensors:
+        size = sum(tensor.double().abs().sum().item() for tensor in tensors)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+        found = _triton.sum_all(tensors, dtype)
+        assert (found.dtype, found.shape, found.device) == (dtype, (), tensors[0].device)
+        assert abs(found.item() - naive_dummy(tensors, 1.0).item()) <= tolerance * size
+
+
+@given(lists())
+def test_norms_agree_with_the_loop(tensors: list[Tensor]) -> None:
+    found = [norm.item() for norm in _triton.norms(tensors, torch.float64)]
+    assert found == pytest.approx([naive_norm(tensor) for tensor in tensors], rel=1e-12)
+
+
+def test_the_same_bits_each_time() -> None:
+    tensors = [torch.randn(size, device=DEVICE) for size in (100_000, 3, 70_000)]
+    sums = {_triton.sum_all(tensors, torch.float32).item() for _ in range(5)}
+    assert len(sums) == 1
+
+
+def test_numbers_that_are_none_stay_visible() -> None:
+    for bad in (float("inf"), float("nan")):
+        tensors = [torch.ones(5, device=DEVICE), torch.tensor([1.0, bad], device=DEVICE)]
+        assert not _triton.sum_all(tensors, torch.float32).isfinite()
+        assert [norm.isfinite().item() for norm in _triton.norms(tensors, torch.float32)] == [1, 0]
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_tables() -> Iterator[None]:
+    _triton._tables.clear()
+    yield
+    _triton._tables.clear()
+
+
+@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=5), st.sampled_from([2, 4, 8]))
+def test_pieces_cover_each_tensor_once(lengths: list[int], element_size: int) -> None:
+    """Also tensors of more than 2**31 elements; the table alone needs no memory for them."""
+    start, places = 2**40, []
+    for length in lengths:
+        places.append((start, length))
+        start += length * element_size + 16 * (length % 3)
+    with patch.object(_triton, "_PIECE", 2**28):
+        table = _triton._new_table(places, element_size, torch.device("cpu"))
+    assert ((table.pieces[:, 1] > 0) & (table.pieces[:, 1] <= 2**28)).all()
+    for (address, length), first, last in zip(
+        places, table.bounds[:-1].tolist(), table.bounds[1:].tolist(), strict=True
+    ):
+        own = table.pieces[first:last]
+        ends = own[:, 0] + own[:, 1] * element_size
+        assert own[:, 1].sum() == length
+        if length:
+            assert own[0, 0] == address
+            assert ends[:-1].equal(own[1:, 0])
+            assert ends[-1] == address + length * element_size
+    assert table.aligned == (not (table.pieces[:, 0] % 16).any())
+
+
+def test_a_table_is_kept_while_the_addresses_are() -> None:
+    tensors = [torch.ones(5, device=DEVICE), torch.ones(7, device=DEVICE)]
+    _triton.sum_all(tensors, torch.float32)
+    with patch.object(_triton, "_new_table", side_effect=AssertionError("a new table")):
+        tensors[0].mul_(3)
+        assert _triton.sum_all(tensors, torch.float32).item() == 22
+        _triton.norms(tensors, torch.float32)
+        with pytest.raises(AssertionError, match="a new table"):
+            _triton.sum_all([*tensors, torch.ones(1, device=DEVICE)], torch.float32)
+
+
+def test_memory_that_was_used_again_makes_a_new_table() -> None:
+    """The same address with another length or dtype is another tensor."""
+    storage = torch.ones(8, device=DEVICE)
+    assert _triton.sum_all([storage], torch.float32).item() == 8
+    assert _triton.sum_all([storage[:4]], torch.float32).item() == 4
+    halves = storage.view(torch.float16)
+    expected = halves.float().sum().item()
+    assert _triton.sum_all([halves], torch.float32).item() == expected
+
+
+def test_tables_do_not_pile_up() -> None:
+    tensors = torch.ones(100, device=DEVICE).split(1)
+    for tensor in tensors:
+        _triton.sum_all([tensor], torch.float32)
+    assert len(_triton._tables) == _triton._MAX_TABLES
+    assert _triton.sum_all([tensors[0]], torch.float32).item() == 1
+
+
+TAKEN = {
+    "parameter": nn.Parameter(torch.ones(2)),
+    "contiguous slice": torch.ones(9)[3:],
+    "bfloat16": torch.ones(2, dtype=torch.bfloat16),
+}
+NOT_TAKEN = {
+    "transposed": torch.ones(2, 3).t(),
+    "strided": torch.ones(9)[::2],
+    "float8": torch.ones(2).to(torch.float8_e4m3fn),
+    "complex": torch.ones(2, dtype=torch.complex64),
+    "integers": torch.ones(2, dtype=torch.int32),
+    "subclass": torch.ones(2).as_subclass(type("Own", (Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("tensor", TAKEN.values(), ids=TAKEN.keys())
+def test_takes(tensor: Tensor) -> None:
+    assert _triton.takes(tensor)
+
+
+@pytest.mark.parametrize("tensor", NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
+def test_leaves_to_plain_torch(tensor: Tensor) -> None:
+    assert not _triton.takes(tensor)
+
+
+def test_the_term_is_the_same_through_the_kernels() -> None:
+    """What they do not take is added by plain torch, and all of it is counted once."""
+    tensors = [torch.ones(5, 3), torch.ones(5, 3).t(), torch.ones(70_000), torch.ones(2, 2)]
+    tensors = [tensor.to(DEVICE) for tensor in tensors]
+    with patch.object(_reduce, "kernels_for", return_value=_triton):
+        total = _reduce.sum_all(tensors, dtype=torch.float32, device=DEVICE)
+        found = _reduce.norms(tensors, device=DEVICE)
+    assert total.item() == sum(tensor.numel() for tensor in tensors)
+    expected = [tensor.numel() ** 0.5 for tensor in tensors]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+COMPILE = """
+import re, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from modaldummy import _triton
+
+def ptx(kernel, signature, constants, capability):
+    names = dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature | names, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+
+for capability in (80, 90):
+    for kind in (tl.float16, tl.bfloat16, tl.float32, tl.float64):
+        constants = {"KIND": kind, "SQUARE": True, "ALIGNED": True, "BLOCK": _triton._BLOCK}
+        partial = "*fp64" if kind is tl.float64 else "*fp32"
+        signature = {"pieces": "*i64", "partial": partial}
+        code = ptx(_triton._pieces_kernel, signature, constants, capability)
+        assert re.search(r"ld\\.global\\.v[24]\\.b", code), (capability, kind)
+    signature = {"partial": "*fp32", "bounds": "*i64", "result": "*fp32"}
+    ptx(_triton._norms_kernel, signature, {"BLOCK": 1024}, capability)
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_gpus_and_read_wide_words() -> None:
+    """Triton needs no GPU to compile for one, and what it made shows whether loads are wide."""
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.stdout == "compiled\n", result.stderr
