@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from measure import (
     ALLOCATOR,
     Contender,
@@ -28,8 +30,6 @@ from measure import (
     work,
     write_csv,
 )
-from torch import Tensor, nn
-
 from modaldummy import DummyLossWrapper
 from modaldummy._reduce import norms
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from measure import (
     ALLOCATOR,
     Contender,
@@ -31,11 +33,9 @@ from measure import (
     work,
     write_csv,
 )
-from shapes import SHAPES, USUAL
-from torch import Tensor, nn
-
 from modaldummy import DummyLossWrapper
 from modaldummy._reduce import fused_kernels
+from shapes import SHAPES, USUAL
 
 SCALE = 1e-7
 MODES = ("fresh", "accumulate")

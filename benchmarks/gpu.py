@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
 from measure import RESULTS, pick_device
 
 ROOT = Path(__file__).parent.parent

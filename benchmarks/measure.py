@@ -97,9 +97,10 @@ def _once(contender: Contender, device: torch.device) -> tuple[float, float]:
     result = contender.forward()
     _wait(device)
     middle = time.perf_counter()
-    if contender.backward is not None:
-        contender.backward(result)
-        _wait(device)
+    if contender.backward is None:
+        return middle - start, 0.0
+    contender.backward(result)
+    _wait(device)
     return middle - start, time.perf_counter() - middle
 
 

@@ -7,8 +7,6 @@ SURVIVORS = {
     "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",
     "_term.py _clip: limit >= torch.finfo(limit.dtype).tiny -> "
     "limit > torch.finfo(limit.dtype).tiny": "differs at one number, and both results are bounded",
-    "_term.py _Connect.backward: expanded.clone() if shape.numel() == 1 else expanded -> "
-    "expanded.clone()": "the same gradients, at the cost of memory traffic",
     "_batch.py Reader._present: zip(masks, read, strict=True) -> zip(masks, read)": _STRICT,
     "_batch.py Reader._present: True -> False": _STRICT,
     "_batch.py Reader._read_array: zip(self.modalities, columns, strict=True) -> "

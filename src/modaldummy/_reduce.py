@@ -124,13 +124,15 @@ def _sums(
             sums.append(kernels.sum_all([tensors[index] for index in fused], dtype))
     room = _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
     for (shape, kind, _), indexes in groups.items():
-        values = [tensors[index].real if kind.is_complex else tensors[index] for index in indexes]
         size = shape.numel()
-        if size > _SMALL or size == 0 or len(values) == 1 or not shape:
-            sums += [value.sum(dtype=dtype) for value in values]
-            continue
-        for start in range(0, len(values), room // size):
-            sums.append(torch.cat(values[start : start + room // size]).sum(dtype=dtype))
+        together = room // size if shape and 0 < size <= _SMALL else 1
+        for start in range(0, len(indexes), together):
+            chunk = indexes[start : start + together]
+            if len(chunk) == 1:
+                value = tensors[chunk[0]]
+            else:
+                value = torch.cat([tensors[index] for index in chunk])
+            sums.append((value.real if kind.is_complex else value).sum(dtype=dtype))
     return sums
 
 
