@@ -246,6 +246,56 @@ def test_no_two_parameters_share_a_gradient() -> None:
     assert len({g.data_ptr() for g in gradients}) == len(params)
 
 
+SAME = {"vectors": (5,), "matrices": (3, 4), "large": (9000,)}
+
+
+@pytest.mark.parametrize("shape", SAME.values(), ids=SAME.keys())
+def test_parameters_of_one_shape_keep_their_gradients_apart(shape: tuple[int, ...]) -> None:
+    """Whoever changes one, in a hook or afterwards, changes no other; and they add up as usual."""
+    params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
+    handle = params[0].register_hook(lambda gradient: gradient * 3)
+    connected = term(*params, scale=0.25).connected
+    connected.backward(retain_graph=True)
+    gradients = [param.grad for param in params if param.grad is not None]
+    assert [gradient.unique().item() for gradient in gradients] == [0.75, 0.25, 0.25]
+    gradients[1].mul_(4)
+    assert [gradient.unique().item() for gradient in gradients] == [0.75, 1.0, 0.25]
+    handle.remove()
+    connected.backward()
+    assert [gradient.unique().item() for gradient in gradients] == [1.0, 1.25, 0.5]
+    for gradient in gradients:
+        gradient.detach_().zero_()  # as older optimizers do; torch refuses it for views
+
+
+def test_one_gradient_of_a_shape_may_exist_already() -> None:
+    """The first parameter of a shape is asked; whatever the others have, they are right."""
+    for first in (0, 1):
+        params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+        params[first].grad = torch.ones(4)
+        term(*params, scale=0.25).connected.backward()
+        for index, param in enumerate(params):
+            expected = torch.full((4,), 1.25 if index == first else 0.25)
+            assert_same_bits(param.grad, expected, f"{first} {index}")
+
+
+def test_parameters_need_not_be_leaves() -> None:
+    """What a parameter is reached through, such as a shard of it, hands its gradient on."""
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    term(*(param * 2 for param in params), scale=0.25).connected.backward()
+    for param in params:
+        assert_same_bits(param.grad, torch.full((4,), 0.5), "through a product")
+
+
+def test_gradients_of_gradients_of_parameters_of_one_shape() -> None:
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    upstream = torch.tensor(2.0, requires_grad=True)
+    total = term(*params, scale=0.25).connected * upstream
+    gradients = torch.autograd.grad(total, params, create_graph=True)
+    total = torch.stack([gradient.sum() for gradient in gradients]).sum()
+    (second,) = torch.autograd.grad(total, upstream)
+    assert second.item() == 0.25 * 24
+
+
 def test_scale_zero_gives_exact_zeros_and_none_gives_nothing() -> None:
     zero, none = ones(2), ones(2)
     connect(torch.zeros(()), 0.0, [zero]).backward()
