@@ -53,7 +53,7 @@ def main() -> None:
     for shape in arguments.shapes:
         torch.manual_seed(0)
         tower = SHAPES[shape]().to(device, getattr(torch, arguments.dtype))
-        for mode in MODES:
+        for mode in arguments.modes:
             print(f"measuring {shape}, {mode} gradients ...", file=sys.stderr)
             found = measure(tower, mode, arguments.seconds, not arguments.no_compile)
             rows += table_rows(shape, mode, tower, found, bandwidth)
@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=USUAL, metavar="SHAPE")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=MODES, help="whether gradients exist already"
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="for each shape and mode")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")

@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 GROWTH = {"grow_100": 100, "grow_1000": 1000, "grow_10000": 10_000}
-SHAPES = ("patches", "small", "norms", "vit_b", "lora", "mixed", *GROWTH)
+SHAPES = ("patches", "small", "norms", "vit_b", "lora", "mixed")
 FLAT_AND_FILLS = "limit, fill each"
 OURS = ("ours", "ours, gradient_only", "ours, scale=0.0", "ours, scale=None")
 
@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100, help="of training steps")
     arguments = parser.parse_args()
     options = ("--device", "cpu", "--no-compile", "--seconds", str(arguments.seconds))
-    sums = [run("bench_sum.py", *options, "--shapes", *SHAPES) for _ in range(arguments.processes)]
+    sums = [
+        run("bench_sum.py", *options, "--shapes", *SHAPES)
+        + run("bench_sum.py", *options, "--shapes", *GROWTH, "--modes", "fresh")
+        for _ in range(arguments.processes)
+    ]
     steps = run("bench_step.py", "--device", "cpu", "--rounds", str(arguments.rounds))
     print("| target | aim | found | |\n|---|---|---|---|")
     for what, aim, found in [*sum_targets(sums), *step_targets(steps)]:

@@ -140,7 +140,7 @@ def test_targets_take_the_best_process_and_name_what_is_worst() -> None:
             {"shape": s, "gradients": m, "contender": c, "phase": p}
             | {"p50_ms": (slower if c in targets.OURS else 1.0) * (9 if s == "lora" else 1)}
             | {"tensors": 1}
-            for s in targets.SHAPES
+            for s in (*targets.SHAPES, *targets.GROWTH)
             for m in bench_sum.MODES
             for c in names
             for p in ("forward", "both")
