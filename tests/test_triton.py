@@ -114,17 +114,23 @@ def test_memory_that_was_used_again_makes_a_new_table() -> None:
     storage = torch.ones(8, device=DEVICE)
     assert _triton.sum_all([storage], torch.float32).item() == 8
     assert _triton.sum_all([storage[:4]], torch.float32).item() == 4
-    halves = storage.view(torch.float16)
+    whole = torch.ones(100_000, device=DEVICE)
+    assert _triton.sum_all([whole], torch.float32).item() == 100_000
+    halves = whole.view(torch.float16)[:100_000]
     expected = halves.float().sum().item()
     assert _triton.sum_all([halves], torch.float32).item() == expected
 
 
 def test_tables_do_not_pile_up() -> None:
-    tensors = torch.ones(100, device=DEVICE).split(1)
-    for tensor in tensors:
+    """What has not been asked for longest goes first."""
+    often, *others = torch.ones(100, device=DEVICE).split(1)
+    for tensor in others:
         _triton.sum_all([tensor], torch.float32)
+        _triton.sum_all([often], torch.float32)
     assert len(_triton._tables) == _triton._MAX_TABLES
-    assert _triton.sum_all([tensors[0]], torch.float32).item() == 1
+    assert _triton.sum_all([others[0]], torch.float32).item() == 1
+    with patch.object(_triton, "_new_table", side_effect=AssertionError("a new table")):
+        _triton.sum_all([often], torch.float32)
 
 
 TAKEN = {
