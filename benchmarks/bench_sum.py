@@ -39,6 +39,9 @@ from shapes import SHAPES, USUAL
 
 SCALE = 1e-7
 MODES = ("fresh", "accumulate")
+# Settings that have no use for the values of the parameters, or that hand out no gradient.
+READ_NOTHING = ("one element each", "ours, gradient_only", "ours, scale=0.0", "ours, scale=None")
+WRITE_NOTHING = ("ours, scale=None",)
 # Compiling a loop takes about 0.1 s a tensor on two cores.
 MOST_COMPILED = 400
 
@@ -57,13 +60,13 @@ def main() -> None:
             print(f"measuring {shape}, {mode} gradients ...", file=sys.stderr)
             found = measure(tower, mode, arguments.seconds, not arguments.no_compile)
             rows += table_rows(shape, mode, tower, found, bandwidth)
+            if arguments.csv is not None:  # each time, for the case that this run is cut short
+                write_csv(result_path(arguments.csv, "bench_sum.csv", device), rows)
         del tower, found
     if arguments.json:
         print(json.dumps(rows))
     else:
         print_tables(rows)
-    if arguments.csv is not None:
-        write_csv(result_path(arguments.csv, "bench_sum.csv", device), rows)
     if arguments.plot is not None:
         from plots import draw_sums
 
@@ -210,8 +213,6 @@ def table_rows(
     """One row for each contender and phase."""
     params = list(tower.parameters())
     size = sum(param.nbytes for param in params)
-    moved = {"forward": size, "backward": size if mode == "fresh" else 2 * size}
-    moved["both"] = sum(moved.values())
     facts = {
         "tensors": len(params),
         "elements": sum(param.numel() for param in params),
@@ -220,10 +221,14 @@ def table_rows(
     } | environment(params[0].device)
     rows = []
     for name, (times, done) in found.items():
-        phases = moved if times.backward.any() else {"forward": moved["forward"]}
-        for phase in phases:
+        moved = {"forward": 0 if name in READ_NOTHING else size}
+        if times.backward.any():
+            written = size if mode == "fresh" else 2 * size
+            moved["backward"] = 0 if name in WRITE_NOTHING else written
+            moved["both"] = moved["forward"] + moved["backward"]
+        for phase, volume in moved.items():
             figures = percentiles(getattr(times, phase))
-            speed = moved[phase] / (figures["p50_ms"] / 1e3)
+            speed = volume / (figures["p50_ms"] / 1e3)
             rows.append(
                 {"shape": shape, "gradients": mode, "contender": name, "phase": phase}
                 | figures
@@ -231,7 +236,7 @@ def table_rows(
                     "rounds": len(times.forward),
                     "to_limit": ratio(times, found["limit"][0], phase),
                     "to_naive": ratio(times, found["naive loop"][0], phase),
-                    "share_of_copy": speed / bandwidth,
+                    "share_of_copy": speed / bandwidth if volume else None,
                     "operators": done.operators,
                     "launches": done.launches,
                     "peak_MB": done.peak_bytes / 1e6,
@@ -261,7 +266,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(row["contender"] for row in own):
             _print_row(name, {row["phase"]: row for row in own if row["contender"] == name})
     print("\ntimes: median, in ms; calls: kernel launches, or on a CPU operators of torch")
-    print("% copy: bytes that have to be moved, over time, as a share of what a copy moves")
+    print("% copy: bytes that it has to move, over time, as a share of what a large copy moves")
 
 
 def _print_row(name: str, by_phase: dict[str, dict[str, Any]]) -> None:
@@ -270,7 +275,8 @@ def _print_row(name: str, by_phase: dict[str, dict[str, Any]]) -> None:
     row = by_phase.get("both", by_phase["forward"])
     calls = row["operators"] if row["launches"] is None else row["launches"]
     print(f"{name:22}", *times, f"{row['to_limit']:10.2f}{row['to_naive']:8.2f}", sep="", end="")
-    print(f"{row['share_of_copy']:8.0%}{calls:8,}{row['peak_MB']:9.1f}")
+    share = f"{'-':>8}" if row["share_of_copy"] is None else f"{row['share_of_copy']:8.0%}"
+    print(f"{share}{calls:8,}{row['peak_MB']:9.1f}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def keep_memory() -> None:
     Otherwise much of what the timings of backward show on a CPU is page faults.
     """
     if not ALLOCATOR.keys() <= os.environ.keys():
-        command = [sys.executable, *sys.argv]
-        sys.exit(subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 
 
 def pick_device(name: str) -> torch.device:
@@ -194,17 +193,24 @@ def clear(params: Iterable[Tensor]) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on, for each row of a CSV file."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

@@ -87,7 +87,7 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors(reductions: str) -> None:
-    """Forward and backward of parameters of one small shape without gradients."""
+    """Forward and backward of up to 2**17 elements of one small shape without gradients."""
     counts = {}
     for count in (2, 100):  # as many as fit into one buffer of slices, 2**17 elements
         model = model_of(count)
@@ -111,11 +111,14 @@ def test_one_launch_reads_all_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         run = partial(sum_all, tensors, dtype=torch.float32, device=device)
         run()
         found[count] = launches(run)
-    assert found[1] == found[1000] <= 5
+    assert 0 < found[1] == found[1000] <= 5
 
 
 def test_a_graph_can_be_captured_and_replayed(reductions: str) -> None:
-    """Value and gradients follow the parameters and the loss from replay to replay."""
+    """Value and gradients follow the parameters and the loss from replay to replay.
+
+    Also where the fused kernels have been asked for: the warm-up uses them, the capture does not.
+    """
     model = model_of(50)
     wrapper = wrap(model, scale=1e-3, max_fraction=None)
     real = torch.ones((), device="cuda", requires_grad=True)
@@ -173,6 +176,11 @@ def test_each_stream_has_tables_of_its_own(reductions: str) -> None:
             found.append(norms(tensors, device=device).square().sum())
     torch.cuda.synchronize()
     assert [total.item() for total in found] == pytest.approx([200_000.0] * 8)
+    if reductions == "triton":
+        from modaldummy import _triton
+
+        used = {stream for _, stream, _, _ in _triton._tables}
+        assert {stream.cuda_stream for stream in streams} <= used
 
 
 def test_more_than_two_to_the_31_elements(reductions: str) -> None:

@@ -24,7 +24,7 @@ def test_versions_and_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(found)[:5] == ["modaldummy", "torch", "numpy", "triton", "python"]
 
 
-@pytest.mark.parametrize("wanted", ["torch", "triton"])
+@pytest.mark.parametrize("wanted", ["torch", "triton", "cuda"])
 def test_what_each_cuda_device_uses(
     wanted: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,7 +34,8 @@ def test_what_each_cuda_device_uses(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found = lines(capsys)
-    use = {"torch": "plain torch", "triton": "fused Triton kernels"}[wanted]
+    uses = {"torch": "plain torch", "triton": "fused Triton kernels"}
+    use = uses.get(wanted, "MODALDUMMY_REDUCTIONS must be torch or triton, got 'cuda'.")
     assert found["cuda:1"] == f"{use} (Card 1)"
     assert found["The"].startswith("fused kernels can be used on CUDA")
 

@@ -80,6 +80,40 @@ def test_results_go_where_they_are_wanted() -> None:
     assert norms(tensors, device=META).device == META
 
 
+class Own(Tensor):
+    """A subclass, which may lack what others have."""
+
+
+UNLIKE: dict[str, Callable[[], Tensor]] = {
+    "sparse": lambda: torch.ones(4).to_sparse(),
+    "subclass": lambda: torch.ones(4).as_subclass(Own),
+}
+
+
+@pytest.mark.parametrize("make", UNLIKE.values(), ids=UNLIKE.keys())
+def test_what_cannot_be_copied_is_summed_alone(make: Callable[[], Tensor]) -> None:
+    """Though it has the shape and dtype of its neighbours."""
+    with patch.object(torch, "cat", side_effect=AssertionError("copied")):
+        assert sum_all([torch.ones(4), make(), make()], dtype=F32, device=CPU).item() == 12
+        with pytest.raises(AssertionError, match="copied"):
+            sum_all([torch.ones(4), torch.ones(4)], dtype=F32, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.bfloat16, F32), (torch.float16, F32), (F32, F64)], ids=str
+)
+@pytest.mark.parametrize("shape", [(3_000_000,), (2000, 1500)])
+def test_large_sums_in_another_dtype_make_no_large_copy(
+    dtype: torch.dtype, wide: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Torch casts all of a tensor before it adds it up; 2**20 elements are enough at a time."""
+    tensor = whole_numbers(*shape, dtype=dtype)
+    with torch.profiler.profile(profile_memory=True) as record:
+        total = sum_all([tensor], dtype=wide, device=CPU)
+    assert total.item() == tensor.double().sum().item()
+    assert max(event.cpu_memory_usage for event in record.events()) <= 2**20 * wide.itemsize
+
+
 def test_sum_records_no_history() -> None:
     assert not sum_all([torch.ones(2, requires_grad=True)], dtype=F32, device=CPU).requires_grad
 

@@ -286,6 +286,18 @@ def test_parameters_need_not_be_leaves() -> None:
         assert_same_bits(param.grad, torch.full((4,), 0.5), "through a product")
 
 
+@pytest.mark.parametrize("shape", SAME.values(), ids=SAME.keys())
+def test_several_upstream_gradients_at_once(shape: tuple[int, ...]) -> None:
+    """As for a Jacobian: `is_grads_batched` goes through backward once for all of them."""
+    params = [nn.Parameter(torch.ones(shape)) for _ in range(3)]
+    connected = term(*params, scale=0.25).connected
+    upstream = torch.tensor([1.0, 2.0])
+    found = torch.autograd.grad(connected, params, upstream, is_grads_batched=True)
+    for gradient in found:
+        assert gradient.shape == (2, *shape)
+        assert [part.unique().item() for part in gradient] == [0.25, 0.5]
+
+
 def test_gradients_of_gradients_of_parameters_of_one_shape() -> None:
     params = [nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
     upstream = torch.tensor(2.0, requires_grad=True)

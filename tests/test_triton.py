@@ -145,6 +145,7 @@ NOT_TAKEN = {
     "float8": torch.ones(2).to(torch.float8_e4m3fn),
     "complex": torch.ones(2, dtype=torch.complex64),
     "integers": torch.ones(2, dtype=torch.int32),
+    "negated": torch.tensor([1 + 2j]).conj().imag,
     "subclass": torch.ones(2).as_subclass(type("Own", (Tensor,), {})),
 }
 
@@ -189,7 +190,7 @@ for capability in (80, 90):
         partial = "*fp64" if kind is tl.float64 else "*fp32"
         signature = {"pieces": "*i64", "partial": partial}
         code = ptx(_triton._pieces_kernel, signature, constants, capability)
-        assert re.search(r"ld\\.global\\.v[24]\\.b", code), (capability, kind)
+        assert re.search(r"ld\\.global\\.(v4\\.b32|v2\\.b64)", code), (capability, kind)
     signature = {"partial": "*fp32", "bounds": "*i64", "result": "*fp32"}
     ptx(_triton._norms_kernel, signature, {"BLOCK": 1024}, capability)
 print("compiled")

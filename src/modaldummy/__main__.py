@@ -41,7 +41,10 @@ def _info() -> Iterator[str]:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-        use = "plain torch" if kernels_for(device) is None else "fused Triton kernels"
+        try:
+            use = "plain torch" if kernels_for(device) is None else "fused Triton kernels"
+        except ValueError as error:
+            use = str(error)
         yield f"{device!s:12}{use}{name}"
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 Groups: TypeAlias = dict[Layout, list[int]]
@@ -21,9 +21,13 @@ _SMALL = 8192
 # So many elements are copied at once. On a CPU, just so few that torch does not wake its other
 # threads for them, which takes longer than the work.
 _SUMMED, _SUMMED_ON_CPU = 2**22, 2**15
+# So many elements are cast at once, where the sum is in another dtype.
+_CAST = 2**20
 # So many elements of gradients share a buffer. It lives as long as any of them, and `torch.save`
 # writes all of it.
 _SLICED = 2**17
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
@@ -127,13 +131,26 @@ def _sums(
         size = shape.numel()
         together = room // size if shape and 0 < size <= _SMALL else 1
         for start in range(0, len(indexes), together):
-            chunk = indexes[start : start + together]
-            if len(chunk) == 1:
-                value = tensors[chunk[0]]
-            else:
-                value = torch.cat([tensors[index] for index in chunk])
-            sums.append((value.real if kind.is_complex else value).sum(dtype=dtype))
+            chunk = [tensors[index] for index in indexes[start : start + together]]
+            for value in [torch.cat(chunk)] if len(chunk) > 1 and _plain(chunk) else chunk:
+                sums += _sum(value.real if kind.is_complex else value, dtype)
     return sums
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors can be copied into one: no subclass that lacks it, no sparse one."""
+    return _PLAIN.issuperset(map(type, tensors)) and all(
+        tensor.layout is torch.strided for tensor in tensors
+    )
+
+
+def _sum(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Sum of one tensor, in parts where torch would first make a copy of it in another dtype."""
+    # On CUDA, what is narrower than float32 is cast on the way.
+    copied = tensor.dtype is not dtype and not (tensor.is_cuda and dtype is torch.float32)
+    if not copied or tensor.numel() <= _CAST or not _plain([tensor]):
+        return [tensor.sum(dtype=dtype)]
+    return [part.sum(dtype=dtype) for part in tensor.reshape(-1).split(_CAST)]
 
 
 def _split(
@@ -160,7 +177,7 @@ def fill_like(
 
     They are expanded scalars, which take no memory, and which autograd copies, or adds to what is
     there: one kernel launch for each of them. Small ones of the layouts in `fresh`, which autograd
-    keeps as they are handed over, are slices of common buffers instead.
+    keeps as they are handed over, are slices of buffers instead, one fill for many of one layout.
     """
     gradients: dict[int, Tensor] = {}
     for layout, indexes in groups.items():

@@ -102,12 +102,16 @@ def connect(
     `groups` is `by_layout(params)`, where the caller has it.
     """
     groups = by_layout(params) if groups is None else groups
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     # In Python, `apply` looks at each argument for what only `torch.func` does to tensors.
-    apply = _Connect.apply if transformed else super(torch.autograd.Function, _Connect).apply
+    apply = _Connect.apply if _transformed() else super(torch.autograd.Function, _Connect).apply
     with torch.enable_grad():
         connected: Tensor = apply(value, scale, groups, *params)  # type: ignore[no-untyped-call]
     return connected
+
+
+def _transformed() -> bool:
+    """Whether `torch.compile` or `torch.func` is at work, and tensors stand for something else."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
@@ -178,9 +182,8 @@ class _Connect(torch.autograd.Function):
         _, ctx.scale, ctx.groups, *params = inputs
         ctx.num_params = len(params)
         # One parameter stands for all of its layout: a wrong guess costs time, nothing else.
-        # Compiled code cannot ask it.
-        compiling = torch.compiler.is_compiling()
-        ctx.samples = {} if compiling else {key: params[i[0]] for key, i in ctx.groups.items()}
+        plain = not _transformed()
+        ctx.samples = {key: params[own[0]] for key, own in ctx.groups.items()} if plain else {}
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,8 +193,9 @@ class _Connect(torch.autograd.Function):
             (dtype, device): nonzero_product(upstream.to(device), ctx.scale, dtype)
             for dtype, device in dict.fromkeys((dtype, device) for _, dtype, device in ctx.groups)
         }
-        compiling = torch.compiler.is_compiling()
-        samples = {} if compiling else ctx.samples
+        # `is_grads_batched` of `torch.autograd.grad` batches in a way that shows nowhere else.
+        batched = _transformed() or "Batched" in str(torch._C._dispatch_keys(upstream))
+        samples = {} if batched else ctx.samples
         fresh = {key for key, param in samples.items() if param.is_leaf and param.grad is None}
         gradients = fill_like(ctx.groups, values, fresh)
         return (None, None, None, *map(gradients.__getitem__, range(ctx.num_params)))

@@ -1,13 +1,14 @@
 """Sums and norms over many CUDA tensors at once, in Triton.
 
 A table on the device lists the pieces that the tensors are cut into: address and length. One launch
-for each dtype reads all of them and leaves one number a piece; a second stage adds these up, always
-in the same order, so that the result is the same in each run. A fill needs no kernel of its own:
+for each dtype reads all of them (a second one those that are not aligned to 16 bytes) and leaves a
+number for each piece; a second stage adds these up, always in the same order, so that the result
+is the same in each run. A fill needs no kernel of its own:
 the slices of `_reduce.fill_like` are one already.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,13 +51,13 @@ _tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
 def takes(tensor: Tensor) -> bool:
     """Whether the kernels can read `tensor`: a plain, contiguous one of a known dtype."""
     plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return plain and tensor.dtype in _DTYPES and tensor.is_contiguous()
+    return plain and tensor.dtype in _DTYPES and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def sum_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Sum of all elements of all `tensors`, at least one, of one device, in float32 or float64."""
     with torch.cuda.device_of(tensors[0]):
-        partial = [_reduce(own, dtype, square=False)[0] for own in _by_dtype(tensors).values()]
+        partial = [_reduce(own, dtype, square=False)[0] for own in _groups(tensors)]
         return torch.cat(partial).sum()
 
 
@@ -64,7 +65,7 @@ def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Euclidean norm of each of the `tensors`, at least one, of one device, each of shape `[]`."""
     found: dict[int, Tensor] = {}
     with torch.cuda.device_of(tensors[0]):
-        for own in _by_dtype(tensors).values():
+        for own in _groups(tensors):
             partial, table = _reduce(own, dtype, square=True)
             result = torch.empty(len(own), dtype=dtype, device=partial.device)
             _norms_kernel[(len(own),)](partial, table.bounds, result, BLOCK=1024)
@@ -72,11 +73,12 @@ def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [found[id(tensor)] for tensor in tensors]
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
+def _groups(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """What one launch reads: tensors of one dtype, all of them aligned to 16 bytes or none."""
+    groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return groups
+        groups.setdefault((tensor.dtype, tensor.data_ptr() % 16 == 0), []).append(tensor)
+    return groups.values()
 
 
 def _reduce(tensors: Sequence[Tensor], dtype: torch.dtype, square: bool) -> tuple[Tensor, _Table]:
