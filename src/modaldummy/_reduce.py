@@ -30,6 +30,11 @@ _SLICED = 2**17
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
+def transformed() -> bool:
+    """Whether `torch.compile` or `torch.func` is at work, and tensors stand for something else."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def kernels_for(device: torch.device) -> ModuleType | None:
     """The fused kernels, where they are to reduce tensors on `device`; None for plain torch.
 
@@ -46,9 +51,7 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     wanted = os.environ.get("MODALDUMMY_REDUCTIONS") or "torch"
     if wanted not in ("torch", "triton"):
         raise ValueError(f"MODALDUMMY_REDUCTIONS must be torch or triton, got {wanted!r}.")
-    if wanted == "torch" or torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active() or torch.cuda.is_current_stream_capturing():
+    if wanted == "torch" or transformed() or torch.cuda.is_current_stream_capturing():
         return None
     return fused_kernels()
 
@@ -148,9 +151,11 @@ def _sum(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Sum of one tensor, in parts where torch would first make a copy of it in another dtype."""
     # On CUDA, what is narrower than float32 is cast on the way.
     copied = tensor.dtype is not dtype and not (tensor.is_cuda and dtype is torch.float32)
-    if not copied or tensor.numel() <= _CAST or not _plain([tensor]):
+    if not copied or tensor.numel() <= _SMALL or not _plain([tensor]) or transformed():
         return [tensor.sum(dtype=dtype)]
-    return [part.sum(dtype=dtype) for part in tensor.reshape(-1).split(_CAST)]
+    parts = tensor.reshape(-1).split(_CAST)
+    cast = torch.empty(parts[0].numel(), dtype=dtype, device=tensor.device)
+    return [cast[: part.numel()].copy_(part).sum() for part in parts]
 
 
 def _split(

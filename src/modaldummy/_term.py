@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modaldummy._reduce import Groups, accumulation_dtype, by_layout, fill_like, sum_all
+from modaldummy._reduce import (
+    Groups,
+    accumulation_dtype,
+    by_layout,
+    fill_like,
+    sum_all,
+    transformed,
+)
 
 # Leaves room for every rounding between the limit and the total, so that the bound holds exactly.
 _ROUNDING_MARGIN = 1 - 2**-10
@@ -103,15 +110,10 @@ def connect(
     """
     groups = by_layout(params) if groups is None else groups
     # In Python, `apply` looks at each argument for what only `torch.func` does to tensors.
-    apply = _Connect.apply if _transformed() else super(torch.autograd.Function, _Connect).apply
+    apply = _Connect.apply if transformed() else super(torch.autograd.Function, _Connect).apply
     with torch.enable_grad():
         connected: Tensor = apply(value, scale, groups, *params)  # type: ignore[no-untyped-call]
     return connected
-
-
-def _transformed() -> bool:
-    """Whether `torch.compile` or `torch.func` is at work, and tensors stand for something else."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
@@ -182,7 +184,7 @@ class _Connect(torch.autograd.Function):
         _, ctx.scale, ctx.groups, *params = inputs
         ctx.num_params = len(params)
         # One parameter stands for all of its layout: a wrong guess costs time, nothing else.
-        plain = not _transformed()
+        plain = not transformed()
         ctx.samples = {key: params[own[0]] for key, own in ctx.groups.items()} if plain else {}
 
     @staticmethod
@@ -194,7 +196,7 @@ class _Connect(torch.autograd.Function):
             for dtype, device in dict.fromkeys((dtype, device) for _, dtype, device in ctx.groups)
         }
         # `is_grads_batched` of `torch.autograd.grad` batches in a way that shows nowhere else.
-        batched = _transformed() or "Batched" in str(torch._C._dispatch_keys(upstream))
+        batched = transformed() or "Batched" in str(torch._C._dispatch_keys(upstream))
         samples = {} if batched else ctx.samples
         fresh = {key for key, param in samples.items() if param.is_leaf and param.grad is None}
         gradients = fill_like(ctx.groups, values, fresh)
