@@ -1,5 +1,6 @@
 """The documentation: snippets run, tables are true, links lead somewhere."""
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,26 @@ def test_there_are_snippets() -> None:
         "docs/how-to/property-test-your-model.md",
         "docs/reference/batch-metadata.md",
     }
+
+
+def test_the_cost_table_is_that_of_the_results() -> None:
+    """Medians of forward plus backward, as the benchmark wrote them."""
+    with (ROOT / "benchmarks/results/bench_sum-cpu.csv").open(newline="") as file:
+        measured = {
+            (row["contender"], row["shape"]): float(row["p50_ms"])
+            for row in csv.DictReader(file)
+            if (row["gradients"], row["phase"]) == ("fresh", "both")
+        }
+    page = (ROOT / "docs/explanation/cost.md").read_text()
+    (header,) = re.findall(r"^\| in ms \| (.+) \|$", page, re.M)
+    shapes = [cell.strip("` ") for cell in header.split("|")]
+    rows = re.findall(
+        r"^\| (naive loop|stack\(sum\)|ours[^|]*|limit[^|]*) \| ([\d. |]+) \|$", page, re.M
+    )
+    assert len(rows) == 7
+    for name, cells in rows:
+        for shape, cell in zip(shapes, cells.split("|"), strict=True):
+            assert float(cell) == pytest.approx(measured[name.strip(), shape], abs=0.006)
 
 
 def metadata_rows() -> list[tuple[str, str]]:

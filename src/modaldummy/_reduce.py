@@ -134,21 +134,23 @@ def _sums(
         size = shape.numel()
         together = room // size if shape and 0 < size <= _SMALL else 1
         for start in range(0, len(indexes), together):
-            chunk = [tensors[index] for index in indexes[start : start + together]]
-            for value in [torch.cat(chunk)] if len(chunk) > 1 and _plain(chunk) else chunk:
-                sums += _sum(value.real if kind.is_complex else value, dtype)
+            values = [tensors[index] for index in indexes[start : start + together]]
+            if len(values) > 1 and _plain(values):
+                values = [torch.cat(values)]
+            for value in values:
+                value = value.real if kind.is_complex else value
+                sums += [value.sum(dtype=dtype)] if kind is dtype else _cast_sums(value, dtype)
     return sums
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors can be copied into one: no subclass that lacks it, no sparse one."""
-    return _PLAIN.issuperset(map(type, tensors)) and all(
-        tensor.layout is torch.strided for tensor in tensors
-    )
+    layouts = {tensor.layout for tensor in tensors}
+    return _PLAIN.issuperset(map(type, tensors)) and layouts == {torch.strided}
 
 
-def _sum(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Sum of one tensor, in parts where torch would first make a copy of it in another dtype."""
+def _cast_sums(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Sums of the parts of a tensor that torch would first make a copy of, in another dtype."""
     # On CUDA, what is narrower than float32 is cast on the way.
     copied = tensor.dtype is not dtype and not (tensor.is_cuda and dtype is torch.float32)
     if not copied or tensor.numel() <= _SMALL or not _plain([tensor]) or transformed():
