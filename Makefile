@@ -27,11 +27,11 @@ mutants: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
 
-# The figures of docs/explanation/cost.md for this machine; about fifteen minutes on 2 cores.
+# The figures of docs/explanation/cost.md for this machine; about a quarter of an hour on 2 cores.
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_sum.py --csv --plot
-	$(BIN)/python benchmarks/bench_step.py --csv
-	$(BIN)/python benchmarks/targets.py
+	$(BIN)/python benchmarks/bench_sum.py --seconds 4 --csv --plot
+	$(BIN)/python benchmarks/bench_step.py --rounds 100 --csv
+	$(BIN)/python benchmarks/targets.py --seconds 2
 
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

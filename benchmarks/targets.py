@@ -39,8 +39,15 @@ def main() -> None:
     )
     steps = run("bench_step.py", "--device", "cpu", "--rounds", str(arguments.rounds))
     print("| target | aim | found | |\n|---|---|---|---|")
-    for what, aim, found in [*sum_targets(sums), half_target(half), *step_targets(steps)]:
-        print(f"| {what} | {aim:.2f} | {found:.2f} | {'met' if found <= aim else 'MISSED'} |")
+    for what, aim, found in [*sum_targets(sums), half_target(half)]:
+        print(f"| {what} | {aim:.2f} | {found:.2f} | {verdict(found, found, aim)} |")
+    for what, aim, found, low in step_targets(steps):
+        print(f"| {what} | {aim:.2f} | {found:.2f} | {verdict(found, low, aim)} |")
+
+
+def verdict(found: float, low: float, aim: float) -> str:
+    """Whether `found` is at most `aim`; it may be more by chance if `low`, its lower bound, is."""
+    return "met" if found <= aim else "within chance" if low <= aim else "MISSED"
 
 
 def run(script: str, *options: str) -> Rows:
@@ -100,17 +107,19 @@ def time(rows: Rows, shape: str, mode: str, contender: str, phase: str) -> float
     return float(next(row["p50_ms"] for row in rows if wanted.items() <= row.items()))
 
 
-def step_targets(rows: Rows) -> list[tuple[str, float, float]]:
-    """Targets of whole training steps, with the interval that chance leaves."""
+def step_targets(rows: Rows) -> list[tuple[str, float, float, float]]:
+    """Targets of whole training steps, with the lower end of the interval that chance leaves."""
     found = []
     for row in rows:
         name = row["contender"]
         if name in OURS:
             bounds = f"{row['to_naive_low']:.2f} to {row['to_naive_high']:.2f}"
-            found.append((f"training step, {name} / naive ({bounds})", 1.0, row["to_naive"]))
+            what = f"training step, {name} / naive ({bounds})"
+            found.append((what, 1.0, row["to_naive"], row["to_naive_low"]))
         if name == "ours, scale=None":
             bounds = f"{row['to_bare_low']:.2f} to {row['to_bare_high']:.2f}"
-            found.append((f"training step, {name} / bare ({bounds})", 1.05, row["to_bare"]))
+            what = f"training step, {name} / bare ({bounds})"
+            found.append((what, 1.05, row["to_bare"], row["to_bare_low"]))
     return found
 
 

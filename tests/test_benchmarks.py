@@ -152,6 +152,15 @@ def test_targets_take_the_best_process_and_name_what_is_worst() -> None:
     assert found[-1][2] == pytest.approx(100)  # the same time for 100 and 10,000 tensors
 
 
+def test_a_target_is_missed_only_beyond_chance() -> None:
+    row = {"contender": "ours", "to_naive": 1.01, "to_naive_low": 0.99, "to_naive_high": 1.02}
+    ((what, aim, found, low),) = targets.step_targets([row])
+    assert (what, aim) == ("training step, ours / naive (0.99 to 1.02)", 1.0)
+    assert targets.verdict(found, low, aim) == "within chance"
+    assert targets.verdict(0.99, 0.97, 1.0) == "met"
+    assert targets.verdict(1.02, 1.01, 1.0) == "MISSED"
+
+
 def test_the_report_judges_what_was_measured(tmp_path: Path) -> None:
     keys = {"gradients": "fresh", "contender": "ours"}
     rows = [
