@@ -19,6 +19,11 @@ pytest.importorskip("triton")
 
 from modaldummy import _reduce, _triton
 
+# Triton 3.4 with a numpy that warns about what its interpreter does.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _info() -> Iterator[str]:
     """Lines that say which versions are here, and what adds up tensors on each device."""
-    names = ("modaldummy", "torch", "numpy", "triton")
-    yield from (f"{name:12}{_version(name)}" for name in names)
+    yield f"{'modaldummy':12}{_version('modaldummy')}"
+    yield f"{'torch':12}{torch.__version__}"
+    yield f"{'numpy':12}{_version('numpy')}"
+    yield f"{'triton':12}{_version('triton')}"
     yield f"{'python':12}{platform.python_version()}"
     kernels = "cannot be used here" if fused_kernels() is None else "can be used on CUDA"
     yield f"The fused kernels {kernels}; MODALDUMMY_REDUCTIONS=triton asks for them."

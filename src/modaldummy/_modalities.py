@@ -80,7 +80,8 @@ class ModalityMap:
         inactive = [key for key in self.paths if not present.issuperset(_members(key))]
         taught = {
             id(parameter)
-            for key in self.paths.keys() - inactive
+            for key in self.paths
+            if key not in inactive
             for _, parameter, _ in self._lookup(key)
         }
         idle: dict[int, Located] = {}

@@ -27,7 +27,7 @@ _CAST = 2**20
 # writes all of it.
 _SLICED = 2**17
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def transformed() -> bool:
@@ -145,8 +145,7 @@ def _sums(
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors can be copied into one: no subclass that lacks it, no sparse one."""
-    layouts = {tensor.layout for tensor in tensors}
-    return _PLAIN.issuperset(map(type, tensors)) and layouts == {torch.strided}
+    return all(type(t) in _PLAIN and t.layout is torch.strided for t in tensors)
 
 
 def _cast_sums(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
