@@ -71,8 +71,8 @@ def dummy_term(
         loss that is not finite gets a term of zero.
     """
     groups = {} if scale is None else by_layout(params)
-    dtypes = [dtype for _, dtype, _ in groups] or [p.dtype for p in params]
-    dtype = accumulation_dtype(dtypes if real is None else [*dtypes, real.dtype])
+    dtypes = [dtype for _, dtype, _ in groups] + ([] if real is None else [real.dtype])
+    dtype = accumulation_dtype(dtypes)
     device = (params[0] if real is None else real).device
     with torch.no_grad():
         seen = _nothing(dtype, device) / 0 if real is None else magnitude(real, dtype)
