@@ -3,6 +3,9 @@
 _STRICT = "both sides have the same length by construction; `strict` says so to the reader"
 
 SURVIVORS = {
+    "_term.py dummy_term: {} if scale is None else by_layout(params) -> by_layout(params)": (
+        "the same term; grouping what gets no gradient takes time and nothing else"
+    ),
     "_term.py _clip: 2 -> 3": "a little more room below the largest number than is needed",
     "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",
     "_term.py _clip: limit >= torch.finfo(limit.dtype).tiny -> "

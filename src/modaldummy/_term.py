@@ -80,7 +80,7 @@ def dummy_term(
             zero = _nothing(dtype, device)
             return Term(connect(-zero, scale, params, groups), zero, zero, seen)
         uncapped = sum_all(params, groups, dtype=dtype, device=device) * scale
-        value = uncapped.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        value = torch.nan_to_num(uncapped, 0.0, 0.0, 0.0)  # of NaN, inf and -inf
         if real is not None:
             value = _clip(value, seen, real, max_fraction)
     return Term(connect(value, scale, params, groups), value, uncapped, seen)
