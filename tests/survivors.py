@@ -5,9 +5,14 @@ _STRICT = "both sides have the same length by construction; `strict` says so to 
 _FASTER = "the same term, a little later"
 
 SURVIVORS = {
-    "_term.py connect: by_layout(params) if groups is None else groups -> by_layout(params)": _FASTER,
+    "_term.py connect: by_layout(params) if groups is None else groups -> "
+    "by_layout(params)": _FASTER,
     "_term.py connect: _Connect.apply if transformed() else super(torch.autograd.Function, "
     "_Connect).apply -> _Connect.apply": _FASTER,
+    "_term.py _Connect.setup_context: {key: params[own[0]] for key, own in ctx.groups.items()} if "
+    "plain else {} -> {key: params[own[0]] for key, own in ctx.groups.items()}": (
+        "backward does not ask them either; not to keep tensors of a transform that has ended"
+    ),
     "_term.py dummy_term: {} if scale is None else by_layout(params) -> by_layout(params)": _FASTER,
     "_term.py _clip: 2 -> 3": "a little more room below the largest number than is needed",
     "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",
