@@ -13,6 +13,10 @@ SURVIVORS = {
     "plain else {} -> {key: params[own[0]] for key, own in ctx.groups.items()}": (
         "backward does not ask them either; not to keep tensors of a transform that has ended"
     ),
+    "_term.py _Connect.backward: transformed() or 'Batched' in str(torch._C._dispatch_keys("
+    "upstream)) -> 'Batched' in str(torch._C._dispatch_keys(upstream))": (
+        "forward has kept nothing then, except where backward alone is compiled"
+    ),
     "_term.py dummy_term: {} if scale is None else by_layout(params) -> by_layout(params)": _FASTER,
     "_term.py _clip: 2 -> 3": "a little more room below the largest number than is needed",
     "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",

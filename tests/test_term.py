@@ -267,6 +267,16 @@ def test_parameters_of_one_shape_keep_their_gradients_apart(shape: tuple[int, ..
         gradient.detach_().zero_()  # as older optimizers do; torch refuses it for views
 
 
+def test_small_gradients_of_one_shape_are_slices_of_one_fill() -> None:
+    """Autograd keeps them as they are; where gradients exist, it adds to what is there."""
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    for _ in range(2):
+        term(*params, scale=0.25).connected.backward()
+        gradients = [param.grad for param in params if param.grad is not None]
+        assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == 1
+    assert [gradient.unique().item() for gradient in gradients] == [0.5, 0.5, 0.5]
+
+
 def test_one_gradient_of_a_shape_may_exist_already() -> None:
     """The first parameter of a shape is asked; whatever the others have, they are right."""
     for first in (0, 1):
