@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from measure import (
-    ALLOCATOR,
     Contender,
     Times,
     environment,
     keep_memory,
     percentiles,
     pick_device,
+    print_environment,
     ratio,
     result_path,
     take_turns,
@@ -174,10 +174,7 @@ def interval(ratios: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Median times, ratios to the bare and to the naive step with their intervals, memory."""
-    first = rows[0]
-    print(f"{first['device']}, {first['threads']} threads, torch {first['torch']}")
-    if first["launches"] is None:
-        print("set for this run:", *(f"{name}={ALLOCATOR[name]}" for name in ALLOCATOR))
+    print_environment(rows[0])
     print(f"{'':26}{'ms':>8}{'/ bare (95 %)':>24}{'/ naive (95 %)':>24}{'peak MB':>9}")
     for row in rows:
         cells = [

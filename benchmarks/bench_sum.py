@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from measure import (
-    ALLOCATOR,
     Contender,
     Times,
     Work,
@@ -27,6 +26,7 @@ from measure import (
     keep_memory,
     percentiles,
     pick_device,
+    print_environment,
     ratio,
     result_path,
     take_turns,
@@ -249,12 +249,8 @@ def table_rows(
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """A table for each shape and mode: median times, and ratios of forward plus backward."""
     first = rows[0]
-    print(
-        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, {first['dtype']}"
-    )
-    print(f"a copy reads and writes {first['copy_GB_per_s']:.1f} GB/s")
-    if first["launches"] is None:
-        print("set for this run:", *(f"{name}={ALLOCATOR[name]}" for name in ALLOCATOR))
+    print_environment(first)
+    print(f"{first['dtype']}; a copy reads and writes {first['copy_GB_per_s']:.1f} GB/s")
     for shape, mode in dict.fromkeys((row["shape"], row["gradients"]) for row in rows):
         own = [row for row in rows if (row["shape"], row["gradients"]) == (shape, mode)]
         size = f"{own[0]['tensors']:,} tensors, {own[0]['elements']:,} elements"

@@ -204,6 +204,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def print_environment(row: Mapping[str, Any]) -> None:
+    """The first lines of a table: where the rows like `row` were measured, and with what set."""
+    print(f"{row['device']}, {row['threads']} threads, torch {row['torch']}")
+    if row["launches"] is None:
+        print("set for this run:", *(f"{name}={value}" for name, value in ALLOCATOR.items()))
+
+
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:

@@ -42,8 +42,7 @@ def check_reachable(located: Located, key: object) -> None:
             "initialised, so that no gradient can fit it; run one forward pass with each modality "
             "before training."
         )
-    if parameter.dtype.itemsize < 2:
-        check_dtype(located, key)
+    check_dtype(located, key)
 
 
 def check_readable(parameters: Iterable[Located], device: torch.device) -> None:
@@ -77,10 +76,10 @@ def reached(located: Located) -> Tensor:
     and its gradient is sparse and empty, as an optimizer such as `torch.optim.SparseAdam` wants
     it. Anything else is reached as it is.
     """
-    _, parameter, owner = located
+    _, parameter, _ = located
     # By name: the DTensor class is slow to import, and a model without one has no use for it.
     shard: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    if isinstance(owner, _EMBEDDINGS) and is_sparse_table(located):
+    if is_sparse_table(located):
         nothing = torch.empty(0, dtype=torch.long, device=shard.device)
         return nn.functional.embedding(nothing, shard, sparse=True)
     return shard

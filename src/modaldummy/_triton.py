@@ -3,8 +3,8 @@
 A table on the device lists the pieces that the tensors are cut into: address and length. One launch
 for each dtype reads all of them (a second one those that are not aligned to 16 bytes) and leaves a
 number for each piece; a second stage adds these up, always in the same order, so that the result
-is the same in each run. A fill needs no kernel of its own:
-the slices of `_reduce.fill_like` are one already.
+is the same in each run. A fill needs no kernel of its own: the slices of `_reduce.fill_like` are
+one already.
 """
 
 from collections import OrderedDict
