@@ -24,6 +24,10 @@ class ParameterMapError(ModalDummyError, ValueError):
     """A `modality_param_map` does not fit the model."""
 
 
+class UnsupportedEngineError(ModalDummyError, RuntimeError):
+    """An optimizer or a training engine works in a way that does not allow what was asked for."""
+
+
 def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownModalityError:
     """Error for `name`, found at `where`, that lists the `known` modalities and close matches."""
     match = close_match(name, known)

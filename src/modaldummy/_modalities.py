@@ -67,6 +67,30 @@ class ModalityMap:
             unique.setdefault(id(parameter), (name, parameter))
         return dict(unique.values())
 
+    def active_keys(self, active: Collection[str]) -> list[ModalityKey]:
+        """Keys of the map all of whose modalities are active."""
+        present = set(active)
+        return [key for key in self.paths if present.issuperset(_members(key))]
+
+    def owned(self, keys: Iterable[ModalityKey]) -> dict[int, Located]:
+        """Parameters, frozen ones included, that any of these keys of the map owns, by `id`."""
+        return {id(located[1]): located for key in keys for located in self._lookup(key)}
+
+    def used_elsewhere(self) -> dict[int, Located]:
+        """Parameters of the map that the model also has where no key owns them, by `id`.
+
+        Such as a weight tied to the trunk. Walks the whole model.
+        """
+        located = [found for key in self.paths for found in self._lookup(key)]
+        places = {(id(owner), name.rpartition(".")[2]) for name, _, owner in located}
+        owned = {id(parameter) for _, parameter, _ in located}
+        return {
+            id(parameter): (f"{path}.{name}", parameter, module)
+            for path, module in self.model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in owned and (id(module), name) not in places
+        }
+
     def inactive_parameters(self, active: Collection[str]) -> list[Located]:
         """Trainable parameters that only inactive keys own, each once.
 
@@ -76,14 +100,9 @@ class ModalityMap:
             ParameterMapError: A path matches nothing any more, or no gradient can reach what it
                 matches.
         """
-        present = set(active)
-        inactive = [key for key in self.paths if not present.issuperset(_members(key))]
-        taught = {
-            id(parameter)
-            for key in self.paths
-            if key not in inactive
-            for _, parameter, _ in self._lookup(key)
-        }
+        present = self.active_keys(active)
+        inactive = [key for key in self.paths if key not in present]
+        taught = self.owned(present)
         idle: dict[int, Located] = {}
         for key in inactive:
             for located in self._lookup(key):

@@ -87,6 +87,8 @@ class DummyLossWrapper:
         self._gradient_only = gradient_only
         self._resolver = resolver
         self.last: StepReport | None = None
+        # Told of each loss and of the keys of the map that are active in it.
+        self._observers: list[Callable[[list[ModalityKey], Tensor], None]] = []
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -204,7 +206,11 @@ class DummyLossWrapper:
         idle = self._map.inactive_parameters(active)
         term = self._term(idle, None) if idle else Term(zero, zero, zero, unknown)
         self._report(active, idle, term)
-        return term.connected
+        return self._observed(active, term.connected)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a model of its own, which nothing that watches this wrapper knows.
+        return vars(self) | {"_observers": []}
 
     def __repr__(self) -> str:
         paths = {key: list(paths) for key, paths in self._map.paths.items()}
@@ -231,7 +237,7 @@ class DummyLossWrapper:
             seen = magnitude(real, accumulation_dtype([real.dtype]))
             zero = torch.zeros_like(seen)
             self._report(active, idle, Term(zero, zero, zero, seen))
-            return real
+            return self._observed(active, real)
         term = self._term(idle, real)
         self._report(active, idle, term)
         # An integer loss is promoted: it could not carry the gradient.
@@ -241,7 +247,7 @@ class DummyLossWrapper:
             # Before the cast: backward then adds up the upstream gradients of all elements in the
             # accumulation dtype, where more than 65,504 of them do not overflow float16.
             connected = connected.expand(real.shape)
-        return real + connected.to(dtype)
+        return self._observed(active, real + connected.to(dtype))
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
         if self._scale is None:
@@ -256,6 +262,11 @@ class DummyLossWrapper:
             max_fraction=self._max_fraction,
             read=read,
         )
+
+    def _observed(self, active: set[str], loss: Tensor) -> Tensor:
+        for observe in self._observers:
+            observe(self._map.active_keys(active), loss)
+        return loss
 
     def _report(self, active: set[str], idle: list[Located], term: Term) -> None:
         self.last = StepReport(
