@@ -46,7 +46,7 @@ def hold_inactive(
     Args:
         wrapper: What knows which modalities were active.
         optimizer: Any optimizer that leaves parameters alone whose gradient is None, as those of
-            `torch.optim` do, `LBFGS` excepted.
+            `torch.optim` do but for `LBFGS`.
         group: Ranks that have to agree, all of which step equally often; by default all, where
             `torch.distributed` is in use. Each step then costs one MAX reduction of an integer
             for each key of the map; a step with a closure one more for each call of the closure.
@@ -57,8 +57,9 @@ def hold_inactive(
     Raises:
         TypeError: `wrapper`, `optimizer` or `group` is none, or an optimizer around another one.
         ValueError: The optimizer has no parameter of the map.
-        UnsupportedEngineError: The optimizer is `LBFGS`. From `step()`: the optimizer has moved a
-            parameter without a gradient. From a loss or `step()`: a CUDA graph is being captured.
+        UnsupportedEngineError: The optimizer is `LBFGS`, or `SGD` with `fused=True` and momentum.
+            From `step()`: the optimizer has changed a parameter that had no gradient. From a loss
+            and `step()`: a CUDA graph is being captured.
     """
     if not isinstance(wrapper, DummyLossWrapper):
         raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
@@ -72,13 +73,25 @@ def hold_inactive(
             "`group` must be a torch.distributed.ProcessGroup that this rank belongs to, or None "
             f"for all ranks, got {describe(group)}."
         )
+    _check_optimizer(optimizer)
+    return HoldHandle(wrapper, _holder_of(optimizer), group)
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedEngineError(
             "LBFGS moves all of its parameters along one direction, also those without a "
             "gradient, so that none can be held; give the modalities an optimizer of another "
             "kind, or freeze those that are absent for good."
         )
-    return HoldHandle(wrapper, _holder_of(optimizer), group)
+    if isinstance(optimizer, torch.optim.SGD) and any(
+        group["fused"] and group["momentum"] for group in optimizer.param_groups
+    ):
+        raise UnsupportedEngineError(
+            "SGD with `fused=True` and momentum fails, with or without a hold, as soon as a "
+            "parameter gets its first gradient later than the others (a TypeError of "
+            "`torch._fused_sgd_`), as one does that has been held; pass `foreach=True`."
+        )
 
 
 class HoldHandle:
@@ -145,6 +158,7 @@ class _Holder:
         self.optimizer = optimizer
         self.handles: list[HoldHandle] = []
         self._taken: list[_Taken] = []
+        self._others = False  # whether others than those had a gradient
         self._depth = 0  # of calls of `step`: one that a subclass overrides may call its parent's
         self._in_closure = False
         try:
@@ -216,10 +230,12 @@ class _Holder:
         self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]
         for taken in self._taken:
             taken.parameter.grad = None
+        self._others = not self.is_cleared()
 
     def _give_back(self) -> None:
-        for taken in self._taken:
-            if taken.parameter.grad is None:
+        # An optimizer may clear all gradients in its step.
+        if not (self._others and self.is_cleared()):
+            for taken in self._taken:
                 taken.parameter.grad = taken.gradient
         self._taken = []
 

@@ -1,0 +1,244 @@
+"""When a modality counts as taught: from backward pass to backward pass, until the step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+
+from modaldummy import DummyLossWrapper, HoldHandle, hold_inactive
+from tests.holding import NAMES, Towers
+from tests.zoo import brain, tied_across
+
+
+class Training:
+    """A model, its wrapper and optimizer, and which towers the last step held."""
+
+    def __init__(self) -> None:
+        self.model = Towers()
+        self.optimizer = AdamW(self.model.parameters(), lr=0.1)
+        self.wrapper = self.model.wrapper()
+        self.handle = hold_inactive(self.wrapper, self.optimizer)
+
+    def total(self, *active: str) -> Tensor:
+        return self.wrapper.total(self.model.loss(active), active)
+
+    def step(self) -> set[str]:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return towers(self.handle)
+
+
+def towers(handle: HoldHandle) -> set[str]:
+    return {name.split(".")[1] for name in handle.held}
+
+
+def test_what_any_micro_batch_held_is_taught() -> None:
+    training = Training()
+    training.total("T1").backward()
+    training.total("rsfMRI").backward()
+    assert training.step() == {"dMRI"}
+    training.total("dMRI").backward()
+    assert training.step() == {"T1", "rsfMRI"}
+
+
+def test_micro_batches_may_share_a_backward_pass() -> None:
+    training = Training()
+    (training.total("T1") + training.total("rsfMRI")).backward()
+    assert training.step() == {"dMRI"}
+
+
+def test_a_loss_that_is_not_backwarded_teaches_nothing() -> None:
+    """Such as that of an evaluation with gradient mode on."""
+    training = Training()
+    training.total(*NAMES)
+    training.total("T1").backward()
+    training.total(*NAMES)
+    assert training.step() == {"rsfMRI", "dMRI"}
+
+
+def test_a_loss_teaches_when_it_is_backwarded_not_when_it_is_made() -> None:
+    training = Training()
+    early = training.wrapper.dummy("dMRI")
+    training.total("T1").backward()
+    assert training.step() == {"rsfMRI", "dMRI"}
+    early.backward()
+    assert training.step() == {"T1", "rsfMRI"}
+
+
+def test_without_a_loss_of_the_wrapper_nothing_is_held() -> None:
+    """Another loss may have taught anything; so the gradients of all are followed."""
+    training = Training()
+    before = training.model.towers["dMRI"].weight.detach().clone()
+    training.model.loss(NAMES).backward()
+    assert training.step() == set()
+    assert not torch.equal(before, training.model.towers["dMRI"].weight)
+
+
+@pytest.mark.parametrize("clear_before_forward", [True, False])
+def test_gradients_cleared_without_a_step_are_forgotten(clear_before_forward: bool) -> None:
+    """As by `optimizer.zero_grad(); continue` after a loss that was not finite."""
+    training = Training()
+    training.total("T1", "dMRI").backward()
+    if clear_before_forward:
+        training.optimizer.zero_grad()
+    total = training.total("rsfMRI")
+    training.optimizer.zero_grad()
+    total.backward()
+    assert training.step() == {"T1", "dMRI"}
+
+
+def test_gradients_cleared_before_two_losses_share_a_backward_pass() -> None:
+    """The second of them finds no gradient yet either, and must not forget the first."""
+    training = Training()
+    training.total("T1").backward()
+    training.optimizer.zero_grad()
+    (training.total("rsfMRI") + training.total("dMRI")).backward()
+    assert training.step() == {"T1"}
+
+
+def test_gradients_kept_after_a_step_that_did_not_come_still_count() -> None:
+    training = Training()
+    training.total("T1").backward()
+    training.total("rsfMRI").backward()
+    training.total("rsfMRI").backward()
+    assert training.step() == {"dMRI"}
+
+
+def test_a_wrapped_loss_and_a_dummy_alone_are_seen_too() -> None:
+    training = Training()
+    wrapped = training.wrapper(training.model.loss)
+    wrapped(["T1"], modalities=["T1"]).backward()
+    assert training.step() == {"rsfMRI", "dMRI"}
+    (training.model.loss(["T1"]) + training.wrapper.dummy(["T1"])).backward()
+    assert training.step() == {"rsfMRI", "dMRI"}
+    # With everything active the dummy is a plain zero, which no backward pass reaches.
+    (training.model.loss(NAMES) + training.wrapper.dummy(NAMES)).backward()
+    (training.model.loss(["T1"]) + training.wrapper.dummy(["T1"])).backward()
+    assert training.step() == set()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda total: total.mul_(0.5).backward(),
+        lambda total: torch.autograd.backward([total * 2]),
+        lambda total: total.backward(retain_graph=True) or total.backward(),
+        lambda total: torch.autograd.backward(total, torch.full((), 3.0), create_graph=True),
+    ],
+    ids=["in place", "part of more", "twice", "create_graph"],
+)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("active", [("T1",), NAMES])
+def test_a_total_is_seen_however_it_is_backwarded(
+    active: tuple[str, ...], use: Callable[[Tensor], object]
+) -> None:
+    training = Training()
+    use(training.total(*active))
+    assert training.step() == set(NAMES) - set(active)
+
+
+def test_watching_changes_no_bit_of_loss_and_gradients() -> None:
+    for active in (NAMES, ("T1",)):
+        plain, watched = Towers(), Training()
+        expected = plain.wrapper().total(plain.loss(active), active)
+        found = watched.total(*active)
+        assert torch.equal(expected, found)
+        expected.backward()
+        found.backward()
+        for one, other in zip(plain.parameters(), watched.model.parameters(), strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert torch.equal(one.grad, other.grad)
+
+
+def test_a_fusion_module_is_taught_only_by_batches_that_hold_all_of_it() -> None:
+    """T1 in one micro-batch and dMRI in another never ran it."""
+    case = brain()
+    wrapper = case.wrapper()
+    optimizer = Adam(case.model.parameters())
+    handle = hold_inactive(wrapper, optimizer)
+    for actives, held in (
+        ([{"T1"}, {"dMRI"}], {"fusion.weight", "fusion.bias"}),
+        ([{"T1", "dMRI"}], set()),
+    ):
+        for active in actives:
+            wrapper.total(case.real(active), active).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert {name for name in handle.held if "rsfMRI" not in name} == held
+
+
+def test_what_an_active_modality_shares_is_never_held() -> None:
+    case = tied_across()
+    wrapper = case.wrapper()
+    optimizer = Adam(case.model.parameters())
+    handle = hold_inactive(wrapper, optimizer)
+    wrapper.total(case.real({"a"}), "a").backward()
+    optimizer.step()
+    assert handle.held == ("b.0.weight", "b.0.bias")
+
+
+def test_what_the_trunk_shares_is_never_held() -> None:
+    """A table that is tied to the output layer learns from each batch, whatever the map says."""
+    model: Any = nn.ModuleDict({n: nn.Linear(3, 3, bias=False) for n in ("T1", "dMRI", "trunk")})
+    model["trunk"].weight = model["dMRI"].weight
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    before = model["trunk"].weight.detach().clone()
+    wrapper.total(model["trunk"](model["T1"](torch.ones(1, 3))).square().mean(), "T1").backward()
+    optimizer.step()
+    assert handle.held == ()
+    assert not torch.equal(before, model["trunk"].weight)
+
+
+def test_a_module_in_two_places_of_a_tower_is_not_elsewhere() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleDict({"T1": nn.Linear(3, 3), "dMRI": nn.Sequential(layer, layer)})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    wrapper.total(model["T1"](torch.ones(1, 3)).mean(), "T1").backward()
+    optimizer.step()
+    assert handle.held == ("dMRI.0.weight", "dMRI.0.bias")
+
+
+def test_a_tower_frozen_between_backward_and_step_is_held() -> None:
+    """Optimizers look at the gradient alone."""
+    training = Training()
+    training.total("T1").backward()
+    training.model.towers["dMRI"].requires_grad_(False)
+    before = training.model.towers["dMRI"].weight.clone()
+    assert training.step() == {"rsfMRI", "dMRI"}
+    assert torch.equal(before, training.model.towers["dMRI"].weight)
+
+
+def test_several_wrappers_hold_what_none_of_them_saw_taught() -> None:
+    model = Towers()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    first, second = model.wrapper(), model.wrapper(names=("T1", "dMRI"))
+    handles = [hold_inactive(wrapper, optimizer) for wrapper in (first, second)]
+    first.total(model.loss(["T1"]), "T1").backward()
+    second.total(model.loss(["dMRI"]), "dMRI").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [towers(handle) for handle in handles] == [{"rsfMRI"}, set()]
+    first.total(model.loss(["T1"]), "T1").backward()
+    optimizer.step()
+    assert [towers(handle) for handle in handles] == [{"rsfMRI", "dMRI"}, set()]
+
+
+def test_several_optimizers_have_a_window_each() -> None:
+    model = Towers()
+    wrapper = model.wrapper()
+    optimizers = [AdamW(model.towers[name].parameters(), lr=0.1) for name in ("T1", "dMRI")]
+    handles = [hold_inactive(wrapper, optimizer) for optimizer in optimizers]
+    wrapper.total(model.loss(["T1"]), "T1").backward()
+    optimizers[0].step()  # the other one goes on accumulating
+    wrapper.total(model.loss(["dMRI"]), "dMRI").backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [towers(handle) for handle in handles] == [{"T1"}, set()]
