@@ -101,9 +101,17 @@ def _maximum(marks: list[int], group: "dist.ProcessGroup | None") -> list[int]:
     """The element-wise maximum over the ranks of `group`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return marks
-    # Such as "cpu:gloo,cuda:nccl"; a tensor on the CPU needs no wait for the device.
-    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
-    tensor = torch.tensor(marks, device="cpu" if "cpu" in backends else next(iter(backends)))
+    tensor = torch.tensor(marks, device=_device(group))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     agreed: list[int] = tensor.tolist()
     return agreed
+
+
+def _device(group: "dist.ProcessGroup | None") -> str:
+    """Type of device that the backend of `group` takes tensors on, the CPU if it can.
+
+    A tensor on the CPU needs no wait for the device.
+    """
+    # Such as "cpu:gloo,cuda:nccl".
+    types = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+    return "cpu" if "cpu" in types else types[0]

@@ -1,0 +1,147 @@
+"""Hold on two ranks: what one rank taught moves on both, what no rank taught on neither."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from modaldummy import DummyLossWrapper, hold_inactive
+from tests.distributed.ranks import run_on_ranks
+from tests.holding import NAMES, Towers
+
+# What each rank has at each step, in one micro-batch after the other.
+STEPS: list[tuple[list[str], list[str]]] = [
+    (["T1"], ["rsfMRI"]),
+    (["T1"], ["T1"]),
+    (["dMRI", "T1"], ["T1", "rsfMRI"]),
+    (["rsfMRI"], ["rsfMRI"]),
+]
+MODES: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "DDP, bucket views": {"gradient_as_bucket_view": True},
+    "DDP, closure": {},
+}
+
+
+class Model(Towers):
+    def forward(self, name: str) -> Tensor:
+        output: Tensor = self.trunk(self.towers[name](torch.ones(2, 3)))
+        return output
+
+
+def train(rank: int, mode: str) -> dict[str, Any]:
+    """What each step held, how many reductions it took, and what became of the parameters."""
+    model = Model()
+    ddp = DistributedDataParallel(model, **MODES[mode])
+    wrapper = DummyLossWrapper(ddp, {name: f"towers.{name}" for name in NAMES})
+    optimizer = AdamW(ddp.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    held, reductions, values = [], [], []
+    for batches in STEPS:
+
+        def backward(names: list[str] = batches[rank]) -> Tensor:
+            for name in names:
+                ddp.require_backward_grad_sync = name is names[-1]
+                total = wrapper.total(ddp(name).square().mean(), name)
+                total.backward()
+            return total
+
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+            if mode == "DDP, closure":
+                optimizer.step(backward)
+            else:
+                backward()
+                optimizer.step()
+        optimizer.zero_grad()
+        held.append(sorted({name.split(".")[-2] for name in handle.held}))
+        reductions.append(reduce.call_count)
+        values.append([p.detach().clone() for p in model.parameters()])
+    counts = {name: int(optimizer.state[model.towers[name].weight]["step"]) for name in NAMES}
+    return {"held": held, "reductions": reductions, "values": values, "counts": counts}
+
+
+def alone(rank: int) -> dict[str, Any]:
+    """Each rank trains a model of its own, and asks nobody but itself."""
+    group = dist.new_subgroups(1)[0]
+    other = dist.new_group([0])
+    model = Model()
+    wrapper = model.wrapper()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    if rank == 1:
+        with pytest.raises(TypeError, match="that this rank belongs to"):
+            hold_inactive(wrapper, optimizer, group=other)
+    handle = hold_inactive(wrapper, optimizer, group=group)
+    name = NAMES[rank]
+    wrapper.total(model(name).square().mean(), name).backward()
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        optimizer.step()
+    return {"held": handle.held, "reductions": reduce.call_count}
+
+
+def half_watched(rank: int) -> tuple[str, ...]:
+    """Rank 1 adds no dummy at this step, so that only rank 0 has anything to say."""
+    model = Model()
+    wrapper = model.wrapper()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    loss = model("T1").square().mean()
+    (wrapper.total(loss, "T1") if rank == 0 else loss).backward()
+    optimizer.step()
+    return handle.held
+
+
+def everything(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {mode: train(rank, mode) for mode in MODES}
+    return found | {"alone": alone(rank), "half watched": half_watched(rank)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(everything, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_agree_on_what_to_hold(ranks: list[dict[str, Any]], mode: str) -> None:
+    for found in ranks:
+        assert found[mode]["held"] == [["dMRI"], ["dMRI", "rsfMRI"], [], ["T1", "dMRI"]]
+        assert found[mode]["counts"] == {"T1": 3, "rsfMRI": 3, "dMRI": 1}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_stay_identical_and_what_is_held_stays(
+    ranks: list[dict[str, Any]], mode: str
+) -> None:
+    first, second = (found[mode]["values"] for found in ranks)
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    names = [name for name, _ in Model().named_parameters()]
+    starts = [list(Model().parameters()), *first]
+    for before, after, held in zip(starts, first, ranks[0][mode]["held"], strict=False):
+        for name, old, new in zip(names, before, after, strict=True):
+            assert torch.equal(old, new) == (name.split(".")[1] in held), name
+
+
+def test_agreement_takes_one_small_reduction(ranks: list[dict[str, Any]]) -> None:
+    """With a closure one before it, for what it finds, and one after it."""
+    for found in ranks:
+        assert found["DDP"]["reductions"] == [1] * len(STEPS)
+        assert found["DDP, closure"]["reductions"] == [2] * len(STEPS)
+
+
+def test_a_group_of_one_rank_decides_alone(ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(ranks):
+        towers = {name.split(".")[1] for name in found["alone"]["held"]}
+        assert towers == set(NAMES) - {NAMES[rank]}
+        assert found["alone"]["reductions"] == 0
+
+
+def test_a_rank_without_a_loss_of_the_wrapper_follows_the_others(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for found in ranks:
+        assert {name.split(".")[1] for name in found["half watched"]} == {"rsfMRI", "dMRI"}
