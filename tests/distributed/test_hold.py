@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
@@ -95,9 +96,49 @@ def half_watched(rank: int) -> tuple[str, ...]:
     return handle.held
 
 
+def sharded_optimizer(rank: int) -> dict[str, Any]:
+    """Each rank steps its part of the parameters and sends it to the other."""
+    # Here, since the import warns, and only the ranks do not make errors of warnings.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = Model()
+    ddp = DistributedDataParallel(model)
+    wrapper = model.wrapper()
+    optimizer = ZeroRedundancyOptimizer(ddp.parameters(), AdamW, lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    name = NAMES[rank]
+    wrapper.total(ddp(name).square().mean(), name).backward()
+    optimizer.step()
+    return {"held": handle.held, "values": [p.detach().clone() for p in model.parameters()]}
+
+
+def sharded_parameters(rank: int) -> list[tuple[str, ...]]:
+    """FSDP2: one step for a batch, one for two of which the first is not reduced."""
+    model = Model()
+    for tower in model.towers.values():
+        fully_shard(tower)
+    fully_shard(model)
+    wrapper = model.wrapper()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    found = []
+    for names in (["T1"], ["T1", "dMRI"]):
+        for name in names:
+            model.set_requires_gradient_sync(name is names[-1])  # type: ignore[operator]
+            wrapper.total(model(name).square().mean(), name).backward()
+        before = model.towers["rsfMRI"].weight.to_local().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(model.towers["rsfMRI"].weight.to_local(), before)
+        found.append(handle.held)
+    return found
+
+
 def everything(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {mode: train(rank, mode) for mode in MODES}
-    return found | {"alone": alone(rank), "half watched": half_watched(rank)}
+    for case in (alone, half_watched, sharded_optimizer, sharded_parameters):
+        found[case.__name__] = case(rank)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -144,4 +185,23 @@ def test_a_rank_without_a_loss_of_the_wrapper_follows_the_others(
     ranks: list[dict[str, Any]],
 ) -> None:
     for found in ranks:
-        assert {name.split(".")[1] for name in found["half watched"]} == {"rsfMRI", "dMRI"}
+        assert {name.split(".")[1] for name in found["half_watched"]} == {"rsfMRI", "dMRI"}
+
+
+def test_an_optimizer_that_shards_its_state_holds(ranks: list[dict[str, Any]]) -> None:
+    values = [found["sharded_optimizer"]["values"] for found in ranks]
+    assert all(map(torch.equal, *values))
+    for (name, start), value in zip(Model().named_parameters(), values[0], strict=True):
+        assert torch.equal(start, value) == ("dMRI" in name), name
+    for found in ranks:
+        assert {n.split(".")[1] for n in found["sharded_optimizer"]["held"]} == {"dMRI"}
+
+
+def test_sharded_parameters_are_held_and_gradients_kept_back_count(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """FSDP2 shows no gradient until it has reduced it, which does not mean that it was cleared."""
+    for found in ranks:
+        first, second = ({n.split(".")[1] for n in held} for held in found["sharded_parameters"])
+        assert first == {"rsfMRI", "dMRI"}
+        assert second == {"rsfMRI"}
