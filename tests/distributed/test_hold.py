@@ -112,13 +112,13 @@ def sharded_optimizer(rank: int) -> dict[str, Any]:
     return {"held": handle.held, "values": [p.detach().clone() for p in model.parameters()]}
 
 
-def sharded_parameters(rank: int) -> list[tuple[str, ...]]:
+def sharded_parameters(scale: float | None) -> list[tuple[str, ...]]:
     """FSDP2: one step for a batch, one for two of which the first is not reduced."""
     model = Model()
     for tower in model.towers.values():
         fully_shard(tower)
     fully_shard(model)
-    wrapper = model.wrapper()
+    wrapper = model.wrapper(scale)
     optimizer = AdamW(model.parameters(), lr=0.1)
     handle = hold_inactive(wrapper, optimizer)
     found = []
@@ -136,8 +136,10 @@ def sharded_parameters(rank: int) -> list[tuple[str, ...]]:
 
 def everything(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {mode: train(rank, mode) for mode in MODES}
-    for case in (alone, half_watched, sharded_optimizer, sharded_parameters):
+    for case in (alone, half_watched, sharded_optimizer):
         found[case.__name__] = case(rank)
+    for scale in (1e-7, None):
+        found[f"sharded_parameters, {scale}"] = sharded_parameters(scale)
     return found
 
 
@@ -197,11 +199,13 @@ def test_an_optimizer_that_shards_its_state_holds(ranks: list[dict[str, Any]]) -
         assert {n.split(".")[1] for n in found["sharded_optimizer"]["held"]} == {"dMRI"}
 
 
+@pytest.mark.parametrize("scale", [1e-7, None])
 def test_sharded_parameters_are_held_and_gradients_kept_back_count(
-    ranks: list[dict[str, Any]],
+    ranks: list[dict[str, Any]], scale: float | None
 ) -> None:
     """FSDP2 shows no gradient until it has reduced it, which does not mean that it was cleared."""
     for found in ranks:
-        first, second = ({n.split(".")[1] for n in held} for held in found["sharded_parameters"])
+        steps = found[f"sharded_parameters, {scale}"]
+        first, second = ({name.split(".")[1] for name in held} for held in steps)
         assert first == {"rsfMRI", "dMRI"}
         assert second == {"rsfMRI"}
