@@ -1,0 +1,133 @@
+"""The expected drift is what the optimizer then does, and asking for it changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, SparseAdam
+from torch.optim.lr_scheduler import LambdaLR
+
+from modaldummy import DummyLossWrapper, hold_inactive
+from modaldummy._drift import expected_drift
+from optimizers import OPTIMIZERS
+from tests.holding import NAMES, Towers, assert_same_state, train
+from tests.zoo import brain
+
+
+@pytest.mark.parametrize("scale", [1e-7, 0.0])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_is_expected_is_what_happens(kind: str, warm: bool, scale: float) -> None:
+    """For parameters that were never active, and for those that were trained before."""
+    model = Towers()
+    optimizer = OPTIMIZERS[kind](list(model.parameters()), 0.01)
+    wrapper = model.wrapper(scale)
+    train(model, optimizer, wrapper, [NAMES] * 3 if warm else [])
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    smallest = min(set(model.towers["dMRI"].parameters()) & owned, key=torch.Tensor.numel)
+    start = smallest.detach().clone()
+    drift = expected_drift(wrapper, optimizer, steps=10)["dMRI"]
+    whole = torch.cat([p.detach().flatten() for p in model.towers["dMRI"].parameters()])
+    train(model, optimizer, wrapper, [["T1"]] * 10)
+    moved = (smallest - start).detach().double().square().mean().sqrt().item()
+    assert drift.rates == pytest.approx(moved / 10 / 0.01, rel=1e-6)
+    size = whole.double().square().mean().sqrt().item()
+    assert drift.relative == pytest.approx(moved / 10 / size, rel=1e-6)
+
+
+def test_the_figures_that_everybody_should_know() -> None:
+    """Adam divides the gradient by its own size, plus an eps of 1e-8; SGD does not."""
+    model = Towers().double()
+    wrapper = model.wrapper()
+    adam = AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    assert expected_drift(wrapper, adam)["T1"].rates == pytest.approx(1 / 1.1, rel=1e-3)
+    sgd = SGD(model.parameters(), lr=1e-4)
+    assert expected_drift(wrapper, sgd)["T1"].rates == pytest.approx(1e-7)
+
+
+def test_asking_changes_nothing() -> None:
+    model = Towers()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    schedule = LambdaLR(optimizer, lambda epoch: min(epoch / 10, 1.0))
+    wrapper = model.wrapper()
+    handle = hold_inactive(wrapper, optimizer)
+    train(model, optimizer, wrapper, [NAMES, ["T1"]])
+    wrapper.total(model.loss(["T1"]), "T1").backward()
+    before = copy.deepcopy([optimizer.state_dict(), model.state_dict(), handle.held])
+    gradients = [p.grad for p in model.parameters()]
+    drift = expected_drift(wrapper, optimizer)
+    assert drift.keys() == set(NAMES)
+    for found, kept in zip([optimizer.state_dict(), model.state_dict()], before[:2], strict=True):
+        assert_same_state(found, kept, "state")
+    assert handle.held == before[2]
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    schedule.step()
+    assert schedule.last_epoch == 1
+
+
+def test_a_rate_of_zero_is_that_before_a_warm_up() -> None:
+    model = Towers()
+    wrapper = model.wrapper()
+    optimizer = AdamW(model.parameters(), lr=0.5, weight_decay=0)
+    LambdaLR(optimizer, lambda epoch: epoch / 10)
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert expected_drift(wrapper, optimizer)["T1"].rates == pytest.approx(1 / 1.1, rel=1e-3)
+    unknown = AdamW(model.parameters(), lr=0.0, weight_decay=0)
+    assert expected_drift(wrapper, unknown)["T1"].rates == pytest.approx(1 / 1.1, rel=1e-3)
+
+
+def test_each_key_and_group_has_a_figure_and_the_largest_counts() -> None:
+    case = brain()
+    model = case.model
+    towers = model.get_submodule("vision_tower")
+    optimizer = AdamW(
+        [
+            {"params": [towers.get_parameter("T1_patch_embed.weight")], "eps": 1e-3},
+            {"params": [towers.get_parameter("T1_patch_embed.bias")], "eps": 1e-8},
+            {"params": model.get_submodule("fusion").parameters(), "eps": 1e-7},
+        ],
+        lr=0.1,
+        weight_decay=0,
+    )
+    towers.get_submodule("dMRI_patch_embed").requires_grad_(False)
+    drift = expected_drift(case.wrapper(), optimizer)
+    assert drift.keys() == {"T1", ("T1", "dMRI")}
+    assert drift["T1"].rates == pytest.approx(1 / 1.1, rel=1e-3)
+    assert drift["T1", "dMRI"].rates == pytest.approx(1 / 2, rel=1e-3)
+
+
+def test_without_a_gradient_or_without_a_value() -> None:
+    """`scale=None` moves nothing; of parameters that are zero, any movement is infinitely much."""
+    model = Towers()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    assert expected_drift(model.wrapper(None), optimizer)["T1"] == (0, 0)
+    nn.init.zeros_(model.towers["T1"].weight)
+    nn.init.zeros_(model.towers["T1"].bias)
+    assert expected_drift(model.wrapper(None), optimizer)["T1"] == (0, 0)
+    assert expected_drift(model.wrapper(), optimizer)["T1"].relative == float("inf")
+
+
+def test_what_gets_no_dummy_gradient_of_its_size_is_left_out() -> None:
+    model = nn.ModuleDict({"T1": nn.Embedding(3, 2, sparse=True), "dMRI": nn.Linear(2, 2)})
+    model["dMRI"].requires_grad_(False)
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    assert expected_drift(wrapper, SparseAdam(list(model["T1"].parameters()))) == {}
+    assert expected_drift(wrapper, SGD(model["dMRI"].parameters(), lr=0.1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient"),
+    [(torch.float16, 2.0**-24), (torch.bfloat16, 1e-12), (torch.complex64, 1e-12)],
+    ids=str,
+)
+def test_the_gradient_is_that_of_the_dummy_in_its_dtype(
+    dtype: torch.dtype, gradient: float
+) -> None:
+    """Below the smallest float16 the dummy does not go."""
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2, dtype=dtype)})
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    wrapper = DummyLossWrapper(model, {"T1": "T1"}, 1e-12)
+    drift = expected_drift(wrapper, SGD(model.parameters(), lr=1.0), steps=1)
+    assert drift["T1"].rates == pytest.approx(gradient, rel=1e-2)
