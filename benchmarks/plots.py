@@ -1,5 +1,6 @@
 """Pictures of what the benchmarks found."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,64 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit} elements"
     return f"{count} elements"
+
+
+def draw_drift(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Displacement against inactive steps, a panel for each start: the dummy alone, and held."""
+    starts = list(dict.fromkeys(row["start"] for row in rows))
+    kinds = list(dict.fromkeys(row["optimizer"] for row in rows))
+    colours = {kind: plt.colormaps["tab20"](number % 20) for number, kind in enumerate(kinds)}
+    figure, axes = plt.subplots(1, len(starts), sharey=True, squeeze=False, figsize=(13, 6))
+    for axis, start in zip(axes[0], starts, strict=True):
+        ends = {}
+        for kind in kinds:
+            steps, moved = _displacements(rows, start, kind, "1e-7")
+            axis.plot(steps, moved, color=colours[kind])
+            axis.plot(*_displacements(rows, start, kind, "1e-7 + hold"), "k", linewidth=4)
+            ends[kind] = moved[-1]
+        for kind, height in _spread(ends).items():
+            axis.annotate(
+                kind,
+                (1.02, height),
+                xycoords=axis.get_yaxis_transform(),
+                color=colours[kind],
+                verticalalignment="center",
+                fontsize=8,
+            )
+        axis.axhline(1, color="grey", linestyle=":")
+        axis.text(1.2, 1.2, "as large as the weights themselves", color="grey", fontsize=8)
+        axis.text(1.2, _ZERO / 4, "with hold: exactly 0, every optimizer", fontweight="bold")
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=_ZERO)
+        axis.set_ylim(0, 1e8)
+        axis.yaxis.set_major_locator(FixedLocator([0, *(10.0**power for power in range(-8, 9, 2))]))
+        axis.set_xlim(1, max(row["steps"] for row in rows))
+        axis.set_title(f"a modality {start}")
+        axis.set_xlabel("training steps without it")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("displacement of its weights / their size")
+    figure.suptitle("What optimizers make of a dummy gradient of 1e-7 (learning rate 1e-4)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+_ZERO = 1e-9  # below it the axis is linear, so that it has a place for zero
+
+
+def _displacements(
+    rows: Sequence[dict[str, Any]], start: str, kind: str, dummy: str
+) -> tuple[list[int], list[float]]:
+    own = [r for r in rows if (r["start"], r["optimizer"], r["dummy"]) == (start, kind, dummy)]
+    return [r["steps"] for r in own], [r["displacement_relative"] for r in own]
+
+
+def _spread(heights: dict[str, float], gap: float = 0.42) -> dict[str, float]:
+    """Heights for labels on a logarithmic axis, none within `gap` decades of the next."""
+    found: dict[str, float] = {}
+    last = math.inf
+    for name, height in sorted(heights.items(), key=lambda item: -item[1]):
+        last = min(math.log10(max(height, _ZERO)), last - gap)
+        found[name] = 10**last
+    return found
