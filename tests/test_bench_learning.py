@@ -81,8 +81,8 @@ def test_data_that_are_not_there_or_not_aligned_are_refused(
 def test_a_split_is_stratified_and_each_sample_is_in_one_part() -> None:
     labels = synthetic().labels
     parts = learning.split(labels, 0)
-    counts = {name: np.bincount(labels[rows]).tolist() for name, rows in parts.items()}
-    assert counts == {"train": [10] * 10, "validation": [4] * 10, "test": [6] * 10}
+    for name, count in (("train", 10), ("validation", 4), ("test", 6)):
+        assert np.bincount(labels[parts[name]]).tolist() == [count] * 10
     assert sorted(np.concatenate(list(parts.values()))) == list(range(len(labels)))
     assert sorted(learning.split(labels, 1)["test"]) != sorted(parts["test"])
 
@@ -103,11 +103,9 @@ def test_views_are_standardised_by_training_rows_alone() -> None:
 
 def test_views_get_their_share_of_the_batches_in_an_order_of_the_seed() -> None:
     rare = learning.view_order("two rare", 1000, 0)
-    assert {view: rare.count(view) for view in VIEWS} == {
-        view: 20 if view in RARE else 240 for view in VIEWS
-    }
+    assert [rare.count(view) for view in VIEWS] == [20 if v in RARE else 240 for v in VIEWS]
     uniform = learning.view_order("uniform", 600, 0)
-    assert {view: uniform.count(view) for view in VIEWS} == dict.fromkeys(VIEWS, 100)
+    assert [uniform.count(view) for view in VIEWS] == [100] * len(VIEWS)
     assert uniform == learning.view_order("uniform", 600, 0)
     assert uniform != learning.view_order("uniform", 600, 1)
 
@@ -152,19 +150,14 @@ def test_fused_predictions_average_the_log_softmax_of_the_views() -> None:
 def test_arms_start_alike_and_part_by_the_dummy_alone(optimizer: str) -> None:
     """At a learning rate of zero all arms stay where they started, whatever the seed."""
     data = synthetic()
-    starts = [
-        list(
-            learning.train(data, a_run(optimizer=optimizer, lr=0.0, arm=arm, steps=3)).parameters()
-        )
-        for arm in ARMS
-    ]
-    for start in starts[1:]:
-        assert all(map(torch.equal, start, starts[0]))
+    still = a_run(optimizer=optimizer, lr=0.0, steps=3)
+    first, *others = (learning.train(data, still._replace(arm=arm)) for arm in ARMS)
+    for other in others:
+        assert all(map(torch.equal, other.parameters(), first.parameters()))
     found = learning.distances(data, (a_run(optimizer=optimizer, lr=0.01), torch.float32))
     parted = {one.arm: one.largest > 0 for one in found}
     assert parted == {"1e-7": True, "0.0": optimizer != "SGD", "1e-7 + hold": False}
-    # A rate at which Adam makes full steps of the dummy, and predictions differ.
-    assert (found[0].flips > 0) == (optimizer == "AdamW")
+    assert (found[0].flips > 0) == (optimizer != "SGD")
 
 
 @pytest.mark.parametrize("frequency", learning.FREQUENCIES)

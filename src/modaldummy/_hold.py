@@ -136,10 +136,12 @@ class HoldHandle:
         self._holder.on_loss()
         self._window.watch(active, loss)
 
-    def _outcome(self) -> tuple[dict[int, Located], dict[int, Located]]:
-        """Parameters that something taught, and those that an inactive key owns, by `id`."""
-        taught, inactive = map(self._map.owned, self._window.outcome(self._group))
-        return taught | self._elsewhere, inactive
+    def _outcome(self) -> tuple[set[int], dict[int, Located]]:
+        """`id` of parameters that something taught, and parameters that an inactive key owns."""
+        taught, inactive = self._window.outcome(self._group)
+        # Of several handles any may hold what this one knows to be taught.
+        known = self._map.owned(taught) if inactive or len(self._holder.handles) > 1 else {}
+        return known.keys() | self._elsewhere.keys(), self._map.owned(inactive)
 
 
 class _Taken(NamedTuple):
@@ -220,17 +222,17 @@ class _Holder:
     def _take(self) -> None:
         """Take the gradients of all parameters to be held away."""
         outcomes = [handle._outcome() for handle in self.handles]
-        taught = set().union(*(taught for taught, _ in outcomes))
-        mine = self.identities() - taught
+        idle = any(inactive for _, inactive in outcomes)
+        free = self.identities().difference(*(taught for taught, _ in outcomes)) if idle else set()
         held: dict[int, Located] = {}
         for handle, (_, inactive) in zip(self.handles, outcomes, strict=True):
-            own = {identity: inactive[identity] for identity in inactive if identity in mine}
+            own = {identity: inactive[identity] for identity in inactive if identity in free}
             handle.held = tuple(name for name, _, _ in own.values())
             held |= own
         self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]
         for taken in self._taken:
             taken.parameter.grad = None
-        self._others = not self.is_cleared()
+        self._others = bool(self._taken) and not self.is_cleared()
 
     def _give_back(self) -> None:
         # An optimizer may clear all gradients in its step.
