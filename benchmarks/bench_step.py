@@ -2,8 +2,10 @@
 
 A ViT-like model with three towers and a shared trunk is trained with AdamW on batches that hold one
 modality. `bare` adds nothing: the optimizer then skips absent towers, while a dummy gradient makes
-it work on them, as the naive line does. `norms logged` brings the norms of all gradients to the
-host at each step.
+it work on them, as the naive line does, unless they are held. `norms logged` brings the norms of
+all gradients to the host at each step. `all active`: each batch holds everything, so that there is
+nothing to hold, and what a hold costs shows alone. Held contenders are also compared with the same
+without a hold.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from measure import (
     Contender,
@@ -30,7 +33,7 @@ from measure import (
     work,
     write_csv,
 )
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, hold_inactive
 from modaldummy._reduce import norms
 
 Add = Callable[[Tensor, dict[str, Tensor]], Tensor]
@@ -67,6 +70,10 @@ class Model(nn.Module):
         return logits
 
 
+# A way to add a dummy term, for a model and its optimizer.
+Way = Callable[[Model, Optimizer], Add]
+
+
 def main() -> None:
     """Time the steps in turns, and print and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -92,19 +99,25 @@ def main() -> None:
 def contenders(width: int, size: int, device: torch.device) -> dict[str, Contender]:
     """For each name a model and an optimizer of its own, and a way to add the dummy term."""
 
-    def bare(model: Model) -> Add:
+    def bare(model: Model, optimizer: Optimizer) -> Add:
         return lambda loss, batch: loss
 
-    def naive(model: Model) -> Add:
+    def naive(model: Model, optimizer: Optimizer) -> Add:
         def add(loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
             absent = [tower for name, tower in model.towers.items() if name not in batch]
             return loss + SCALE * sum(p.sum() for tower in absent for p in tower.parameters())
 
         return add
 
-    def ours(**options: Any) -> Callable[[Model], Add]:
-        paths = {name: f"towers.{name}" for name in NAMES}
-        return lambda model: DummyLossWrapper(model, paths, **options).total
+    paths = {name: f"towers.{name}" for name in NAMES}
+
+    def ours(**options: Any) -> Way:
+        return lambda model, optimizer: DummyLossWrapper(model, paths, **options).total
+
+    def held(model: Model, optimizer: Optimizer) -> Add:
+        wrapper = DummyLossWrapper(model, paths)
+        hold_inactive(wrapper, optimizer)
+        return wrapper.total
 
     ways = {
         "bare": bare,
@@ -113,22 +126,35 @@ def contenders(width: int, size: int, device: torch.device) -> dict[str, Contend
         "ours, gradient_only": ours(gradient_only=True),
         "ours, scale=0.0": ours(scale=0.0),
         "ours, scale=None": ours(scale=None),
+        "ours, hold": held,
     }
     found = {name: training(way, width, size, device) for name, way in ways.items()}
     for name in ("naive line", "ours"):
         found[f"{name}, norms logged"] = training(ways[name], width, size, device, log=True)
+    for name in ("ours", "ours, hold"):
+        found[f"{name}, all active"] = training(ways[name], width, size, device, together=True)
     return found
 
 
 def training(
-    way: Callable[[Model], Add], width: int, size: int, device: torch.device, log: bool = False
+    way: Way,
+    width: int,
+    size: int,
+    device: torch.device,
+    *,
+    log: bool = False,
+    together: bool = False,
 ) -> Contender:
-    """Steps of AdamW; with `log`, all gradient norms are brought to the host at each of them."""
+    """Steps of AdamW on one modality after the other, or on all of them `together`.
+
+    With `log`, all gradient norms are brought to the host at each of them.
+    """
     torch.manual_seed(0)
     model = Model(width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    add = way(model)
-    batches = cycle([{name: torch.randn(size, *TOKENS[name], device=device)} for name in NAMES])
+    add = way(model, optimizer)
+    data = {name: torch.randn(size, *TOKENS[name], device=device) for name in NAMES}
+    batches = cycle([data] if together else [{name: data[name]} for name in NAMES])
     labels = torch.randint(10, (size,), device=device)
 
     def forward() -> Tensor:
@@ -152,13 +178,13 @@ def row(
     """Step time of one contender, and its ratios with what chance would make of them."""
     done = work(contender, device)
     found: dict[str, Any] = {"contender": name} | percentiles(times[name].both)
-    for base in ("bare", "naive line"):
+    bases = {"bare": "bare", "naive": "naive line", "unheld": name.replace(", hold", "")}
+    for kind, base in bases.items():
         low, high = interval(times[name].both / times[base].both)
-        key = f"to_{base.split()[0]}"
         found |= {
-            key: ratio(times[name], times[base], "both"),
-            f"{key}_low": low,
-            f"{key}_high": high,
+            f"to_{kind}": ratio(times[name], times[base], "both"),
+            f"to_{kind}_low": low,
+            f"to_{kind}_high": high,
         }
     found |= {"rounds": len(times[name].both), "peak_MB": done.peak_bytes / 1e6}
     return found | {"operators": done.operators, "launches": done.launches} | environment(device)
@@ -173,13 +199,14 @@ def interval(ratios: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Median times, ratios to the bare and to the naive step with their intervals, memory."""
+    """Median times, ratios with their intervals, memory."""
     print_environment(rows[0])
-    print(f"{'':26}{'ms':>8}{'/ bare (95 %)':>24}{'/ naive (95 %)':>24}{'peak MB':>9}")
+    titles = ("/ bare (95 %)", "/ naive (95 %)", "/ unheld (95 %)")
+    print(f"{'':26}{'ms':>8}" + "".join(f"{title:>24}" for title in titles) + f"{'peak MB':>9}")
     for row in rows:
         cells = [
             f"{row[key]:8.3f} ({row[key + '_low']:.3f}-{row[key + '_high']:.3f})"
-            for key in ("to_bare", "to_naive")
+            for key in ("to_bare", "to_naive", "to_unheld")
         ]
         print(f"{row['contender']:26}{row['p50_ms']:8.2f}", *cells, f"{row['peak_MB']:8.1f}")
 

@@ -116,6 +116,10 @@ def step_targets(rows: Rows) -> list[tuple[str, float, float, float]]:
             bounds = f"{row['to_naive_low']:.2f} to {row['to_naive_high']:.2f}"
             what = f"training step, {name} / naive ({bounds})"
             found.append((what, 1.0, row["to_naive"], row["to_naive_low"]))
+        if ", hold" in name:
+            bounds = f"{row['to_unheld_low']:.3f} to {row['to_unheld_high']:.3f}"
+            what = f"training step, {name} / without hold ({bounds})"
+            found.append((what, 1.0, row["to_unheld"], row["to_unheld_low"]))
         if name == "ours, scale=None":
             bounds = f"{row['to_bare_low']:.2f} to {row['to_bare_high']:.2f}"
             what = f"training step, {name} / bare ({bounds})"

@@ -129,7 +129,9 @@ def test_bench_step_says_how_sure_it_is() -> None:
     by_name = {row["contender"]: row for row in rows}
     assert {"bare", "naive line", "ours", "ours, scale=None"} <= by_name.keys()
     for row in rows:
-        assert row["to_naive_low"] <= row["to_naive"] <= row["to_naive_high"]
+        for base in ("to_bare", "to_naive", "to_unheld"):
+            assert row[f"{base}_low"] <= row[base] <= row[f"{base}_high"]
+        assert (row["to_unheld"] == 1) == (", hold" not in row["contender"])
     assert by_name["ours, scale=None"]["peak_MB"] < by_name["ours"]["peak_MB"]
 
 
@@ -157,6 +159,11 @@ def test_a_target_is_missed_only_beyond_chance() -> None:
     ((what, aim, found, low),) = targets.step_targets([row])
     assert (what, aim) == ("training step, ours / naive (0.99 to 1.02)", 1.0)
     assert targets.verdict(found, low, aim) == "within chance"
+    held = {"contender": "ours, hold", "to_unheld": 0.9}
+    held |= {"to_unheld_low": 0.89, "to_unheld_high": 0.91}
+    assert targets.step_targets([held]) == [
+        ("training step, ours, hold / without hold (0.890 to 0.910)", 1.0, 0.9, 0.89)
+    ]
     assert targets.verdict(0.99, 0.97, 1.0) == "met"
     assert targets.verdict(1.02, 1.01, 1.0) == "MISSED"
 
