@@ -53,8 +53,12 @@ def main() -> None:
     arguments = parser.parse_args()
     jobs = list(product(arguments.optimizers, ARMS, STARTS))
     marks = [steps for steps in STEPS if steps <= arguments.steps]
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
-        rows = sum(pool.map(partial(measure, marks=marks), jobs), Rows())
+    torch.set_num_threads(1)  # as in the workers, so that rows say what was used
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, spawn, torch.set_num_threads, (1,)) as pool:
+        found = sum(pool.map(partial(measure, marks=marks), jobs), Rows())
+    where = environment(torch.device("cpu"))
+    rows = [row | where for row in found]
     print(json.dumps(rows)) if arguments.json else print_table(rows)
     device = torch.device("cpu")
     if arguments.csv is not None:
@@ -90,7 +94,6 @@ class Model(nn.Module):
 def measure(job: tuple[str, str, str], marks: Sequence[int]) -> Rows:
     """Displacement of the absent modality after each number of steps in `marks`."""
     kind, arm, start = job
-    torch.set_num_threads(1)
     model = Model()
     optimizer = OPTIMIZERS[kind](list(model.parameters()), LR)
     step = stepper(model, optimizer, arm)
@@ -98,7 +101,6 @@ def measure(job: tuple[str, str, str], marks: Sequence[int]) -> Rows:
         step(["seen", "absent"])
     before = model.absent.detach().clone()
     state = copy.deepcopy(dict(optimizer.state.get(model.absent, {})))
-    where = environment(torch.device("cpu"))
     rows = []
     for count in range(1, max(marks) + 1):
         step(["seen"])
@@ -109,7 +111,6 @@ def measure(job: tuple[str, str, str], marks: Sequence[int]) -> Rows:
                 | {"displacement_lr": moved / LR}
                 | {"displacement_relative": moved / before.square().mean().sqrt().item()}
                 | {"state_untouched": same(optimizer.state.get(model.absent, {}), state)}
-                | where
             )
     return rows
 

@@ -156,7 +156,7 @@ def test_arms_start_alike_and_part_by_the_dummy_alone(optimizer: str) -> None:
         assert all(map(torch.equal, other.parameters(), first.parameters()))
     found = learning.distances(data, (a_run(optimizer=optimizer, lr=0.01), torch.float32))
     parted = {one.arm: one.largest > 0 for one in found}
-    assert parted == {"1e-7": True, "0.0": optimizer != "SGD", "1e-7 + hold": False}
+    assert parted == {"1e-7": True, "0.0": optimizer != "SGD", "1e-7 + hold": False, "nudged": True}
     assert (found[0].flips > 0) == (optimizer != "SGD")
 
 
@@ -168,7 +168,7 @@ def test_hold_trains_bit_for_bit_as_without_a_dummy(
 ) -> None:
     run = a_run(frequency=frequency, optimizer=optimizer, schedule=schedule, activation="ReLU")
     job = run._replace(lr=0.01, steps=30), torch.float32
-    dummy, _, held = learning.distances(synthetic(), job)
+    dummy, _, held, _ = learning.distances(synthetic(), job)
     assert (held.arm, held.identical, held.largest, held.flips) == ("1e-7 + hold", True, 0.0, 0)
     assert not dummy.identical  # so that the comparison would have seen it
 
@@ -180,11 +180,12 @@ def test_plain_sgd_moves_by_no_more_than_the_dummy_pushes(
 ) -> None:
     """Up to what training, and the rounding of float32, make of it; a zero scale does nothing."""
     run = a_run(schedule=schedule, lr=0.1)
-    dummy, zero, _ = learning.distances(synthetic(), (run, dtype))
+    dummy, zero, _, nudged = learning.distances(synthetic(), (run, dtype))
     assert dummy.push == pytest.approx(0.1 * 1e-7 * (60 if schedule == "constant" else 30.5))
     assert 0.5 * dummy.push < dummy.largest < growth * dummy.push
     assert (dummy.flips, dummy.guesses) == (0, 7 * 60)
     assert zero.identical
+    assert 0 < nudged.largest < dummy.push / 4  # one step's worth, to which nothing is added
 
 
 @pytest.mark.parametrize(("freedom", "tabled"), [(1, 12.706), (2, 4.303), (9, 2.262), (19, 2.093)])
@@ -212,13 +213,13 @@ def made_up(seen: list[tuple[str, Run]], score: Callable[[Run], float]) -> bench
 
 def test_tuning_takes_the_best_rate_on_validation_data_and_the_lower_of_equals() -> None:
     seen: list[tuple[str, Run]] = []
-    best = {"no dummy": (0.04, 0.16), "1e-7": (0.32,), "0.0": (), "1e-7 + hold": (1.28,)}
+    best = {"no dummy": (0.08, 0.16), "1e-7": (0.32,), "0.0": (), "1e-7 + hold": (0.64,)}
 
     def score(run: Run) -> float:
         return run.seed % 2 + 10.0 * any(math.isclose(run.lr, lr) for lr in best[run.arm])
 
     rates = bench.tune(synthetic(), KEYS, 2, (60, "ReLU"), made_up(seen, score))
-    assert list(rates.values()) == pytest.approx([0.04, 0.32, 0.02, 1.28])
+    assert list(rates.values()) == pytest.approx([0.08, 0.32, 0.04, 0.64])
     assert {part for part, _ in seen} == {"validation"}
     assert {run.seed for _, run in seen} == {1000, 1001}
 
@@ -229,19 +230,21 @@ def test_differences_are_paired_by_seed() -> None:
     worse = {"no dummy": 0, "1e-7": 2, "0.0": 1, "1e-7 + hold": 0}
 
     def score(run: Run) -> float:
-        return 90.0 - 30 * run.seed - worse[run.arm]
+        return 90.0 - 30 * run.seed - worse[run.arm] - 5 * (run.lr != 0.04)
 
-    rates = dict(zip(KEYS, (0.02, 0.04, 0.32, 1.28), strict=True))
+    rates = dict(zip(KEYS, (0.04, 0.08, 0.32, 0.04), strict=True))
     rows = bench.evaluate(synthetic(), rates, 3, (60, "ReLU"), made_up(seen, score))
     assert {part for part, _ in seen} == {"test"}
-    assert {run.seed for _, run in seen} == {0, 1, 2}
+    assert [run.seed for _, run in seen] == [0, 1, 2] * 6  # nothing is trained twice
     assert len(rows) == len(ARMS) * (6 + 1 + 2)
     for row in rows:
-        found = [row[f"{name}_points"] for name in ("difference", "low", "high")]
-        assert found == [-worse[row["arm"]]] * 3
-        assert row["accuracy_percent"] == 60 - worse[row["arm"]]
-        assert row["sd_points"] == 30
-        assert row["lr_at_edge"] == (row["arm"] in ("no dummy", "1e-7 + hold"))
+        arm = row["arm"]
+        cost = worse[arm] + 5 * (arm in ("1e-7", "0.0"))
+        columns = [f"{name}_points" for name in ("difference", "low", "high")]
+        assert [row[column] for column in columns] == [-cost] * 3
+        assert [row[f"same_lr_{column}"] for column in columns] == [-worse[arm]] * 3
+        assert (row["accuracy_percent"], row["sd_points"]) == (60 - cost, 30)
+        assert row["lr_at_edge"] == (arm in ("no dummy", "1e-7 + hold"))
 
 
 def test_a_check_keeps_the_worst_of_its_seeds() -> None:
@@ -253,8 +256,8 @@ def test_a_check_keeps_the_worst_of_its_seeds() -> None:
 
     rates = dict.fromkeys(KEYS, 0.04)
     checks = bench.check(synthetic(), rates, 2, (60, "ReLU"), each)
-    models = [f"{name}, {dtype}" for name in ("ReLU", "GELU") for dtype in ("float32", "float64")]
-    assert list(checks) == [(*CONDITION, "0.04", model) for model in models]
+    models = list(product(("0.04", "0.005"), ("ReLU, float32", "GELU, float64")))
+    assert list(checks) == [(*CONDITION, *model) for model in models]
     worst = [learning.Distance(arm, 2.0, 0.5, 1, 20, False) for arm in ARMS[1:]]
     assert all(one == worst for one in checks.values())
     assert "| 2 | 4 | 1 of 20 |" in bench.check_table(checks)
@@ -266,21 +269,11 @@ def test_the_script_writes_what_a_run_in_one_process_finds(tmp_path: Path) -> No
     paths = tmp_path / "rows.csv", tmp_path / "picture.png"
     numbers = {"steps": 20, "seeds": 2, "tune-seeds": 1, "check-seeds": 1, "workers": 2}
     options = [f"--{name}={number}" for name, number in numbers.items()]
-    options += [
-        "--frequencies",
-        "two rare",
-        "--optimizers",
-        "SGD momentum",
-        "--schedules",
-        "constant",
-    ]
+    options += ["--frequencies=two rare", "--optimizers=SGD momentum", "--schedules=constant"]
+    options += ["--csv", str(paths[0]), "--plot", str(paths[1])]
+    command, variables = [sys.executable, str(SCRIPT), *options], {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *options, "--csv", str(paths[0]), "--plot", str(paths[1])],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
+        command, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=300
     )
     with paths[0].open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -294,7 +287,7 @@ def test_the_script_writes_what_a_run_in_one_process_finds(tmp_path: Path) -> No
     )
     assert {row["torch"] for row in rows} == {torch.__version__}
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(tables) == (2 + 4) + (2 + 3)
+    assert len(tables) == (2 + 4) + (2 + 4)
     assert {line.count("|") for line in tables[:6]} == {12}
-    assert "| 1e-7 + hold | bit-identical | 0 | 0 of 420 |" in tables[-1]
+    assert "| 1e-7 + hold | bit-identical | 0 | 0 of 420 |" in tables[-2]
     assert paths[1].read_bytes().startswith(b"\x89PNG")

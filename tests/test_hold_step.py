@@ -1,7 +1,9 @@
 """Hold at the step: closures, optimizers of all manners, errors, copies, compiled code."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from modaldummy import DummyLossWrapper, UnsupportedEngineError, hold_inactive
+from modaldummy import (
+    DummyLossWrapper,
+    ParameterMapError,
+    UnsupportedEngineError,
+    hold_inactive,
+)
 from tests.holding import (
     NAMES,
     Towers,
@@ -24,6 +32,11 @@ from tests.holding import (
 from tests.test_hold_window import Training, towers
 from tests.test_host_sync import CountSyncs
 
+# What torch's own compiler warns of while it traces.
+_WORDS = (
+    "should not be instantiated|torch.jit.script_method|attribute of a Tensor that is not a leaf"
+)
+ignore_compiler = pytest.mark.filterwarnings(f"ignore:.*({_WORDS})")
 Closure = Callable[[], Any]
 Step = Callable[[Optimizer, Closure], Any]
 STEPS: dict[str, Step] = {
@@ -157,9 +170,46 @@ def test_an_optimizer_that_moves_what_has_no_gradient_is_named() -> None:
     optimizer = Careless(training.model.parameters())
     hold_inactive(training.wrapper, optimizer)
     training.total("T1").backward()
-    with pytest.raises(UnsupportedEngineError, match=r"Careless has changed 'towers.rsfMRI.weight"):
+    with pytest.raises(UnsupportedEngineError, match=r"Careless, or.* changed 'towers.rsfMRI"):
         optimizer.step()
     assert training.model.towers["dMRI"].weight.grad is not None
+
+
+class Storing(SGD):
+    """Computes its loss in `step`, with what it was given before."""
+
+    loss: Callable[[], Any]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            self.loss()
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad)
+
+
+def test_an_optimizer_that_computes_losses_by_itself_is_named() -> None:
+    training = Training()
+    optimizer = Storing(training.model.parameters())
+    hold_inactive(training.wrapper, optimizer)
+    optimizer.loss = lambda: training.total("T1").backward()
+    for _ in range(2):
+        with pytest.raises(UnsupportedEngineError, match=r"Storing computes losses.*base_optimi"):
+            optimizer.step()
+
+
+def test_an_error_at_the_step_does_not_let_the_next_one_go() -> None:
+    training = Training()
+    training.total("T1").backward()
+    tower = training.model.towers["dMRI"]
+    before = snapshot(tower.parameters(), training.optimizer)
+    del training.model.towers["dMRI"]
+    with pytest.raises(ParameterMapError, match="matches no parameter"):
+        training.optimizer.step()
+    training.model.towers["dMRI"] = tower
+    assert training.step() == {"rsfMRI", "dMRI"}
+    assert_untouched(dict(tower.named_parameters()), training.optimizer, before)
 
 
 class Failing(AdamW):
@@ -303,20 +353,39 @@ def test_a_hold_waits_for_no_device(scale: float | None) -> None:
 
 
 def test_copies_are_not_held() -> None:
-    """A copy of model, wrapper and optimizer is none of the handle's business."""
+    """A copy of model, wrapper and optimizer is none of the handle's business, and held by none."""
     training = Training()
-    wrapper = copy.deepcopy(training.wrapper)
-    optimizer = copy.deepcopy(training.optimizer)
     training.total("T1").backward()
+    gradients = [p.grad for p in training.model.parameters()]
+    model, wrapper, optimizer, handle = copy.deepcopy(
+        (training.model, training.wrapper, training.optimizer, training.handle)
+    )
+    before = model.towers["dMRI"].weight.detach().clone()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    wrapper.total(model.loss(["T1"]), "T1").backward()
     optimizer.step()
-    wrapper.dummy("dMRI").backward()
-    pickle.loads(pickle.dumps(training.optimizer)).step()
+    assert not torch.equal(before, model.towers["dMRI"].weight)
+    handle.remove()
     assert training.step() == {"rsfMRI", "dMRI"}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*(should not be instantiated|torch.jit.script_method):DeprecationWarning"
-)
+def test_an_optimizer_dies_with_its_last_user() -> None:
+    """Whoever makes a new one for each phase of training keeps the same wrapper."""
+    model = Towers()
+    wrapper = model.wrapper()
+    for _ in range(3):
+        optimizer = AdamW(model.parameters(), lr=0.1)
+        hold_inactive(wrapper, optimizer)
+        train(model, optimizer, wrapper, [["T1"]])
+        alive = weakref.ref(optimizer)
+        del optimizer
+        gc.collect()
+        assert alive() is None
+        assert wrapper._observers == []
+
+
+@ignore_compiler
 @pytest.mark.parametrize("what", ["total", "optimizer.step"])
 def test_compiled_code_holds_too(what: str) -> None:
     torch.compiler.reset()
@@ -339,6 +408,32 @@ def test_compiled_code_holds_too(what: str) -> None:
         assert towers(training.handle) == set(NAMES) - set(active)
     for parameter, twin in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, twin)
+
+
+@ignore_compiler
+def test_accumulation_needs_no_graphs_of_its_own() -> None:
+    """One for each active set, whatever earlier micro-batches held."""
+    torch.compiler.reset()
+    training = Training()
+    counter = CompileCounterWithBackend("eager")
+    total = torch.compile(training.wrapper.total, backend=counter, fullgraph=True)
+    windows = [["T1"], ["dMRI", "T1"], ["T1", "dMRI", "rsfMRI"], ["rsfMRI", "T1"], ["dMRI"]]
+    for window in windows:
+        for name in window:
+            total(training.model.loss([name]), name).backward()
+        assert training.step() == set(NAMES) - set(window)
+    assert counter.frame_count == len(NAMES)
+
+
+@ignore_compiler
+def test_compiled_and_eager_losses_share_a_backward_pass() -> None:
+    torch.compiler.reset()
+    training = Training()
+    compiled = torch.compile(training.wrapper.total, backend="aot_eager")
+    for _ in range(2):
+        first = compiled(training.model.loss(["T1"]), "T1")
+        (first + training.total("dMRI")).backward()
+        assert training.step() == {"rsfMRI"}
 
 
 def test_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

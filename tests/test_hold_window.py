@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
+from torch.utils.checkpoint import checkpoint
 
 from modaldummy import DummyLossWrapper, HoldHandle, hold_inactive
 from tests.holding import NAMES, Towers
-from tests.zoo import brain, tied_across
+from tests.zoo import brain, holder, tied_across
 
 
 class Training:
@@ -154,6 +155,91 @@ def test_watching_changes_no_bit_of_loss_and_gradients() -> None:
             assert torch.equal(one.grad, other.grad)
 
 
+def put_aside(training: Training, *active: str) -> list[Tensor]:
+    """Gradients of a backward pass, which leaves none behind."""
+    training.total(*active).backward()
+    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+    training.optimizer.zero_grad()
+    return gradients
+
+
+def test_gradients_that_were_put_aside_and_came_back_count() -> None:
+    """As where each micro-batch is clipped, or projected, by itself."""
+    training = Training()
+    sums = zip(put_aside(training, "T1"), put_aside(training, "dMRI"), strict=True)
+    for parameter, (first, second) in zip(training.model.parameters(), sums, strict=True):
+        parameter.grad = first + second
+    assert training.step() == {"rsfMRI"}
+    training.total("T1").backward()
+    assert training.step() == {"rsfMRI", "dMRI"}
+
+
+def test_of_single_elements_that_came_back_nobody_can_tell() -> None:
+    """One number is a dummy's as well as any other; so they get their step."""
+    model: Any = holder(T1=torch.ones(1), dMRI=torch.ones(()))
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    wrapper.total(model.T1.sum() + model.dMRI, ["T1", "dMRI"]).backward()
+    optimizer.zero_grad()
+    wrapper.total(model.T1.sum(), "T1").backward()
+    optimizer.step()
+    assert handle.held == ()
+
+
+def test_a_loss_without_a_graph_survives_gradients_that_are_not_there_yet() -> None:
+    """Several parts of one loss, the first of which holds everything."""
+    training = Training()
+    for _ in range(2):
+        parts = [
+            training.model.loss(active) + training.wrapper.dummy(active)
+            for active in (NAMES, ("T1",))
+        ]
+        training.optimizer.zero_grad()
+        torch.stack(parts).sum().backward()
+        assert training.step() == set()
+
+
+def test_a_loss_that_is_made_during_the_backward_pass() -> None:
+    """Reentrant checkpointing computes it again there, when gradients may not be there yet."""
+    model = Towers()
+    wrapper = model.wrapper(None)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    entrance = torch.ones((), requires_grad=True)
+    again = checkpoint(
+        lambda one: wrapper.total(model.loss(["dMRI"]) * one, "dMRI"), entrance, use_reentrant=True
+    )
+    (wrapper.total(model.loss(["T1"]), "T1") + again).backward()
+    optimizer.step()
+    assert towers(handle) == {"rsfMRI"}
+
+
+def test_a_handle_made_between_backward_and_step() -> None:
+    """The gradients that it finds may be anyone's."""
+    training = Training()
+    training.handle.remove()
+    training.total("dMRI").backward()
+    training.handle = hold_inactive(training.wrapper, training.optimizer)
+    training.total("T1").backward()
+    assert training.step() == set()
+    training.total("T1").backward()
+    assert training.step() == {"rsfMRI", "dMRI"}
+
+
+def test_a_handle_removed_between_backward_and_step() -> None:
+    """What it saw taught is still taught for the other one, at this step."""
+    training = Training()
+    other = training.model.wrapper()
+    with hold_inactive(other, training.optimizer) as handle:
+        training.total("T1").backward()
+        other.total(training.model.loss(["dMRI"]), "dMRI").backward()
+    assert training.step() == {"rsfMRI"}
+    assert handle.held == ()
+    training.total("T1").backward()
+    assert training.step() == {"rsfMRI", "dMRI"}
+
+
 def test_a_fusion_module_is_taught_only_by_batches_that_hold_all_of_it() -> None:
     """T1 in one micro-batch and dMRI in another never ran it."""
     case = brain()
@@ -193,6 +279,22 @@ def test_what_the_trunk_shares_is_never_held() -> None:
     optimizer.step()
     assert handle.held == ()
     assert not torch.equal(before, model["trunk"].weight)
+
+
+@pytest.mark.parametrize("first", ["trunk", "dMRI"])
+def test_a_module_that_the_trunk_shares_is_never_held(first: str) -> None:
+    """Whichever of its names comes first in the model."""
+    norm, order = nn.LayerNorm(3), ["T1", first, "dMRI" if first == "trunk" else "trunk"]
+    parts = {name: nn.Sequential(nn.Linear(3, 3), norm) for name in ("trunk", "dMRI")}
+    model: Any = nn.ModuleDict({name: parts.get(name, nn.Linear(3, 3)) for name in order})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    before = norm.weight.detach().clone()
+    wrapper.total(model["trunk"](model["T1"](torch.ones(1, 3))).square().mean(), "T1").backward()
+    optimizer.step()
+    assert handle.held == ("dMRI.0.weight", "dMRI.0.bias")
+    assert not torch.equal(before, norm.weight)
 
 
 def test_a_module_in_two_places_of_a_tower_is_not_elsewhere() -> None:

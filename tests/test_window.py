@@ -1,15 +1,18 @@
 """What the ranks tell each other, seen from a single one."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from modaldummy import _window
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.usefixtures("process_group")
 def test_one_rank_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(dist, "all_reduce")
-    assert _window._maximum([0, 2, 1], None) == [0, 2, 1]
+    assert _window._maximum([0, 2, 1], None, CPU) == [0, 2, 1]
 
 
 @pytest.mark.usefixtures("process_group")
@@ -23,23 +26,46 @@ def test_the_largest_mark_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", with_another_rank)
-    assert _window._maximum([0, 2, 1], None) == [1, 2, 1]
+    assert _window._maximum([0, 2, 1], None, CPU) == [1, 2, 1]
     assert operators == [dist.ReduceOp.MAX]
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
-    ("config", "device"),
+    ("config", "parameters", "expected"),
     [
-        ("cuda:nccl", "cuda"),
-        ("cpu:gloo,cuda:nccl", "cpu"),
-        ("xpu:ccl,cpu:gloo", "cpu"),
-        ("", "cpu"),
+        ("", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cpu"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda"),
     ],
 )
 def test_marks_live_where_the_backend_takes_them(
-    monkeypatch: pytest.MonkeyPatch, config: str, device: str
+    monkeypatch: pytest.MonkeyPatch, config: str, parameters: str, expected: str
 ) -> None:
+    """On the device of the parameters, which need not be the current one."""
     if config:
         monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
-    assert _window._device(None) == device
+    assert _window._device(None, torch.device(parameters)) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "uniform"),
+    [
+        (torch.full((2, 3), 1e-7), True),
+        (torch.full((), 1e-7).expand(3, 2), True),
+        (torch.zeros(0), True),
+        (torch.tensor([1e-7, 2e-7]), False),
+        (torch.full((2,), float("nan")), False),
+        (torch.full((2,), 1e-7, dtype=torch.complex64), True),
+    ],
+)
+def test_dummies_alone_are_uniform(gradient: torch.Tensor, uniform: bool) -> None:
+    assert _window.is_uniform(gradient) == uniform
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_sparse_dummy_is_empty(rows: int) -> None:
+    indices = torch.zeros(1, rows, dtype=torch.long)
+    gradient = torch.sparse_coo_tensor(indices, torch.ones(rows, 2), (3, 2), check_invariants=True)
+    assert _window.is_uniform(gradient) == (rows == 0)

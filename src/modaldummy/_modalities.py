@@ -74,21 +74,24 @@ class ModalityMap:
 
     def owned(self, keys: Iterable[ModalityKey]) -> dict[int, Located]:
         """Parameters, frozen ones included, that any of these keys of the map owns, by `id`."""
-        return {id(located[1]): located for key in keys for located in self._lookup(key)}
+        found: dict[int, Located] = {}
+        for key in keys:
+            for located in self._lookup(key):
+                found.setdefault(id(located[1]), located)
+        return found
 
-    def used_elsewhere(self) -> dict[int, Located]:
-        """Parameters of the map that the model also has where no key owns them, by `id`.
+    def shared_with_trunk(self) -> dict[int, str]:
+        """Names that parameters of the map also have where no key owns them, by `id`.
 
-        Such as a weight tied to the trunk. Walks the whole model.
+        Such as that of an output layer whose weight is tied to a tower. Walks the whole model.
         """
         located = [found for key in self.paths for found in self._lookup(key)]
-        places = {(id(owner), name.rpartition(".")[2]) for name, _, owner in located}
         owned = {id(parameter) for _, parameter, _ in located}
+        names = {name for name, _, _ in located}
         return {
-            id(parameter): (f"{path}.{name}", parameter, module)
-            for path, module in self.model.named_modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in owned and (id(module), name) not in places
+            id(parameter): name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if id(parameter) in owned and name not in names
         }
 
     def inactive_parameters(self, active: Collection[str]) -> list[Located]:

@@ -40,8 +40,7 @@ def find_parameters(model: nn.Module, path: str) -> list[Located]:
     the modules along the path and below its end are visited.
 
     Returns:
-        In model order, a tied parameter once for each module that holds it; empty if nothing
-        matches.
+        In model order, a tied parameter once for each name that it has; empty if nothing matches.
     """
     return _find(model, "", path.split(".") if path else [])
 
@@ -72,15 +71,13 @@ def _below(module: nn.Module, prefix: str) -> list[Located]:
     generators of `named_modules`.
     """
     found: list[Located] = []
-    seen: set[nn.Module] = set()
 
     def collect(owner: nn.Module, prefix: str) -> None:
-        seen.add(owner)
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 found.append((prefix + name, parameter, owner))
         for name, child in owner._modules.items():
-            if child is not None and child not in seen:
+            if child is not None:
                 collect(child, f"{prefix}{name}.")
 
     collect(module, prefix)

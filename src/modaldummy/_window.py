@@ -1,7 +1,7 @@
 """What the backward passes between two steps of an optimizer have taught, on all ranks."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,18 @@ _UNSEEN, _INACTIVE, _TAUGHT = range(3)
 
 @dataclass
 class _Record:
+    """What backward passes since the gradients were found to be gone, or since the step, said."""
+
     seen: bool = False
     taught: set[ModalityKey] = field(default_factory=set)
+    # Taught before the gradients were found to be gone.
+    forgotten: set[ModalityKey] = field(default_factory=set)
+
+
+class Mark:
+    """A flag that compiled code can raise without a guard on what it was, as on a dict's values."""
+
+    raised = False
 
 
 class Window:
@@ -27,21 +37,32 @@ class Window:
     Args:
         keys: All keys of the map, in the same order on all ranks.
         is_cleared: Whether the optimizer has no gradient at all.
+        taught: Keys that count as active in the first window.
     """
 
-    def __init__(self, keys: Sequence[ModalityKey], is_cleared: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        keys: Sequence[ModalityKey],
+        is_cleared: Callable[[], bool],
+        taught: Iterable[ModalityKey],
+    ) -> None:
         self._keys = keys
         self._is_cleared = is_cleared
-        self._record = _Record()
+        known = set(taught)
+        self._record = _Record(bool(known), known)
+        self._at_once = {key: Mark() for key in keys}
+        self._seen_at_once = Mark()
 
     def watch(self, active: Iterable[ModalityKey], loss: Tensor) -> None:
         """Note the `active` keys once a backward pass reaches `loss`.
 
-        Where that cannot be seen they count at once, which may hold too little, never too much: in
-        compiled code, and for a loss without a graph, which may be part of one that has a graph.
+        They count at once where that cannot be seen: in compiled code, and for a loss without a
+        graph, which may be part of one that has a graph.
         """
         if torch.compiler.is_compiling() or not loss.requires_grad:
-            self._note(active)
+            self._seen_at_once.raised = True
+            for key in active:
+                self._at_once[key].raised = True
             return
         check_not_capturing()
         # What was noted before this loss was computed, and only that, can have been cleared since.
@@ -51,21 +72,36 @@ class Window:
     def close(self) -> None:
         """The optimizer has stepped.
 
-        Where GradScaler had the device skip the step, the gradients are not finite, and every
-        step until they are cleared is skipped too.
+        Where GradScaler had the device skip the step, the gradients are not finite and, unless
+        someone mends them, every step until they are cleared is skipped too.
         """
         self._record = _Record()
+        for mark in (self._seen_at_once, *self._at_once.values()):
+            mark.raised = False
 
     def outcome(
-        self, group: "dist.ProcessGroup | None"
+        self,
+        learned: Callable[[ModalityKey, Collection[ModalityKey]], bool],
+        group: "dist.ProcessGroup | None",
+        device: torch.device,
     ) -> tuple[list[ModalityKey], list[ModalityKey]]:
-        """Keys active in some backward pass of some rank, and those inactive in all there were."""
-        taught = self._record.taught
+        """Keys active in some backward pass of some rank, and those inactive in all there were.
+
+        Args:
+            learned: Whether the gradients of a key, but for what it shares with those that are
+                taught, are more than dummies. Asked only of keys that were taught before the
+                gradients were found to be gone: they may have been put aside, and be back.
+            group: Ranks that have to agree; None for all.
+            device: Where parameters are.
+        """
+        record = self._record
+        taught = record.taught | {key for key, mark in self._at_once.items() if mark.raised}
+        taught |= {key for key in record.forgotten - taught if learned(key, taught)}
+        seen = record.seen or self._seen_at_once.raised
         marks = [
-            _UNSEEN if not self._record.seen else _TAUGHT if key in taught else _INACTIVE
-            for key in self._keys
+            _UNSEEN if not seen else _TAUGHT if key in taught else _INACTIVE for key in self._keys
         ]
-        marks = _maximum(marks, group)
+        marks = _maximum(marks, group, device)
         by_mark = {
             mark: [key for key, own in zip(self._keys, marks, strict=True) if own == mark]
             for mark in (_TAUGHT, _INACTIVE)
@@ -75,11 +111,9 @@ class Window:
     def _on_backward(
         self, active: Iterable[ModalityKey], before: _Record | None, _gradient: Tensor
     ) -> None:
-        if before is self._record and self._is_cleared():
-            self._record = _Record()
-        self._note(active)
-
-    def _note(self, active: Iterable[ModalityKey]) -> None:
+        record = self._record
+        if before is record and self._is_cleared():
+            self._record = _Record(forgotten=record.taught | record.forgotten)
         self._record.seen = True
         self._record.taught.update(active)
 
@@ -97,21 +131,32 @@ def check_not_capturing() -> None:
         )
 
 
-def _maximum(marks: list[int], group: "dist.ProcessGroup | None") -> list[int]:
+def is_uniform(gradient: Tensor) -> bool:
+    """Whether a gradient can be that of dummies alone: the same number everywhere, or empty."""
+    if gradient.layout != torch.strided:
+        return gradient._nnz() == 0
+    return bool((gradient == gradient.reshape(-1)[:1]).all())
+
+
+def _maximum(
+    marks: list[int], group: "dist.ProcessGroup | None", device: torch.device
+) -> list[int]:
     """The element-wise maximum over the ranks of `group`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return marks
-    tensor = torch.tensor(marks, device=_device(group))
+    tensor = torch.tensor(marks, device=_device(group, device))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     agreed: list[int] = tensor.tolist()
     return agreed
 
 
-def _device(group: "dist.ProcessGroup | None") -> str:
-    """Type of device that the backend of `group` takes tensors on, the CPU if it can.
+def _device(group: "dist.ProcessGroup | None", device: torch.device) -> torch.device:
+    """Where the backend of `group` takes tensors: on the CPU if it can, since nothing waits there.
 
-    A tensor on the CPU needs no wait for the device.
+    Else on the `device` of the parameters, which need not be the current one of its type.
     """
     # Such as "cpu:gloo,cuda:nccl".
     types = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
-    return "cpu" if "cpu" in types else types[0]
+    if "cpu" in types:
+        return torch.device("cpu")
+    return device if device.type in types else torch.device(types[0])
