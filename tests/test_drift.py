@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from modaldummy import DummyLossWrapper, hold_inactive
+from modaldummy import DummyLossWrapper, UnsupportedEngineError, hold_inactive
 from modaldummy._drift import expected_drift
 from optimizers import OPTIMIZERS
 from tests.holding import NAMES, Towers, assert_same_state, train
@@ -25,15 +25,53 @@ def test_what_is_expected_is_what_happens(kind: str, warm: bool, scale: float) -
     wrapper = model.wrapper(scale)
     train(model, optimizer, wrapper, [NAMES] * 3 if warm else [])
     owned = {p for group in optimizer.param_groups for p in group["params"]}
-    smallest = min(set(model.towers["dMRI"].parameters()) & owned, key=torch.Tensor.numel)
-    start = smallest.detach().clone()
+    tower = [p for p in model.towers["dMRI"].parameters() if p in owned]
+    starts = [p.detach().clone() for p in tower]
     drift = expected_drift(wrapper, optimizer, steps=10)["dMRI"]
-    whole = torch.cat([p.detach().flatten() for p in model.towers["dMRI"].parameters()])
     train(model, optimizer, wrapper, [["T1"]] * 10)
-    moved = (smallest - start).detach().double().square().mean().sqrt().item()
-    assert drift.rates == pytest.approx(moved / 10 / 0.01, rel=1e-6)
-    size = whole.double().square().mean().sqrt().item()
-    assert drift.relative == pytest.approx(moved / 10 / size, rel=1e-6)
+    moved = [rms(p - start) / 10 for p, start in zip(tower, starts, strict=True)]
+    assert drift.rates == pytest.approx(max(moved) / 0.01, rel=1e-6)
+    relative = [one / rms(start) for one, start in zip(moved, starts, strict=True)]
+    assert drift.relative == pytest.approx(max(relative), rel=1e-6)
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return tensor.detach().double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("small", [2**12, 0], ids=["all", "a sample"])
+def test_of_a_tower_of_several_kinds_the_largest_counts(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight decay moves the gain of a norm, which is 1; Adafactor goes by the shape."""
+    monkeypatch.setattr("modaldummy._drift._SMALL", small)
+    gain = nn.LayerNorm(3, bias=False)
+    tower = nn.Sequential(nn.Linear(8, 4), gain, nn.Linear(4, 16), nn.Linear(16, 4))
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2), "dMRI": tower})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    for kind in ("SGD, momentum 0.9, decay 0.01", "Adafactor", "AdamW", "Lion"):
+        optimizer = OPTIMIZERS[kind](list(model.parameters()), 0.01)
+        drift = expected_drift(wrapper, optimizer, steps=10)["dMRI"]
+        starts = [p.detach().clone() for p in tower.parameters()]
+        for _ in range(10):
+            wrapper.total(model["T1"](torch.ones(2)).sum(), "T1").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = zip(tower.parameters(), starts, strict=True)
+        moved = max(rms(p - start) for p, start in after) / 10 / 0.01
+        assert drift.rates == pytest.approx(moved, rel=1e-6 if small else 0.2), kind
+
+
+def test_an_optimizer_around_another_is_refused() -> None:
+    """A copy of it would step the real one."""
+    model = Towers()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.optim = AdamW(model.parameters())  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedEngineError, match=r"SGD.*ask of its `optim`"):
+        expected_drift(model.wrapper(), optimizer)
+    del optimizer.optim, optimizer.param_groups[0]["lr"]  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedEngineError, match="has no `lr`"):
+        expected_drift(model.wrapper(), optimizer)
 
 
 def test_the_figures_that_everybody_should_know() -> None:

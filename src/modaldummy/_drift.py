@@ -3,13 +3,14 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modaldummy._errors import UnsupportedEngineError
 from modaldummy._kinds import is_sparse_table
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
@@ -18,15 +19,17 @@ from modaldummy._wrapper import DummyLossWrapper
 
 # In place of a rate of 0, as at the start of a warm-up; the result is in units of it.
 _RATE = 1e-3
+_SMALL = 2**12  # elements of a parameter that is always carried out
 
 
 class Drift(NamedTuple):
     """What steps without a hold would do to the parameters of an inactive modality.
 
     Attributes:
-        rates: Root mean square of the displacement of an element, in learning rates per step.
-        relative: The same in units of the root mean square of the parameters, per step; infinite
-            where all of them are 0.
+        rates: Displacement per step in learning rates: the root mean square over the elements of a
+            parameter, the largest of the parameters.
+        relative: Displacement per step in units of the parameter's own root mean square, the
+            largest; infinite where a parameter that is 0 moves.
     """
 
     rates: float
@@ -38,35 +41,41 @@ def expected_drift(
 ) -> dict[ModalityKey, Drift]:
     """Mean displacement over the next `steps` steps of each key, were it inactive in them all.
 
-    The optimizer's own rule is carried out, from its present state, on a copy of the smallest
-    parameter of each key and parameter group; the largest result counts. So it tells what becomes
-    of parameters that were never active and, once training has begun, of those that were. Weight
-    decay and momentum move too, and are counted. Optimizer and model stay as they are.
+    The optimizer's own rule is carried out, from its present state, on copies: of all parameters up
+    to 4,096 elements, and of the smallest of each number of dimensions. So it tells what becomes of
+    parameters that were never active and, once training has begun, of those that were. Weight decay
+    and momentum move too, and are counted. Optimizer and model stay as they are.
 
     Returns:
         For each key of which the optimizer has a parameter that gets dummy gradients.
 
     Raises:
-        Exception: Whatever the optimizer raises when it is stepped without a closure.
+        UnsupportedEngineError: The optimizer steps another one, or has no learning rate.
+        Exception: What the optimizer raises when it is stepped without a closure.
     """
+    inner = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if inner or not all("lr" in group for group in optimizer.param_groups):
+        raise UnsupportedEngineError(
+            f"Of {type(optimizer).__name__} no drift can be told, since it "
+            + (f"steps another optimizer; ask of its `{inner[0]}`." if inner else "has no `lr`.")
+        )
     found = {}
     for key in wrapper._map.paths:
         owned = wrapper._map.owned([key])
         drifts = [
-            _drift(optimizer, group, smallest, wrapper._scale, steps)
+            drift
             for group in optimizer.param_groups
-            if (smallest := _smallest(group["params"], owned)) is not None
+            if (samples := _samples(group["params"], owned))
+            for drift in _drifts(optimizer, group, samples, wrapper._scale, steps)
         ]
         if drifts:
-            size = _rms([parameter for _, parameter, _ in owned.values()])
-            rate, length = (max(column) for column in zip(*drifts, strict=True))
-            found[key] = Drift(rate, length / size if size else math.inf if length else 0.0)
+            found[key] = Drift(*(max(column) for column in zip(*drifts, strict=True)))
     return found
 
 
-def _smallest(params: Iterable[nn.Parameter], owned: Mapping[int, Located]) -> nn.Parameter | None:
-    """The smallest of `params` that is owned and gets a dummy gradient of its own size."""
-    candidates = [
+def _samples(params: Iterable[nn.Parameter], owned: Mapping[int, Located]) -> list[nn.Parameter]:
+    """Of `params` that are owned and get a dummy of their size, small ones of every kind."""
+    eligible = [
         parameter
         for parameter in params
         if (located := owned.get(id(parameter))) is not None
@@ -74,34 +83,47 @@ def _smallest(params: Iterable[nn.Parameter], owned: Mapping[int, Located]) -> n
         and parameter.numel()
         and not is_sparse_table(located)
     ]
-    return min(candidates, key=Tensor.numel, default=None)
+    # Some rules go by the shape: a matrix, however large, says what a vector does not.
+    least = {
+        ndim: min((p for p in eligible if p.ndim == ndim), key=Tensor.numel)
+        for ndim in {parameter.ndim for parameter in eligible}
+    }
+    return [p for p in eligible if p.numel() <= _SMALL or p is least[p.ndim]]
 
 
-def _drift(
+def _drifts(
     optimizer: Optimizer,
     group: Mapping[str, Any],
-    parameter: nn.Parameter,
+    samples: Sequence[nn.Parameter],
     scale: float | None,
     steps: int,
-) -> tuple[float, float]:
-    """Displacement per step of one parameter, in learning rates and as it is."""
-    twin = nn.Parameter(parameter.detach().clone())
+) -> list[Drift]:
+    """What `steps` steps do to each of the samples, which are of one parameter group."""
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in samples]
     options = {name: copy.deepcopy(group[name]) for name in group if name != "params"}
     rate = float(options["lr"]) or float(options.get("initial_lr", 0.0)) or _RATE
     if not float(options["lr"]):
         options["lr"] = rate
     stepper = _twin(optimizer)
-    stepper.param_groups = [options | {"params": [twin]}]
-    if parameter in optimizer.state:
-        stepper.state[twin] = copy.deepcopy(optimizer.state[parameter])
-    if scale is not None:
-        one = torch.ones((), device=twin.device)
-        value = nonzero_product(one, scale, twin.dtype)
+    stepper.param_groups = [options | {"params": twins}]
+    for twin, parameter in zip(twins, samples, strict=True):
+        if parameter in optimizer.state:
+            stepper.state[twin] = copy.deepcopy(optimizer.state[parameter])
     for _ in range(steps):
-        twin.grad = None if scale is None else torch.zeros_like(twin) + value
+        for twin in twins:
+            twin.grad = None if scale is None else _gradient(twin, scale)
         stepper.step()
-    length = _rms([twin.detach() - parameter.detach()]) / steps
-    return length / rate, length
+    drifts = []
+    for twin, parameter in zip(twins, samples, strict=True):
+        length = _rms(twin.detach() - parameter.detach()) / steps
+        size = _rms(parameter.detach())
+        drifts.append(Drift(length / rate, length / size if size else math.inf if length else 0.0))
+    return drifts
+
+
+def _gradient(parameter: Tensor, scale: float) -> Tensor:
+    value = nonzero_product(torch.ones((), device=parameter.device), scale, parameter.dtype)
+    return torch.zeros_like(parameter) + value
 
 
 def _twin(optimizer: Optimizer) -> Optimizer:
@@ -117,9 +139,7 @@ def _twin(optimizer: Optimizer) -> Optimizer:
     return twin
 
 
-def _rms(tensors: Iterable[Tensor]) -> float:
-    """Root mean square of all elements, of the local shard where they are sharded."""
-    parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    count = sum(map(Tensor.numel, parts))
-    squares = sum(part.detach().abs().double().square().sum().item() for part in parts)
-    return math.sqrt(squares / count) if count else 0.0
+def _rms(tensor: Tensor) -> float:
+    """Root mean square of all elements, of the local shard where there is one."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.abs().double().square().mean().sqrt().item()
