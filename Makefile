@@ -8,7 +8,7 @@ STEPS ?= 200
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test test-lowest mutants soak bench gpu lint types clean
+.PHONY: demo test test-lowest mutants soak bench bench-hold gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -32,6 +32,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_sum.py --seconds 4 --csv --plot
 	$(BIN)/python benchmarks/bench_step.py --rounds 100 --csv
 	$(BIN)/python benchmarks/targets.py --seconds 2
+
+# The figures of docs/explanation/what-a-dummy-gradient-does.md; about an hour on 2 cores.
+bench-hold: $(VENV)/.bench
+	$(BIN)/python benchmarks/bench_drift.py --csv --plot
+	$(BIN)/python benchmarks/bench_learning.py --csv --plot
 
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

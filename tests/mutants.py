@@ -176,7 +176,7 @@ def _workplaces(count: int, folder: Path) -> SimpleQueue[Path]:
     places: SimpleQueue[Path] = SimpleQueue()
     for index in range(count):
         place = folder / str(index)
-        for part in ("src", "tests", "docs"):
+        for part in ("src", "tests", "docs", "benchmarks"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, place / part, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", place)

@@ -44,6 +44,7 @@ def test_there_are_snippets() -> None:
         "docs/index.md",
         "docs/explanation/when-not-to-use-it.md",
         "docs/how-to/compile.md",
+        "docs/how-to/hold.md",
         "docs/how-to/property-test-your-model.md",
         "docs/reference/batch-metadata.md",
     }
@@ -67,6 +68,27 @@ def test_the_cost_table_is_that_of_the_results() -> None:
     for name, cells in rows:
         for shape, cell in zip(shapes, cells.split("|"), strict=True):
             assert float(cell) == pytest.approx(measured[name.strip(), shape], abs=0.006)
+
+
+def test_the_drift_table_is_that_of_the_results() -> None:
+    """Displacements after the most steps, as the benchmark wrote them; with hold all are zero."""
+    with (ROOT / "benchmarks/results/bench_drift-cpu.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["steps"] == "10000"]
+    measured = {
+        (row["optimizer"], row["start"], row["dummy"]): float(row["displacement_lr"])
+        for row in rows
+    }
+    still = [row for row in rows if row["dummy"] == "1e-7 + hold"]
+    assert {(row["displacement_lr"], row["state_untouched"]) for row in still} == {("0", "True")}
+    page = (ROOT / "docs/explanation/what-a-dummy-gradient-does.md").read_text()
+    table = page.partition("| with hold |")[2].partition("\n\n")[0]
+    found = re.findall(r"^\| (\w.*?)" + r" \| ([^|]+)" * 4 + r" \| 0 \|$", table, re.M)
+    assert [name for name, *_ in found] == list(dict.fromkeys(row["optimizer"] for row in rows))
+    columns = [(s, d) for s in ("never active", "trained before") for d in ("1e-7", "0.0")]
+    for name, *cells in found:
+        for column, cell in zip(columns, cells, strict=True):
+            value = float(cell.replace(",", ""))
+            assert value == pytest.approx(measured[name, *column], rel=0.05), (name, column)
 
 
 def metadata_rows() -> list[tuple[str, str]]:
