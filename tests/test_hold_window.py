@@ -51,6 +51,18 @@ def test_micro_batches_may_share_a_backward_pass() -> None:
     assert training.step() == {"dMRI"}
 
 
+def test_a_shared_backward_pass_forgets_nothing_whatever_the_gradients() -> None:
+    """Neither loss finds a gradient yet; these real ones are as uniform as a dummy."""
+    model: Any = holder(T1=torch.ones(2), dMRI=torch.ones(2))
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    first = wrapper.total(model.T1.sum(), "T1")
+    (first + wrapper.total(model.dMRI.sum(), "dMRI")).backward()
+    optimizer.step()
+    assert handle.held == ()
+
+
 def test_a_loss_that_is_not_backwarded_teaches_nothing() -> None:
     """Such as that of an evaluation with gradient mode on."""
     training = Training()
@@ -89,6 +101,17 @@ def test_gradients_cleared_without_a_step_are_forgotten(clear_before_forward: bo
     training.optimizer.zero_grad()
     total.backward()
     assert training.step() == {"T1", "dMRI"}
+
+
+def test_where_some_parameters_are_sharded_gradients_may_be_elsewhere() -> None:
+    """So that None does not mean that they were cleared."""
+    training = Training()
+    weight = training.model.towers["rsfMRI"].weight
+    weight.to_local = lambda: weight
+    training.total("T1").backward()
+    training.optimizer.zero_grad()
+    training.total("dMRI").backward()
+    assert training.step() == {"rsfMRI"}
 
 
 def test_gradients_cleared_before_two_losses_share_a_backward_pass() -> None:

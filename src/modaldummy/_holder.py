@@ -32,7 +32,7 @@ class Holder:
         self._optimizer = weakref.ref(optimizer)
         self.handles: list[HoldHandle] = []
         self._taken: list[_Taken] = []
-        self._others_had_gradients = False
+        self._others_had_gradients: bool
         self._depth = 0  # of calls of `step`: one that a subclass overrides may call its parent's
         # A loss was computed since the outermost step began, by other means than its closure.
         self.loss_seen = Mark()
