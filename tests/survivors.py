@@ -22,6 +22,23 @@ SURVIVORS = {
     "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",
     "_term.py _clip: limit >= torch.finfo(limit.dtype).tiny -> "
     "limit > torch.finfo(limit.dtype).tiny": "differs at one number, and both results are bounded",
+    "_window.py Window.watch: self._record if self._record.seen else None -> self._record": (
+        "of an empty record there is nothing to forget; not to look at all gradients at each step"
+    ),
+    "_window.py Window.outcome: zip(self._keys, marks, strict=True) -> "
+    "zip(self._keys, marks)": _STRICT,
+    "_window.py Window.outcome: True -> False": _STRICT,
+    "_window.py _maximum: dist.is_available() and dist.is_initialized() -> "
+    "dist.is_initialized()": "only a torch that was built without torch.distributed tells",
+    "_window.py _maximum: torch.tensor(marks, device=_device(group, device)) -> "
+    "torch.tensor(marks)": "the tests have no backend that takes nothing on the CPU",
+    "_holder.py Holder._take: self.identities().difference(*(known for known, _ in outcomes)) if "
+    "some else () -> self.identities().difference(*(known for known, _ in outcomes))": (
+        "nothing is held either way; not to list all parameters where everything was taught"
+    ),
+    "_holder.py Holder._take: zip(self.handles, outcomes, strict=True) -> "
+    "zip(self.handles, outcomes)": _STRICT,
+    "_holder.py Holder._take: True -> False": _STRICT,
     "_batch.py Reader._present: zip(masks, read, strict=True) -> zip(masks, read)": _STRICT,
     "_batch.py Reader._present: True -> False": _STRICT,
     "_batch.py Reader._read_array: zip(self.modalities, columns, strict=True) -> "

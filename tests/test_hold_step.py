@@ -89,6 +89,32 @@ def test_micro_batches_before_a_closure_count() -> None:
     assert torch.equal(training.model.towers["dMRI"].weight.grad, 2 * early)
 
 
+class Scaling(SGD):
+    """Has a second argument, and calls its closure with one."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, factor: float = 1.0) -> Any:
+        with torch.enable_grad():
+            loss = closure(factor=factor)
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad)
+        return loss
+
+
+def test_arguments_of_step_and_closure_get_there() -> None:
+    training = Training()
+    optimizer = Scaling(training.model.parameters())
+    handle = hold_inactive(training.wrapper, optimizer)
+
+    def closure(factor: float) -> float:
+        training.total("T1").backward()
+        return factor
+
+    assert optimizer.step(closure, 2.0) == 2
+    assert towers(handle) == {"rsfMRI", "dMRI"}
+
+
 class Perturbing(Optimizer):
     """As sharpness-aware optimizers do: a move, a second gradient, the way back and the step."""
 

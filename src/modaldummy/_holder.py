@@ -114,7 +114,7 @@ class Holder:
         self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]
         for taken in self._taken:
             taken.parameter.grad = None
-        self._others_had_gradients = bool(self._taken) and self.has_gradients()
+        self._others_had_gradients = self.has_gradients()
 
     def _give_back(self) -> None:
         # The optimizer, or someone after a step that raised, may have cleared all gradients.
