@@ -29,7 +29,7 @@ TESTS = {
     "_batch.py": ["batch", "messages", "call", "host_sync", "testing/test_strategies"],
     "_window.py": ["hold_window", "window", "hold_step", "hold", "distributed/test_hold"],
     "_holder.py": ["hold_step", "hold_window", "hold", "hold_refusals", "distributed/test_hold"],
-    "_hold.py": ["hold_window", "hold_step", "hold_refusals", "distributed/test_hold"],
+    "_hold.py": ["hold_window", "hold_refusals", "hold", "hold_step", "distributed/test_hold"],
     "_drift.py": ["drift"],
 }
 GOAL = 0.95

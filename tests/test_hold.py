@@ -92,6 +92,18 @@ def test_gradients_are_there_for_everyone_but_the_optimizer() -> None:
     assert torch.equal(gradient, torch.full_like(weight, 1e-7))
 
 
+def test_gradients_are_there_after_a_step_that_held_everything() -> None:
+    model = Towers()
+    optimizer = Adam(model.towers["dMRI"].parameters())
+    wrapper = model.wrapper()
+    hold_inactive(wrapper, optimizer)
+    wrapper.total(model.loss(["T1"]), "T1").backward()
+    gradients = [p.grad for p in model.towers["dMRI"].parameters()]
+    optimizer.step()
+    after = [p.grad for p in model.towers["dMRI"].parameters()]
+    assert all(one is other is not None for one, other in zip(gradients, after, strict=True))
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_grad_scaler_skipped(fused: bool, set_to_none: bool) -> None:

@@ -49,6 +49,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         UnsupportedEngineError,
         ["`fused=True` and momentum", "foreach=True"],
     ),
+    "fused SGD with momentum in one group": (
+        lambda: hold_inactive(
+            MODEL.wrapper(),
+            SGD(
+                [
+                    {"params": MODEL.trunk.parameters()},
+                    {"params": MODEL.towers.parameters(), "momentum": 0.9},
+                ],
+                fused=True,
+            ),
+        ),
+        UnsupportedEngineError,
+        ["`fused=True` and momentum"],
+    ),
     "an optimizer around another": (
         lambda: hold_inactive(
             MODEL.wrapper(), Accelerator(cpu=True).prepare(AdamW(MODEL.parameters()))
