@@ -4,6 +4,8 @@ _STRICT = "both sides have the same length by construction; `strict` says so to 
 
 _FASTER = "the same term, a little later"
 
+_NO_LOOKUP = "not to look parameters up where everything was taught, and nothing is asked of them"
+
 SURVIVORS = {
     "_term.py connect: by_layout(params) if groups is None else groups -> "
     "by_layout(params)": _FASTER,
@@ -39,6 +41,11 @@ SURVIVORS = {
     "_holder.py Holder._take: zip(self.handles, outcomes, strict=True) -> "
     "zip(self.handles, outcomes)": _STRICT,
     "_holder.py Holder._take: True -> False": _STRICT,
+    "_hold.py HoldHandle.__init__: False -> True (2)": "at exit nothing is left to unwatch for",
+    "_hold.py HoldHandle._outcome: self._map.owned(taught) if inactive or "
+    "len(self._holder.handles) > 1 else {} -> self._map.owned(taught)": _NO_LOOKUP,
+    "_hold.py HoldHandle._outcome: len(self._holder.handles) > 1 -> "
+    "len(self._holder.handles) >= 1": _NO_LOOKUP,
     "_batch.py Reader._present: zip(masks, read, strict=True) -> zip(masks, read)": _STRICT,
     "_batch.py Reader._present: True -> False": _STRICT,
     "_batch.py Reader._read_array: zip(self.modalities, columns, strict=True) -> "

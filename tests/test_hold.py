@@ -55,6 +55,7 @@ def test_removing_the_handle_lets_the_optimizer_go() -> None:
         assert_untouched(dict(model.towers["dMRI"].named_parameters()), optimizer, before)
     for _ in range(2):
         handle.remove()
+    assert wrapper._observers == []
     train(model, optimizer, wrapper, [["T1"]] * 10)
     moved = (before[0][0] - model.towers["dMRI"].weight).abs()
     assert moved.min() > 8 * 0.01

@@ -352,6 +352,11 @@ def test_several_wrappers_hold_what_none_of_them_saw_taught() -> None:
     optimizer.zero_grad()
     assert [towers(handle) for handle in handles] == [{"rsfMRI"}, set()]
     first.total(model.loss(["T1"]), "T1").backward()
+    second.total(model.loss(["T1", "dMRI"]), ["T1", "dMRI"]).backward()  # all that it knows
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [towers(handle) for handle in handles] == [{"rsfMRI"}, set()]
+    first.total(model.loss(["T1"]), "T1").backward()
     optimizer.step()
     assert [towers(handle) for handle in handles] == [{"rsfMRI", "dMRI"}, set()]
 
