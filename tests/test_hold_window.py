@@ -197,17 +197,18 @@ def test_gradients_that_were_put_aside_and_came_back_count() -> None:
     assert training.step() == {"rsfMRI", "dMRI"}
 
 
-def test_of_single_elements_that_came_back_nobody_can_tell() -> None:
-    """One number is a dummy's as well as any other; so they get their step."""
-    model: Any = holder(T1=torch.ones(1), dMRI=torch.ones(()))
+@pytest.mark.parametrize(("size", "held"), [(1, ()), (2, ("dMRI",))])
+def test_of_single_elements_that_came_back_nobody_can_tell(size: int, held: tuple[str]) -> None:
+    """One number is a dummy's as well as any other; so they get their step. Of two one can tell."""
+    model: Any = holder(T1=torch.ones(size), dMRI=torch.ones(size))
     wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
     optimizer = AdamW(model.parameters(), lr=0.1)
     handle = hold_inactive(wrapper, optimizer)
-    wrapper.total(model.T1.sum() + model.dMRI, ["T1", "dMRI"]).backward()
+    wrapper.total(model.T1.sum() + model.dMRI.sum(), ["T1", "dMRI"]).backward()
     optimizer.zero_grad()
     wrapper.total(model.T1.sum(), "T1").backward()
     optimizer.step()
-    assert handle.held == ()
+    assert handle.held == held
 
 
 def test_a_loss_without_a_graph_survives_gradients_that_are_not_there_yet() -> None:
