@@ -188,11 +188,6 @@ def test_plain_sgd_moves_by_no_more_than_the_dummy_pushes(
     assert 0 < nudged.largest < dummy.push / 4  # one step's worth, to which nothing is added
 
 
-@pytest.mark.parametrize(("freedom", "tabled"), [(1, 12.706), (2, 4.303), (9, 2.262), (19, 2.093)])
-def test_quantiles_are_those_of_the_tables(freedom: int, tabled: float) -> None:
-    assert learning.quantile(freedom) == pytest.approx(tabled, abs=5e-4)
-
-
 def test_an_interval_is_the_t_interval_of_a_mean() -> None:
     half = 4.303 * math.sqrt(1 / 3)
     low, high = learning.interval(np.array([1.0, 2.0, 3.0]))
