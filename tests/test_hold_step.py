@@ -220,9 +220,28 @@ def test_an_optimizer_that_computes_losses_by_itself_is_named() -> None:
     optimizer = Storing(training.model.parameters())
     hold_inactive(training.wrapper, optimizer)
     optimizer.loss = lambda: training.total("T1").backward()
-    for _ in range(2):
+    for accumulated in (False, True):
+        if accumulated:
+            training.total("T1").backward()
         with pytest.raises(UnsupportedEngineError, match=r"Storing computes losses.*base_optimi"):
             optimizer.step()
+
+
+def test_a_hold_that_begins_within_a_step_begins_with_the_next() -> None:
+    model = Towers()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    wrapper = model.wrapper()
+    handles = []
+
+    def closure() -> None:
+        handles.append(hold_inactive(wrapper, optimizer))
+        wrapper.total(model.loss(["T1"]), "T1").backward()
+
+    optimizer.step(closure)
+    assert towers(handles[0]) == set()
+    optimizer.zero_grad()
+    train(model, optimizer, wrapper, [["dMRI"]])
+    assert towers(handles[0]) == {"T1", "rsfMRI"}
 
 
 def test_an_error_at_the_step_does_not_let_the_next_one_go() -> None:

@@ -324,3 +324,11 @@ def test_a_path_that_is_gone_is_an_error() -> None:
 )
 def test_strip_wrappers(name: str, bare: str) -> None:
     assert strip_wrappers(name) == bare
+
+
+def test_a_place_without_a_module_is_passed_over() -> None:
+    """As `downsample` of a ResNet block is None."""
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2)})
+    model["T1"].register_module("extra", None)
+    wrapper = DummyLossWrapper(model, {"T1": "T1"})
+    assert list(wrapper.named_parameters("T1")) == ["T1.weight", "T1.bias"]
