@@ -430,6 +430,19 @@ def test_an_optimizer_dies_with_its_last_user() -> None:
         assert wrapper._observers == []
 
 
+def test_a_loss_may_be_backwarded_after_its_optimizer_is_gone() -> None:
+    model = Towers()
+    wrapper = model.wrapper()
+    optimizer = AdamW(model.parameters())
+    hold_inactive(wrapper, optimizer)
+    wrapper.total(model.loss(["T1"]), "T1").backward()
+    late = wrapper.total(model.loss(["T1"]), "T1")
+    del optimizer
+    gc.collect()
+    late.backward()
+    assert model.towers["dMRI"].weight.grad is not None
+
+
 @ignore_compiler
 @pytest.mark.parametrize("what", ["total", "optimizer.step"])
 def test_compiled_code_holds_too(what: str) -> None:

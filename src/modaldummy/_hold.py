@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from modaldummy._errors import UnsupportedEngineError, describe
-from modaldummy._holder import Holder, holder_of
+from modaldummy._holder import holder_of
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
 from modaldummy._window import Window, is_uniform
@@ -81,7 +81,7 @@ def hold_inactive(
             f"for all ranks, got {describe(group)}."
         )
     _check_optimizer(optimizer)
-    return HoldHandle(wrapper, holder_of(optimizer), group)
+    return HoldHandle(wrapper, optimizer, group)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -111,8 +111,9 @@ class HoldHandle:
     """
 
     def __init__(
-        self, wrapper: DummyLossWrapper, holder: Holder, group: "dist.ProcessGroup | None"
+        self, wrapper: DummyLossWrapper, optimizer: Optimizer, group: "dist.ProcessGroup | None"
     ) -> None:
+        holder = holder_of(optimizer)
         self.held: tuple[str, ...] = ()
         self._removed = False
         self._wrapper = wrapper
@@ -123,7 +124,6 @@ class HoldHandle:
         # Gradients that are there already may be anyone's.
         known = self._map.paths if holder.has_gradients() else ()
         self._window = Window(list(self._map.paths), holder.is_cleared, known)
-        optimizer = holder.optimizer
         if holder.identities().isdisjoint(self._map.owned(self._map.paths)):
             raise ValueError(
                 f"`optimizer` ({type(optimizer).__name__}) has no parameter of the "

@@ -45,16 +45,11 @@ class Holder:
                 "around another optimizer; pass the inner one, often `optimizer.optimizer`."
             ) from error
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer, which lives as long as its hooks are called."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return optimizer
-
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters that the optimizer has now."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """All parameters that the optimizer has now; none once it is gone."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
     def identities(self) -> set[int]:
         """`id` of each parameter that the optimizer has."""
