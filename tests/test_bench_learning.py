@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,15 @@ from learning import ARMS, OPTIMIZERS, RARE, VIEWS, Data, Run
 SCRIPT = Path(bench.__file__)
 CONDITION = ("uniform", "SGD", "constant")
 KEYS = [(*CONDITION, arm) for arm in ARMS]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the benchmark: threads that wait for each other stall where others want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def synthetic(samples: int = 20) -> Data:
@@ -126,6 +135,15 @@ def test_training_teaches_and_each_seed_teaches_otherwise() -> None:
     assert untaught["fused"] < 30
     assert min(one["fused"] for one in taught) > 70
     assert taught[0] != taught[1]
+
+
+def test_training_sees_no_sample_of_the_other_parts() -> None:
+    data, blind = synthetic(), synthetic()
+    rows = learning.split(data.labels, 0)["train"]
+    for values in blind.views.values():
+        values[np.setdiff1d(np.arange(len(values)), rows)] = np.nan
+    models = [learning.train(each, a_run()) for each in (data, blind)]
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
 def test_fused_predictions_average_the_log_softmax_of_the_views() -> None:
