@@ -130,9 +130,8 @@ def test_a_cosine_starts_at_the_rate_and_ends_near_zero() -> None:
 def test_training_teaches_and_each_seed_teaches_otherwise() -> None:
     data = synthetic()
     run = a_run(frequency="uniform", optimizer="AdamW", lr=0.01)
-    untaught = learning.accuracies(data, "test", run._replace(lr=0.0))
     taught = [learning.accuracies(data, "test", run._replace(seed=seed)) for seed in (0, 1)]
-    assert untaught["fused"] < 30
+    assert learning.accuracies(data, "test", run._replace(lr=0.0))["fused"] < 30
     assert min(one["fused"] for one in taught) > 70
     assert taught[0] != taught[1]
 
@@ -181,9 +180,7 @@ def test_arms_start_alike_and_part_by_the_dummy_alone(optimizer: str) -> None:
 @pytest.mark.parametrize("frequency", learning.FREQUENCIES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", learning.SCHEDULES)
-def test_hold_trains_bit_for_bit_as_without_a_dummy(
-    frequency: str, optimizer: str, schedule: str
-) -> None:
+def test_held_training_is_bit_for_bit_plain(frequency: str, optimizer: str, schedule: str) -> None:
     run = a_run(frequency=frequency, optimizer=optimizer, schedule=schedule, activation="ReLU")
     job = run._replace(lr=0.01, steps=30), torch.float32
     dummy, _, held, _ = learning.distances(synthetic(), job)
@@ -193,10 +190,8 @@ def test_hold_trains_bit_for_bit_as_without_a_dummy(
 
 @pytest.mark.parametrize("schedule", learning.SCHEDULES)
 @pytest.mark.parametrize(("dtype", "growth"), [(torch.float64, 1.5), (torch.float32, 4.0)])
-def test_plain_sgd_moves_by_no_more_than_the_dummy_pushes(
-    schedule: str, dtype: torch.dtype, growth: float
-) -> None:
-    """Up to what training, and the rounding of float32, make of it; a zero scale does nothing."""
+def test_plain_sgd_moves_as_pushed(schedule: str, dtype: torch.dtype, growth: float) -> None:
+    """No further, but for what training and rounding make of it; a scale of zero does nothing."""
     run = a_run(schedule=schedule, lr=0.1)
     dummy, zero, _, nudged = learning.distances(synthetic(), (run, dtype))
     assert dummy.push == pytest.approx(0.1 * 1e-7 * (60 if schedule == "constant" else 30.5))
@@ -245,7 +240,7 @@ def test_differences_are_paired_by_seed() -> None:
     def score(run: Run) -> float:
         return 90.0 - 30 * run.seed - worse[run.arm] - 5 * (run.lr != 0.04)
 
-    rates = dict(zip(KEYS, (0.04, 0.08, 0.32, 0.04), strict=True))
+    rates = dict(zip(KEYS, (0.04, 0.08, 0.64, 0.04), strict=True))
     rows = bench.evaluate(synthetic(), rates, 3, (60, "ReLU"), made_up(seen, score))
     assert {part for part, _ in seen} == {"test"}
     assert [run.seed for _, run in seen] == [0, 1, 2] * 6  # nothing is trained twice
@@ -257,23 +252,21 @@ def test_differences_are_paired_by_seed() -> None:
         assert [row[column] for column in columns] == [-cost] * 3
         assert [row[f"same_lr_{column}"] for column in columns] == [-worse[arm]] * 3
         assert (row["accuracy_percent"], row["sd_points"]) == (60 - cost, 30)
-        assert row["lr_at_edge"] == (arm in ("no dummy", "1e-7 + hold"))
+        assert row["lr_at_edge"] == (arm != "1e-7")
 
 
 def test_a_check_keeps_the_worst_of_its_seeds() -> None:
-    def found(seed: int) -> list[learning.Distance]:
-        return [learning.Distance(arm, 1.0 + seed, 0.5, seed, 10, seed == 0) for arm in ARMS[1:]]
-
     def each(_: object, jobs: Iterable[tuple[Run, torch.dtype]]) -> list[list[learning.Distance]]:
-        return [found(run.seed) for run, _ in jobs]
+        seeds = [run.seed for run, _ in jobs]
+        return [[learning.Distance("0.0", 1.0 + s, 0.5, s + 1, 10, s == 0)] for s in seeds]
 
     rates = dict.fromkeys(KEYS, 0.04)
     checks = bench.check(synthetic(), rates, 2, (60, "ReLU"), each)
     models = list(product(("0.04", "0.005"), ("ReLU, float32", "GELU, float64")))
     assert list(checks) == [(*CONDITION, *model) for model in models]
-    worst = [learning.Distance(arm, 2.0, 0.5, 1, 20, False) for arm in ARMS[1:]]
+    worst = [learning.Distance("0.0", 2.0, 0.5, 3, 20, False)]
     assert all(one == worst for one in checks.values())
-    assert "| 2 | 4 | 1 of 20 |" in bench.check_table(checks)
+    assert "| 2 | 4 | 3 of 20 |" in bench.check_table(checks)
 
 
 def test_the_script_writes_what_a_run_in_one_process_finds(tmp_path: Path) -> None:
@@ -298,7 +291,6 @@ def test_the_script_writes_what_a_run_in_one_process_finds(tmp_path: Path) -> No
     assert {(row["arm"], row["view"]) for row in rows} == set(
         product(ARMS, (*VIEWS, "fused", "rare pair", "other four"))
     )
-    assert {row["torch"] for row in rows} == {torch.__version__}
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(tables) == (2 + 4) + (2 + 4)
     assert {line.count("|") for line in tables[:6]} == {12}
