@@ -54,10 +54,10 @@ def main() -> None:
     jobs = list(product(arguments.optimizers, ARMS, STARTS))
     marks = [steps for steps in STEPS if steps <= arguments.steps]
     torch.set_num_threads(1)  # as in the workers, so that rows say what was used
+    where = environment(torch.device("cpu"))
     spawn = get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, spawn, torch.set_num_threads, (1,)) as pool:
         found = sum(pool.map(partial(measure, marks=marks), jobs), Rows())
-    where = environment(torch.device("cpu"))
     rows = [row | where for row in found]
     print(json.dumps(rows)) if arguments.json else print_table(rows)
     device = torch.device("cpu")

@@ -68,6 +68,7 @@ def main() -> None:
     """Tune, evaluate, check, and print and write what was found."""
     arguments = parse()
     torch.set_num_threads(1)  # as in the workers, so that rows say what was used
+    where = environment(torch.device("cpu"))
     data, settings = read_mfeat(), (arguments.steps, arguments.activation)
     conditions = list(product(arguments.frequencies, arguments.optimizers, arguments.schedules))
     keys = [(*condition, arm) for condition in conditions for arm in ARMS]
@@ -75,7 +76,7 @@ def main() -> None:
         rates = tune(data, keys, arguments.tune_seeds, settings, each)
         rows = evaluate(data, rates, arguments.seeds, settings, each)
         checks = check(data, rates, arguments.check_seeds, settings, each)
-    rows = [row | environment(torch.device("cpu")) for row in rows]
+    rows = [row | where for row in rows]
     print(f"{rows[0]['device']}, 1 thread a run, torch {rows[0]['torch']}\n")
     print(table(rows), check_table(checks), sep="\n\n")
     if arguments.csv is not None:

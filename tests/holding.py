@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, HoldHandle, hold_inactive
 from tests.asserts import assert_same_bits
 
 NAMES = ("T1", "rsfMRI", "dMRI")
@@ -29,6 +29,28 @@ class Towers(nn.Module):
 
     def wrapper(self, scale: float | None = 1e-7, names: Sequence[str] = NAMES) -> DummyLossWrapper:
         return DummyLossWrapper(self, {name: f"towers.{name}" for name in names}, scale)
+
+
+class Training:
+    """A model, its wrapper and optimizer, and which towers the last step held."""
+
+    def __init__(self) -> None:
+        self.model = Towers()
+        self.optimizer = AdamW(self.model.parameters(), lr=0.1)
+        self.wrapper = self.model.wrapper()
+        self.handle = hold_inactive(self.wrapper, self.optimizer)
+
+    def total(self, *active: str) -> Tensor:
+        return self.wrapper.total(self.model.loss(active), active)
+
+    def step(self) -> set[str]:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return towers(self.handle)
+
+
+def towers(handle: HoldHandle) -> set[str]:
+    return {name.split(".")[1] for name in handle.held}
 
 
 def train(

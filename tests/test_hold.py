@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from modaldummy import hold_inactive
+from modaldummy._hold import _is_uniform
 from optimizers import OPTIMIZERS, Make
 from tests.holding import (
     NAMES,
@@ -146,3 +147,25 @@ def test_training_with_overflows_is_that_without_a_dummy(fused: bool) -> None:
             scaler.update()
     assert_same_training(ours, optimizers[1], plain, optimizers[0])
     assert [int(optimizers[1].state[t.weight]["step"]) for t in ours.towers.values()] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("gradient", "uniform"),
+    [
+        (torch.full((2, 3), 1e-7), True),
+        (torch.full((), 1e-7).expand(3, 2), True),
+        (torch.zeros(0), True),
+        (torch.tensor([1e-7, 2e-7]), False),
+        (torch.full((2,), float("nan")), False),
+        (torch.full((2,), 1e-7, dtype=torch.complex64), True),
+    ],
+)
+def test_dummies_alone_are_uniform(gradient: torch.Tensor, uniform: bool) -> None:
+    assert _is_uniform(gradient) == uniform
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_sparse_dummy_is_empty(rows: int) -> None:
+    indices = torch.zeros(1, rows, dtype=torch.long)
+    gradient = torch.sparse_coo_tensor(indices, torch.ones(rows, 2), (3, 2), check_invariants=True)
+    assert _is_uniform(gradient) == (rows == 0)

@@ -47,25 +47,3 @@ def test_marks_live_where_the_backend_takes_them(
     if config:
         monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
     assert _window._device(None, torch.device(parameters)) == torch.device(expected)
-
-
-@pytest.mark.parametrize(
-    ("gradient", "uniform"),
-    [
-        (torch.full((2, 3), 1e-7), True),
-        (torch.full((), 1e-7).expand(3, 2), True),
-        (torch.zeros(0), True),
-        (torch.tensor([1e-7, 2e-7]), False),
-        (torch.full((2,), float("nan")), False),
-        (torch.full((2,), 1e-7, dtype=torch.complex64), True),
-    ],
-)
-def test_dummies_alone_are_uniform(gradient: torch.Tensor, uniform: bool) -> None:
-    assert _window.is_uniform(gradient) == uniform
-
-
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_sparse_dummy_is_empty(rows: int) -> None:
-    indices = torch.zeros(1, rows, dtype=torch.long)
-    gradient = torch.sparse_coo_tensor(indices, torch.ones(rows, 2), (3, 2), check_invariants=True)
-    assert _window.is_uniform(gradient) == (rows == 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._errors import UnsupportedEngineError
-from modaldummy._kinds import is_sparse_table
+from modaldummy._kinds import is_sparse_table, local_shard
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
 from modaldummy._term import nonzero_product
@@ -140,6 +140,6 @@ def _twin(optimizer: Optimizer) -> Optimizer:
 
 
 def _rms(tensor: Tensor) -> float:
-    """Root mean square of all elements, of the local shard where there is one."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.abs().double().square().mean().sqrt().item()
+    """Root mean square of all elements that are here."""
+    # In float64: the square of what SGD makes of a small scale is below all float32.
+    return local_shard(tensor).abs().double().square().mean().sqrt().item()

@@ -13,7 +13,7 @@ from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._holder import holder_of
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
-from modaldummy._window import Window, is_uniform
+from modaldummy._window import Window
 from modaldummy._wrapper import DummyLossWrapper
 
 
@@ -120,7 +120,7 @@ class HoldHandle:
         self._holder = holder
         self._group = group
         self._map = wrapper._map
-        self._shared = set(self._map.shared_with_trunk())
+        self._shared = self._map.shared_with_trunk()
         # Gradients that are there already may be anyone's.
         known = self._map.paths if holder.has_gradients() else ()
         self._window = Window(list(self._map.paths), holder.is_cleared, known)
@@ -163,8 +163,15 @@ class HoldHandle:
 
     def _has_learned(self, key: ModalityKey, taught: Collection[ModalityKey]) -> bool:
         """Whether gradients of parameters that are `key`'s alone are more than those of dummies."""
-        alone = self._map.owned([key]).keys() - self._map.owned(taught).keys() - self._shared
-        own = [self._map.owned([key])[identity][1].grad for identity in alone]
-        gradients = [gradient for gradient in own if gradient is not None]
+        own = self._map.owned([key])
+        alone = own.keys() - self._map.owned(taught).keys() - self._shared
+        gradients = [g for g in (own[identity][1].grad for identity in alone) if g is not None]
         telling = [gradient for gradient in gradients if gradient.numel() > 1]
-        return bool(gradients) and not (telling and all(map(is_uniform, telling)))
+        return bool(gradients) and not (telling and all(map(_is_uniform, telling)))
+
+
+def _is_uniform(gradient: Tensor) -> bool:
+    """Whether a gradient can be that of dummies alone: the same number everywhere, or empty."""
+    if gradient.layout != torch.strided:
+        return gradient._nnz() == 0
+    return bool((gradient == gradient.reshape(-1)[:1]).all())

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -45,11 +45,11 @@ class Holder:
                 "around another optimizer; pass the inner one, often `optimizer.optimizer`."
             ) from error
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that the optimizer has now; none once it is gone."""
         optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        return [parameter for group in groups for parameter in group["params"]]
+        for group in [] if optimizer is None else optimizer.param_groups:
+            yield from group["params"]
 
     def identities(self) -> set[int]:
         """`id` of each parameter that the optimizer has."""
@@ -98,7 +98,7 @@ class Holder:
 
     def _take(self) -> None:
         """Take the gradients of all parameters to be held away."""
-        outcomes = [handle._outcome(self.parameters()[0].device) for handle in self.handles]
+        outcomes = [handle._outcome(next(self.parameters()).device) for handle in self.handles]
         some = any(inactive for _, inactive in outcomes)
         untaught = self.identities().difference(*(known for known, _ in outcomes)) if some else ()
         held: dict[int, Located] = {}
@@ -112,7 +112,7 @@ class Holder:
         self._others_had_gradients = self.has_gradients()
 
     def _give_back(self) -> None:
-        # The optimizer, or someone after a step that raised, may have cleared all gradients.
+        # A step may clear all gradients, or put new ones in the place of those that were taken.
         if not self._others_had_gradients or self.has_gradients():
             for taken in self._taken:
                 if taken.parameter.grad is None:

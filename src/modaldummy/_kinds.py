@@ -68,6 +68,13 @@ def is_sparse_table(located: Located) -> bool:
     return parameter is owner._parameters.get("weight")  # not what a subclass adds to it
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """What this rank has of a DTensor; any other tensor as it is."""
+    # By name: the DTensor class is slow to import, and a model without one has no use for it.
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
+
+
 def reached(located: Located) -> Tensor:
     """The part of a parameter that the dummy term sums up and hands a gradient.
 
@@ -77,8 +84,7 @@ def reached(located: Located) -> Tensor:
     it. Anything else is reached as it is.
     """
     _, parameter, _ = located
-    # By name: the DTensor class is slow to import, and a model without one has no use for it.
-    shard: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    shard = local_shard(parameter)
     if is_sparse_table(located):
         nothing = torch.empty(0, dtype=torch.long, device=shard.device)
         return nn.functional.embedding(nothing, shard, sparse=True)

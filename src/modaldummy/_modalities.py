@@ -62,10 +62,8 @@ class ModalityMap:
         own = next(
             (other for other in self.paths if set(_members(other)) == set(_members(key))), None
         )
-        unique: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, parameter, _ in () if own is None else self._lookup(own):
-            unique.setdefault(id(parameter), (name, parameter))
-        return dict(unique.values())
+        located = self.owned([] if own is None else [own]).values()
+        return {name: parameter for name, parameter, _ in located}
 
     def active_keys(self, active: Collection[str]) -> list[ModalityKey]:
         """Keys of the map all of whose modalities are active."""
@@ -80,19 +78,19 @@ class ModalityMap:
                 found.setdefault(id(located[1]), located)
         return found
 
-    def shared_with_trunk(self) -> dict[int, str]:
-        """Names that parameters of the map also have where no key owns them, by `id`.
+    def shared_with_trunk(self) -> set[int]:
+        """`id` of parameters of the map that also have a name that no key owns.
 
-        Such as that of an output layer whose weight is tied to a tower. Walks the whole model.
+        Such as the weight of a tower that is tied to an output layer. Walks the whole model.
         """
         located = [found for key in self.paths for found in self._lookup(key)]
-        owned = {id(parameter) for _, parameter, _ in located}
         names = {name for name, _, _ in located}
-        return {
-            id(parameter): name
+        elsewhere = {
+            id(parameter)
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if id(parameter) in owned and name not in names
+            if name not in names
         }
+        return elsewhere.intersection(id(parameter) for _, parameter, _ in located)
 
     def inactive_parameters(self, active: Collection[str]) -> list[Located]:
         """Trainable parameters that only inactive keys own, each once.

@@ -131,20 +131,19 @@ def check_not_capturing() -> None:
         )
 
 
-def is_uniform(gradient: Tensor) -> bool:
-    """Whether a gradient can be that of dummies alone: the same number everywhere, or empty."""
-    if gradient.layout != torch.strided:
-        return gradient._nnz() == 0
-    return bool((gradient == gradient.reshape(-1)[:1]).all())
-
-
 def _maximum(
-    marks: list[int], group: "dist.ProcessGroup | None", device: torch.device
+    numbers: list[int], group: "dist.ProcessGroup | None", device: torch.device
 ) -> list[int]:
-    """The element-wise maximum over the ranks of `group`."""
+    """The element-wise maximum over the ranks of `group`, `numbers` themselves if there is one.
+
+    Args:
+        numbers: As many on each rank.
+        group: None for all ranks.
+        device: Where parameters are.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return marks
-    tensor = torch.tensor(marks, device=_device(group, device))
+        return numbers
+    tensor = torch.tensor(numbers, device=_device(group, device))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     agreed: list[int] = tensor.tolist()
     return agreed
