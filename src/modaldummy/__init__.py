@@ -3,12 +3,15 @@
 from modaldummy._batch import active_modalities
 from modaldummy._errors import (
     BatchMetadataError,
+    MissingGradientError,
     ModalDummyError,
     ParameterMapError,
     UnknownModalityError,
     UnsupportedEngineError,
 )
 from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._missing import missing_gradients
+from modaldummy._monitor import gradient_norms
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 
@@ -16,11 +19,14 @@ __all__ = [
     "BatchMetadataError",
     "DummyLossWrapper",
     "HoldHandle",
+    "MissingGradientError",
     "ModalDummyError",
     "ParameterMapError",
     "StepReport",
     "UnknownModalityError",
     "UnsupportedEngineError",
     "active_modalities",
+    "gradient_norms",
     "hold_inactive",
+    "missing_gradients",
 ]

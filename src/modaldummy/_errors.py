@@ -24,6 +24,10 @@ class ParameterMapError(ModalDummyError, ValueError):
     """A `modality_param_map` does not fit the model."""
 
 
+class MissingGradientError(ModalDummyError, RuntimeError):
+    """After a backward pass, parameters of the map have no gradient that an optimizer can use."""
+
+
 class UnsupportedEngineError(ModalDummyError, RuntimeError):
     """An optimizer or a training engine works in a way that does not allow what was asked for."""
 

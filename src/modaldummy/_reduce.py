@@ -211,41 +211,79 @@ def _slices(value: Tensor, count: int, shape: torch.Size) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def norms(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
-    r"""Euclidean norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
+def norms(
+    tensors: Sequence[Tensor],
+    groups: Groups | None = None,
+    *,
+    device: torch.device,
+    order: float = 2.0,
+) -> Tensor:
+    r"""Norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
 
-    .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2}
+    .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2} \quad \text{or} \quad \max_i |x_{k,i}|
 
     Squares are added up in the accumulation dtype of all tensors; those below its smallest or above
-    its largest number are lost, as in `torch.linalg.vector_norm`. An empty tensor has norm 0.
+    its largest number are lost, as in `torch.linalg.vector_norm`. The maximum loses nothing: it is
+    0 only where all elements are, and NaN where one is. An empty tensor has norm 0.
 
     Args:
-        tensors: Tensors of any shapes, floating or complex dtypes and devices.
+        tensors: Strided tensors of any shapes, floating or complex dtypes and devices.
+        groups: `by_layout(tensors)`, where the caller has it. Groups that fit tensors of other
+            layouts give the same result or a RuntimeError.
         device: Device of the result.
+        order: 2 for the Euclidean norm, `math.inf` for the maximum.
     """
-    dtype = accumulation_dtype(tensor.dtype for tensor in tensors)
-    found: dict[int, Tensor] = {}
+    places: list[int] = []
+    found: list[Tensor] = []
     with torch._C.DisableTorchFunctionSubclass():
-        real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-        for place, own in _by_device(by_layout(real)).items():
-            indexes, together = _norms(real, own, dtype, place)
-            found.update(zip(indexes, together.to(device).unbind(), strict=True))
+        groups = by_layout(tensors) if groups is None else groups
+        dtype = accumulation_dtype(kind for _, kind, _ in groups)
+        if any(kind.is_complex for _, kind, _ in groups):
+            # Of the two parts of a complex number neither is its magnitude.
+            part = torch.abs if order != 2 else lambda t: torch.view_as_real(t.resolve_conj())
+            tensors = [part(t) if t.is_complex() else t for t in tensors]
+            groups = by_layout(tensors)
+        for place, own in _by_device(groups).items():
+            for indexes, together in _norms(tensors, own, dtype, place, order):
+                places += indexes
+                found.append(together.to(device))
         if not found:
             return torch.zeros(0, dtype=dtype, device=device)
-        return torch.stack([found[index] for index in range(len(tensors))])
+        joined = torch.cat(found)
+        if places == list(range(len(places))):
+            return joined
+        ranks = sorted(range(len(places)), key=places.__getitem__)
+        return joined[torch.tensor(ranks, device=device)]
 
 
 def _norms(
-    tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
-) -> tuple[list[int], Tensor]:
-    """Indexes of the tensors of the groups, all on one device, and their norms."""
-    fused: list[int] = []
-    each: list[Tensor] = []
-    if (kernels := kernels_for(device)) is not None:
+    tensors: Sequence[Tensor],
+    groups: Groups,
+    dtype: torch.dtype,
+    device: torch.device,
+    order: float,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indexes of some tensors of the groups, all on one device, and their norms, in turns."""
+    if order == 2 and (kernels := kernels_for(device)) is not None:
         fused, groups = _split(tensors, groups, kernels.takes)
         if fused:
-            each += kernels.norms([tensors[index] for index in fused], dtype)
-    plain = [index for indexes in groups.values() for index in indexes]
-    if plain:
-        each += torch._foreach_norm([tensors[index] for index in plain], 2, dtype=dtype)
-    return fused + plain, torch.stack(each)
+            yield fused, torch.stack(kernels.norms([tensors[index] for index in fused], dtype))
+    room = _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
+    odd = not {*map(type, tensors)}.issubset(_PLAIN)  # some may not be copied into one
+    alone: list[int] = []
+    for (shape, _, _), indexes in groups.items():
+        size = shape.numel()
+        if size > _SMALL or (odd and size):
+            alone += indexes
+            continue
+        together = room // max(size, 1)
+        for start in range(0, len(indexes), together):
+            own = indexes[start : start + together]
+            rows = torch.stack([tensors[index] for index in own]).reshape(len(own), size)
+            if size:
+                yield own, torch.linalg.vector_norm(rows, order, dim=1, dtype=dtype)
+            else:  # nothing has no maximum
+                yield own, rows.new_zeros(len(own), dtype=dtype)
+    if alone:
+        each = torch._foreach_norm([tensors[index] for index in alone], order, dtype=dtype)
+        yield alone, torch.stack(each)
