@@ -47,6 +47,7 @@ def test_there_are_snippets() -> None:
         "docs/how-to/hold.md",
         "docs/how-to/property-test-your-model.md",
         "docs/reference/batch-metadata.md",
+        "docs/reference/preflight.md",
     }
 
 

@@ -229,6 +229,7 @@ def test_report() -> None:
         "modaldummy/uncapped",
         "modaldummy/fraction",
         "modaldummy/num_params",
+        "modaldummy/num_elements",
         "modaldummy/active/T1",
         "modaldummy/active/dMRI",
         "modaldummy/active/rsfMRI",

@@ -9,15 +9,18 @@ from modaldummy._errors import (
     UnknownModalityError,
     UnsupportedEngineError,
 )
+from modaldummy._finding import Finding
 from modaldummy._hold import HoldHandle, hold_inactive
 from modaldummy._missing import missing_gradients
 from modaldummy._monitor import gradient_norms
+from modaldummy._preflight import preflight
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 
 __all__ = [
     "BatchMetadataError",
     "DummyLossWrapper",
+    "Finding",
     "HoldHandle",
     "MissingGradientError",
     "ModalDummyError",
@@ -29,4 +32,5 @@ __all__ = [
     "gradient_norms",
     "hold_inactive",
     "missing_gradients",
+    "preflight",
 ]

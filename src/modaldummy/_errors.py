@@ -28,6 +28,10 @@ class MissingGradientError(ModalDummyError, RuntimeError):
     """After a backward pass, parameters of the map have no gradient that an optimizer can use."""
 
 
+class HistoryError(ModalDummyError, ValueError):
+    """A file of logged metrics cannot be read."""
+
+
 class UnsupportedEngineError(ModalDummyError, RuntimeError):
     """An optimizer or a training engine works in a way that does not allow what was asked for."""
 

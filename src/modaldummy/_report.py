@@ -22,7 +22,8 @@ class StepReport:
         dummy: The value added to the loss, after the cap.
         uncapped: `scale * sum` before the cap; inf or NaN if a parameter is.
         num_params: How many parameters the dummy term reached.
-        num_elements: How many elements these have together.
+        num_elements: How many elements of these it reached: of a DTensor those of this rank's
+            shard, of a sparse embedding none.
     """
 
     active: tuple[str, ...]
@@ -42,8 +43,8 @@ class StepReport:
     def as_dict(self, prefix: str = "modaldummy/") -> dict[str, float]:
         """Everything as numbers for a logger, under keys that are the same at each step.
 
-        The keys, each behind `prefix`: `real`, `dummy`, `uncapped`, `fraction`, `num_params`, and
-        for each modality `active/<modality>`, 1 or 0.
+        The keys, each behind `prefix`: `real`, `dummy`, `uncapped`, `fraction`, `num_params`,
+        `num_elements`, and for each modality `active/<modality>`, 1 or 0.
         """
         real, dummy, uncapped = self._values()
         numbers = {
@@ -52,6 +53,7 @@ class StepReport:
             "uncapped": uncapped,
             "fraction": _fraction(real, dummy),
             "num_params": float(self.num_params),
+            "num_elements": float(self.num_elements),
         }
         names = sorted(self.active + self.inactive)
         flags = {f"active/{name}": float(name in self.active) for name in names}

@@ -23,19 +23,21 @@ _ROUNDING_MARGIN = 1 - 2**-10
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """The dummy term of one step: four tensors of shape `[]` in the accumulation dtype.
+    """The dummy term of one step: tensors of shape `[]` in the accumulation dtype.
 
     Attributes:
         connected: The value after the cap, with an autograd edge to every inactive parameter.
         value: The same, detached.
         uncapped: `scale * sum`, detached, before the cap; it may be inf or NaN.
         real: The `magnitude` of the real loss that the value was held against, NaN without one.
+        num_elements: How many elements get a dummy gradient.
     """
 
     connected: Tensor
     value: Tensor
     uncapped: Tensor
     real: Tensor
+    num_elements: int
 
 
 def dummy_term(
@@ -74,16 +76,17 @@ def dummy_term(
     dtypes = [dtype for _, dtype, _ in groups] + ([] if real is None else [real.dtype])
     dtype = accumulation_dtype(dtypes)
     device = (params[0] if real is None else real).device
+    size = sum(map(Tensor.numel, params))
     with torch.no_grad():
         seen = _nothing(dtype, device) / 0 if real is None else magnitude(real, dtype)
         if not (read and scale):
             zero = _nothing(dtype, device)
-            return Term(connect(-zero, scale, params, groups), zero, zero, seen)
+            return Term(connect(-zero, scale, params, groups), zero, zero, seen, size)
         uncapped = sum_all(params, groups, dtype=dtype, device=device) * scale
         value = torch.nan_to_num(uncapped, 0.0, 0.0, 0.0)  # of NaN, inf and -inf
         if real is not None:
             value = _clip(value, seen, real, max_fraction)
-    return Term(connect(value, scale, params, groups), value, uncapped, seen)
+    return Term(connect(value, scale, params, groups), value, uncapped, seen, size)
 
 
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -204,7 +204,7 @@ class DummyLossWrapper:
             return zero
         active = self._active(batch)
         idle = self._map.inactive_parameters(active)
-        term = self._term(idle, None) if idle else Term(zero, zero, zero, unknown)
+        term = self._term(idle, None) if idle else Term(zero, zero, zero, unknown, 0)
         self._report(active, idle, term)
         return self._observed(active, term.connected)
 
@@ -236,7 +236,7 @@ class DummyLossWrapper:
         if not idle:
             seen = magnitude(real, accumulation_dtype([real.dtype]))
             zero = torch.zeros_like(seen)
-            self._report(active, idle, Term(zero, zero, zero, seen))
+            self._report(active, idle, Term(zero, zero, zero, seen, 0))
             return self._observed(active, real)
         term = self._term(idle, real)
         self._report(active, idle, term)
@@ -276,7 +276,7 @@ class DummyLossWrapper:
             dummy=term.value,
             uncapped=term.uncapped,
             num_params=len(idle),
-            num_elements=sum(map(Tensor.numel, [parameter for _, parameter, _ in idle])),
+            num_elements=term.num_elements,
         )
 
 

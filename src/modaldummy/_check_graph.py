@@ -1,0 +1,53 @@
+"""Checks of what backward from a loss would reach."""
+
+from collections.abc import Iterator
+
+from modaldummy._finding import Finding
+from modaldummy._graph import reached_by
+from modaldummy._setup import Setup, is_sharded
+
+
+def check_graph(setup: Setup) -> Iterator[Finding]:
+    """MD111 and MD120; silent without a loss, and where its graph cannot tell."""
+    if setup.loss is None:
+        return
+    reached = reached_by(setup.loss)
+    if reached is None:
+        return
+    trainable = [parameter for _, parameter in setup.named.values() if parameter.requires_grad]
+    # The leaf that stands for a sharded parameter is another tensor, gathered for a while.
+    if any(id(parameter) in reached or is_sharded(parameter) for parameter in trainable):
+        yield from _out_of_reach(setup, reached)
+    else:
+        yield Finding(
+            "MD120",
+            "error",
+            "The graph of the loss reaches no trainable parameter of the model."
+            if setup.loss.requires_grad
+            else "The loss has no graph, so that backward fails.",
+            {"requires_grad": setup.loss.requires_grad, "trainable": len(trainable)},
+            "Look for `.item()`, `.detach()`, `torch.no_grad()` or a new tensor made of numbers "
+            "between the model and the loss.",
+        )
+
+
+def _out_of_reach(setup: Setup, reached: set[int]) -> Iterator[Finding]:
+    missed = {
+        identity: name
+        for identity, (name, parameter) in setup.trunk.items()
+        if identity not in reached and not is_sharded(parameter)
+    }
+    if not missed:
+        return
+    waiting = [ddp for ddp in setup.ddps if not (ddp.find_unused_parameters or ddp.static_graph)]
+    stops = any(id(parameter) in missed for ddp in waiting for parameter in ddp.parameters())
+    yield Finding(
+        "MD111",
+        "error" if stops else "warning",
+        "The graph of this loss does not reach these trainable parameters, which belong to no "
+        "modality, so that they get no gradient"
+        + (", and DDP stops with 'Expected to have finished reduction'." if stops else "."),
+        {"parameters": list(missed.values())},
+        "Give them to a modality, or to a tuple of modalities that use them together; freeze them "
+        "if they are not to be trained.",
+    )

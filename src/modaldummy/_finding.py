@@ -1,0 +1,51 @@
+"""What a check found, in a form for people and for programs."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["error", "warning", "info"]
+_ORDER = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that will go wrong, has gone wrong, or is worth knowing.
+
+    Attributes:
+        code: Stable name such as `MD101`; each has a section in the reference.
+        severity: `error`: training fails, or its result is wrong. `warning`: it is likely not what
+            was meant. `info`: nothing to do, good to know.
+        message: One sentence.
+        evidence: The numbers and names that it rests on; JSON can hold them.
+        remedy: What to do about it.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        evidence = ", ".join(f"{name}={_short(value)}" for name, value in self.evidence.items())
+        lines = [f"{self.code} {self.severity}: {self.message}"]
+        lines += [f"  evidence: {evidence}"] if evidence else []
+        lines += [f"  remedy: {self.remedy}"] if self.remedy else []
+        return "\n".join(lines)
+
+
+def by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Errors first, then warnings; within each by code, otherwise as they came."""
+    return sorted(findings, key=lambda f: (_ORDER.index(f.severity), f.code))
+
+
+def _short(value: object) -> str:
+    """A value of the evidence in a few words."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)) and len(value) > 3:
+        return f"[{', '.join(map(_short, value[:3]))}, and {len(value) - 3} more]"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_short, value))}]"
+    return str(value)

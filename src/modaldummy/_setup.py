@@ -1,0 +1,141 @@
+"""What the checks before training look at: what they were given, and what follows from it."""
+
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from modaldummy._kinds import is_sparse_table
+from modaldummy._modalities import ModalityKey
+from modaldummy._paths import Located
+from modaldummy._wrapper import DummyLossWrapper
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A wrapper, and what it is about to be trained with.
+
+    Attributes:
+        wrapper: The wrapper.
+        model: The model as it is called, with whatever is around it.
+        optimizers: All optimizers together; None if none were given.
+        loss: The total of one batch, or None.
+        factor: What the loss is multiplied by before backward, 1 without a scaler.
+        grad_scaler: Whether that is done by an enabled `torch.amp.GradScaler`.
+        max_norm: What gradients are clipped to, or None.
+        accumulation_steps: What the loss is divided by.
+    """
+
+    wrapper: DummyLossWrapper
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...] | None
+    loss: Tensor | None
+    factor: float | None
+    grad_scaler: bool
+    max_norm: float | None
+    accumulation_steps: int
+
+    @property
+    def scale(self) -> float | None:
+        """The scale of the wrapper."""
+        return self.wrapper._scale
+
+    @property
+    def reads(self) -> bool:
+        """Whether the dummy term reads parameters."""
+        return bool(self.scale) and not self.wrapper._gradient_only
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """Each module of the model and of the wrapper's model once."""
+        both = (self.model, self.wrapper._map.model)
+        return list(dict.fromkeys(module for model in both for module in model.modules()))
+
+    @cached_property
+    def named(self) -> dict[int, tuple[str, nn.Parameter]]:
+        """All parameters with their full names, by `id`; the names of the wrapper's model first."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for model in (self.wrapper._map.model, self.model):
+            for name, parameter in model.named_parameters():
+                found.setdefault(id(parameter), (name, parameter))
+        return found
+
+    @cached_property
+    def owned(self) -> dict[ModalityKey, dict[int, Located]]:
+        """Parameters of each key of the map, frozen ones included."""
+        return {key: self.wrapper._map.owned([key]) for key in self.wrapper._map.paths}
+
+    @cached_property
+    def owners(self) -> dict[int, tuple[ModalityKey, ...]]:
+        """Keys of the map that own a parameter, by its `id`; in map order."""
+        found: dict[int, tuple[ModalityKey, ...]] = {}
+        for key, own in self.owned.items():
+            for identity in own:
+                found[identity] = (*found.get(identity, ()), key)
+        return found
+
+    @cached_property
+    def towers(self) -> dict[int, Located]:
+        """Trainable parameters of any key of the map, by `id`: in a batch without a modality all
+        of them get a dummy.
+        """
+        return {id(found[1]): found for found in self.wrapper._map.inactive_parameters(())}
+
+    @cached_property
+    def trunk(self) -> dict[int, tuple[str, nn.Parameter]]:
+        """Trainable parameters that no key of the map owns, by `id`."""
+        return {
+            identity: (name, parameter)
+            for identity, (name, parameter) in self.named.items()
+            if parameter.requires_grad and identity not in self.owners
+        }
+
+    @cached_property
+    def tables(self) -> list[Located]:
+        """Those of `towers` whose gradients are sparse."""
+        return [located for located in self.towers.values() if is_sparse_table(located)]
+
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """Dtypes in which dummy gradients are handed out."""
+        dense = (located for located in self.towers.values() if not is_sparse_table(located))
+        return list(dict.fromkeys(parameter.dtype for _, parameter, _ in dense))
+
+    @cached_property
+    def ddps(self) -> list[DistributedDataParallel]:
+        """DDP modules around parameters of the map."""
+        found = [module for module in self.modules if isinstance(module, DistributedDataParallel)]
+        return [ddp for ddp in found if any(id(p) in self.towers for p in ddp.parameters())]
+
+    @cached_property
+    def sharding(self) -> list[nn.Module]:
+        """Modules that FSDP2's `fully_shard` was called on."""
+        # Who shards has imported it; importing it here would take long.
+        kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+        return [module for module in self.modules if isinstance(module, kind)]
+
+    def inactive(self, active: Collection[str]) -> set[int]:
+        """`id` of each of `towers` that is inactive in a batch of these modalities."""
+        present = set(self.wrapper._map.active_keys(active))
+        return {identity for identity in self.towers if present.isdisjoint(self.owners[identity])}
+
+
+def label(key: ModalityKey) -> str:
+    """A key of the map as one string."""
+    return key if isinstance(key, str) else " + ".join(key)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(parameter, "to_local")
+
+
+def has_values(parameter: Tensor) -> bool:
+    """Whether there is anything to read: not on meta, nor of a lazy module without a shape."""
+    return not parameter.is_meta and not is_lazy(parameter)

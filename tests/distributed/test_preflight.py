@@ -1,0 +1,174 @@
+"""What preflight says of ranks, on one of them, is what happens between two and four."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from modaldummy import preflight
+from tests.distributed.ranks import run_on_ranks
+from tests.holding import NAMES
+from tests.preflight_models import Model, mapped
+
+
+def codes(**arguments: Any) -> set[str]:
+    return {finding.code for finding in preflight(**arguments)}
+
+
+def gradients(model: Model) -> dict[str, Any]:
+    found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
+
+
+def alone(names: list[str]) -> dict[str, Any]:
+    """The average over ranks, computed without any."""
+    model = Model()
+    torch.stack([model([name]) for name in names]).mean().backward()
+    return gradients(model)
+
+
+def static_graph(rank: int, scale: float | None) -> dict[str, Any]:
+    """No rank has dMRI at the first step, rank 1 at the second."""
+    model = Model()
+    ddp = DistributedDataParallel(model, static_graph=True)
+    wrapper = mapped(model, scale)
+    for names in (["T1", "rsfMRI"], ["T1", "dMRI"]):
+        model.zero_grad()
+        wrapper.total(ddp([names[rank]]), names[rank]).backward()
+    return {"codes": codes(wrapper=wrapper, model=ddp), "gradients": gradients(model)}
+
+
+SHARDED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "towers": ([f"towers.{name}" for name in NAMES], {}),
+    "root, resharding": ([], {"reshard_after_forward": True}),
+    "root": ([], {}),
+}
+
+
+def sharded(rank: int, form: str, names: list[str]) -> dict[str, Any]:
+    """Each rank has the modality that `names` gives it."""
+    model = Model()
+    parts, options = SHARDED[form]
+    for part in parts:
+        fully_shard(model.get_submodule(part))
+    fully_shard(model, **options)
+    wrapper = mapped(model, 0.0)
+    found = codes(wrapper=wrapper)
+    wrapper.total(model([names[rank]]), names[rank]).backward()
+    return {"codes": found, "gradients": gradients(model)}
+
+
+def unwrapped(rank: int) -> float:
+    """FSDP2 averages over ranks, but between gloo ranks of torch 2.8 it only adds up."""
+    model = Model()
+    fully_shard(model)
+    model(["T1"]).backward()
+    ratios = gradients(model)["trunk.bias"] / alone(["T1"])["trunk.bias"]
+    return float(ratios[0])
+
+
+class Half(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.half()
+
+    def forward(self, active: Iterable[str]) -> Tensor:
+        (name,) = active
+        data = torch.ones(2, 3, dtype=torch.float16)
+        loss: Tensor = self.trunk(self.towers[name](data)).float().square().mean()
+        return loss
+
+
+def averaged(rank: int, steps: int, reduced_once: bool) -> dict[str, Any]:
+    """What becomes of the dummy of a float16 tower."""
+    model = Half()
+    ddp = DistributedDataParallel(model)
+    wrapper = mapped(model)
+    findings = preflight(wrapper, model=ddp, accumulation_steps=steps)
+    for step in range(steps):
+        ddp.require_backward_grad_sync = not reduced_once or step == steps - 1
+        (wrapper.total(ddp(["T1"]), "T1") / steps).backward()
+    return {"findings": findings, "gradient": model.towers["dMRI"].bias.grad}
+
+
+AVERAGES = [(steps, once) for steps in (1, 4) for once in (False, True)]
+
+
+def on_two(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {f"static {scale}": static_graph(rank, scale) for scale in (None, 0.0)}
+    found["factor"] = unwrapped(rank)
+    for form in SHARDED:
+        for names in (["T1", "dMRI"], ["T1", "T1"]):
+            found[f"{form} {names}"] = sharded(rank, form, names)
+    return found | on_four(rank)
+
+
+def on_four(rank: int) -> dict[str, Any]:
+    return {f"average {steps} {once}": averaged(rank, steps, once) for steps, once in AVERAGES}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(on_two, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(on_four, tmp_path_factory.mktemp("four"), 4)
+
+
+def test_a_static_graph_leaves_gradients_of_none_unreduced(two: list[dict[str, Any]]) -> None:
+    """Rank 1 goes on with a gradient that rank 0 does not have; with a scale of 0 both have it."""
+    name = "towers.dMRI.weight"
+    first, second = (found["static None"] for found in two)
+    assert first["codes"] == second["codes"] == {"MD102"}
+    assert first["gradients"][name] is None
+    assert torch.equal(second["gradients"][name], 2 * alone(["T1", "dMRI"])[name])
+    for found in two:
+        assert found["static 0.0"]["codes"] == {"MD131"}
+        assert_close(found["static 0.0"]["gradients"], alone(["T1", "dMRI"]))
+
+
+def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, gradient in expected.items():
+        other = torch.zeros_like(actual[name]) if gradient is None else gradient
+        assert torch.allclose(actual[name], other, atol=1e-6), name
+
+
+@pytest.mark.parametrize("form", SHARDED)
+@pytest.mark.parametrize("names", [["T1", "dMRI"], ["T1", "T1"]], ids=["different", "the same"])
+def test_shards_at_the_time_of_the_dummy_make_gradients_wrong(
+    two: list[dict[str, Any]], form: str, names: list[str]
+) -> None:
+    """Where ranks have different modalities; otherwise, and with a root that is gathered, not."""
+    for found in two:
+        result = found[f"{form} {names}"]
+        right = {n: g if g is None else g * found["factor"] for n, g in alone(names).items()}
+        assert result["codes"] == ({"MD131"} if form == "root" else {"MD104", "MD131"})
+        if names == ["T1", "T1"] or form == "root":
+            assert_close(result["gradients"], right)
+        else:
+            with pytest.raises(AssertionError):
+                assert_close(result["gradients"], right)
+
+
+@pytest.mark.parametrize(("steps", "once"), AVERAGES)
+@pytest.mark.parametrize("number", [2, 4])
+def test_the_average_rounds_as_it_says(
+    request: pytest.FixtureRequest, number: int, steps: int, once: bool
+) -> None:
+    for found in request.getfixturevalue("two" if number == 2 else "four"):
+        result = found[f"average {steps} {once}"]
+        lost = not result["gradient"].any()
+        codes = [finding.code for finding in result["findings"]]
+        assert codes == (["MD137"] if (number, steps) != (2, 1) else [])
+        if not codes or not once:
+            assert lost == bool(codes)
+        else:
+            (evidence,) = (finding.evidence for finding in result["findings"])
+            assert evidence["ranks"] == number
+            assert evidence["if_reduced_once"] == {"float16": result["gradient"][0].item()}

@@ -1,0 +1,268 @@
+"""Arguments for `preflight`."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from modaldummy import DummyLossWrapper, hold_inactive
+from tests.holding import NAMES
+from tests.preflight_models import (
+    FOUR,
+    Around,
+    Engine,
+    Inside,
+    Model,
+    Ranks,
+    mapped,
+    sharded,
+    sparse_tables,
+    with_head,
+)
+
+Arguments = dict[str, Any]
+
+
+def with_scale(scale: float, **options: Any) -> Arguments:
+    return {"wrapper": mapped(Model(), scale, **options)}
+
+
+def with_dtype(dtype: torch.dtype, scale: float = 1e-7, **arguments: Any) -> Arguments:
+    return {"wrapper": Model().to(dtype).wrapper(scale), **arguments}
+
+
+def with_loss(model: nn.Module, *active: str, **arguments: Any) -> Arguments:
+    wrapper = mapped(model)
+    return {"wrapper": wrapper, "loss": wrapper.total(model(active), active), **arguments}
+
+
+def with_optimizer(kind: Callable[..., Optimizer], **options: Any) -> Arguments:
+    model = Model()
+    return {"wrapper": model.wrapper(), "optimizer": kind(model.parameters(), lr=0.1, **options)}
+
+
+def held(model: nn.Module, kind: Callable[..., Optimizer] = AdamW, **options: Any) -> Arguments:
+    wrapper = mapped(model)
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    hold_inactive(wrapper, optimizer)
+    return {"wrapper": wrapper, "optimizer": optimizer}
+
+
+def ddp(scale: float | None = 1e-7, **options: Any) -> Arguments:
+    model = Model()
+    return {"wrapper": model.wrapper(scale), "model": DistributedDataParallel(model, **options)}
+
+
+def ddp_below(scale: float | None = 1e-7, **options: Any) -> Arguments:
+    model: Any = torch.compile(DistributedDataParallel(Model(), **options), backend="eager")
+    return {"wrapper": DummyLossWrapper(model, {name: f"towers.{name}" for name in NAMES}, scale)}
+
+
+def ddp_with_loss_inside(**options: Any) -> Arguments:
+    model = Inside()
+    around = DistributedDataParallel(model, **options)
+    return {"wrapper": model.wrapper, "model": around, "loss": around(["T1"])}
+
+
+def ddp_with_unused_trunk() -> Arguments:
+    model = Model()
+    model.head = nn.Linear(4, 4)
+    return with_loss_of(DistributedDataParallel(model), model, "T1")
+
+
+def with_loss_of(called: nn.Module, model: nn.Module, *active: str) -> Arguments:
+    wrapper = mapped(model)
+    total = wrapper.total(called(active), active)
+    return {"wrapper": wrapper, "model": called, "loss": total}
+
+
+def ddp_with_sparse_tables(scale: float | None) -> Arguments:
+    model = sparse_tables()
+    return {"wrapper": mapped(model, scale), "model": DistributedDataParallel(model)}
+
+
+def sharded_after_the_optimizer() -> Arguments:
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return {"wrapper": mapped(model), "optimizer": optimizer}
+
+
+def engine(stage: int) -> Arguments:
+    model = Model()
+    return {"wrapper": model.wrapper(), "model": Engine(model, stage)}
+
+
+def compiled(names: Iterable[str], in_place: bool = False) -> Arguments:
+    model = Model(names)
+    wrapper = mapped(model)
+    if in_place:
+        model.compile(backend="eager")
+        return {"wrapper": wrapper}
+    return {"wrapper": wrapper, "model": torch.compile(model, backend="eager")}
+
+
+def compiled_towers() -> Arguments:
+    model = Model(FOUR)
+    for tower in model.towers.values():
+        tower.compile(backend="eager")
+    return {"wrapper": mapped(model)}
+
+
+def left_out() -> Arguments:
+    model = with_head(used=True)
+    optimizer = SGD([*model.towers.parameters(), *model.trunk[1].parameters()], lr=0.1)
+    return {"wrapper": mapped(model), "optimizer": optimizer}
+
+
+def frozen_tower() -> Arguments:
+    model = Model()
+    model.towers["dMRI"].requires_grad_(False)
+    return with_loss(model, "T1")
+
+
+def with_value(value: float) -> Arguments:
+    model = Model()
+    with torch.no_grad():
+        model.towers["dMRI"].weight[1, 2] = value
+    return {"wrapper": model.wrapper()}
+
+
+def on_meta(*names: str, **options: Any) -> Arguments:
+    model = Model()
+    for name in names:
+        model.towers[name].to("meta")
+    return {"wrapper": mapped(model, **options)}
+
+
+def without_modalities(arguments: Arguments) -> Arguments:
+    """With the loss of a batch that only the trunk learns from."""
+    wrapper = arguments["wrapper"]
+    trunk = wrapper._map.model.trunk
+    return arguments | {"loss": wrapper.total(trunk(torch.ones(1, 4)).sum(), [])}
+
+
+def detached() -> Arguments:
+    wrapper = Model().wrapper()
+    return {"wrapper": wrapper, "loss": wrapper.total(torch.tensor(2.0), NAMES)}
+
+
+def of_another_model() -> Arguments:
+    return {"wrapper": Model().wrapper(), "loss": Model()(NAMES)}
+
+
+def with_gains(number: int, **arguments: Any) -> Arguments:
+    """Towers with the gains of norms, which are 1 and do not cancel."""
+    model = Model()
+    for name in NAMES:
+        model.towers[name] = nn.Sequential(nn.LayerNorm(number), nn.Linear(number, 4))
+    return {"wrapper": mapped(model), **arguments}
+
+
+def after_a_step(loss: float) -> Arguments:
+    arguments = with_gains(500)
+    arguments["wrapper"].total(torch.tensor(loss), "T1")
+    return arguments
+
+
+def with_gradients(value: float, **arguments: Any) -> Arguments:
+    model = Model().half()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+    return {"wrapper": model.wrapper(), **arguments}
+
+
+def on_ranks(number: int, dtype: torch.dtype, **arguments: Any) -> Arguments:
+    model = Model().to(dtype)
+    around: Any = DistributedDataParallel(model)
+    around.process_group = Ranks(number)
+    return {"wrapper": model.wrapper(), "model": around, **arguments}
+
+
+def optimizer_for_each_tower(scale: float | None) -> Arguments:
+    model = Model()
+    optimizers = [SGD(part.parameters(), lr=0.1) for part in [*model.towers.values(), model.trunk]]
+    scaler = torch.amp.GradScaler("cpu")
+    return {"wrapper": model.wrapper(scale), "optimizer": optimizers, "scaler": scaler}
+
+
+def ddp_with_optimizers() -> Arguments:
+    arguments = optimizer_for_each_tower(None)
+    return arguments | {"model": DistributedDataParallel(arguments["wrapper"]._map.model)}
+
+
+def one_optimizer(scale: float | None) -> Arguments:
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    return {"wrapper": model.wrapper(scale), "optimizer": optimizer, "scaler": scaler}
+
+
+def removed_hold() -> Arguments:
+    arguments = held(Model())
+    arguments["optimizer"]._modaldummy_holder.handles[0].remove()
+    return arguments
+
+
+def hold_of_another_wrapper() -> Arguments:
+    model = Model()
+    return held(model) | {"wrapper": model.wrapper()}
+
+
+def with_fusion() -> Arguments:
+    model = with_head(used=True)
+    paths: Mapping[Any, str] = {name: f"towers.{name}" for name in NAMES}
+    wrapper = DummyLossWrapper(model, {**paths, ("T1", "dMRI"): "trunk.0"})
+    loss = wrapper.total(model.loss(["T1", "dMRI"]), ["T1", "dMRI"])
+    return {"wrapper": wrapper, "loss": loss, "max_norm": 1.0}
+
+
+def mixed_precision() -> Arguments:
+    model = Model()
+    wrapper = model.wrapper()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = wrapper.total(model(["T1"]), ["T1"])
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    clipped = {"scaler": scaler, "max_norm": 1.0, "accumulation_steps": 4}
+    return {"wrapper": wrapper, "loss": loss, "optimizer": optimizer, **clipped}
+
+
+def sharded_and_held(forward: bool = False) -> Arguments:
+    model = sharded("")
+    arguments = held(model)
+    if forward:
+        return arguments | {"loss": model.total(arguments["wrapper"], "T1")}
+    return arguments
+
+
+def warming_up() -> Arguments:
+    arguments = with_optimizer(SGD, momentum=0.9)
+    LambdaLR(arguments["optimizer"], lambda epoch: epoch / 10)
+    return arguments
+
+
+def accelerated() -> Arguments:
+    arguments = held(Model())
+    return arguments | {"optimizer": Around(arguments["optimizer"])}
+
+
+def ddp_and_held() -> Arguments:
+    model = Model()
+    around = DistributedDataParallel(model)
+    arguments = held(model) | {"model": around, "max_norm": 1.0, "accumulation_steps": 2}
+    return arguments | {"loss": arguments["wrapper"].total(around(["dMRI"]), "dMRI")}
+
+
+def two_held() -> Arguments:
+    model = Model()
+    wrapper = model.wrapper()
+    optimizers = [Adam(part.parameters(), lr=0.1) for part in (model.towers, model.trunk)]
+    hold_inactive(wrapper, optimizers[0])
+    return {"wrapper": wrapper, "optimizer": optimizers, "loss": model.total(wrapper, "T1")}

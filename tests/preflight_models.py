@@ -1,0 +1,146 @@
+"""Models in every state that `preflight` should know, and what stands around them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from modaldummy import DummyLossWrapper
+from tests.holding import NAMES, Towers
+
+FOUR = (*NAMES, "PET")
+
+
+class Model(Towers):
+    """Runs the towers that a batch names."""
+
+    def __init__(self, names: Iterable[str] = NAMES) -> None:
+        super().__init__()
+        self.trunk: Any = self.trunk
+        self.towers = nn.ModuleDict({name: nn.Linear(3, 4) for name in names})
+
+    def forward(self, active: Iterable[str]) -> Tensor:
+        return self.loss(active)
+
+    def total(self, wrapper: DummyLossWrapper, *active: str) -> Tensor:
+        return wrapper.total(self(active), active)
+
+
+class Inside(nn.Module):
+    """The loss, dummy included, is what the model returns."""
+
+    def __init__(self, scale: float | None = 1e-7) -> None:
+        super().__init__()
+        self.model = Model()
+        self.wrapper = self.model.wrapper(scale)
+
+    def forward(self, active: Iterable[str]) -> Tensor:
+        return self.wrapper.total(self.model(active), active)
+
+
+class Engine(nn.Module):
+    """What of a DeepSpeed engine tells its ZeRO stage."""
+
+    def __init__(self, module: nn.Module, stage: int) -> None:
+        super().__init__()
+        self.module = module
+        self._stage = stage
+
+    def zero_optimization_stage(self) -> int:
+        return self._stage
+
+
+class Ranks:
+    """A process group of which nothing but the size is asked."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+
+class Around(Optimizer):
+    """An optimizer around another one, as that of Accelerate."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+
+def mapped(model: nn.Module, scale: float | None = 1e-7, **options: Any) -> DummyLossWrapper:
+    """A wrapper for models with a tower for each name."""
+    names = model.get_submodule("towers")._modules
+    return DummyLossWrapper(model, {name: f"towers.{name}" for name in names}, scale, **options)
+
+
+def sparse_tables() -> Model:
+    model = Model()
+    model.towers["dMRI"] = nn.Embedding(5, 4, sparse=True)
+    return model
+
+
+def sharded(*parts: str, **options: Any) -> Model:
+    """FSDP2 for towers that are named, and for the whole model (`""`)."""
+    mesh = init_device_mesh("cpu", (1,))
+    model = Model()
+    for part in parts:
+        fully_shard(model.get_submodule(part), mesh=mesh, **(options if not part else {}))
+    return model
+
+
+def with_head(used: bool = False) -> Model:
+    model = Model()
+    if used:
+        model.trunk = nn.Sequential(nn.Linear(4, 4), model.trunk)
+    else:
+        model.head = nn.Linear(4, 4)
+    return model
+
+
+def tied(first: str, second: str, whole: bool = False) -> Model:
+    """Two linear layers with one weight, or two names of one layer."""
+    model = Model()
+    model.trunk = nn.Linear(3, 4)
+    one, other = model.get_submodule(first), model.get_submodule(second)
+    if whole:
+        parent, _, name = second.rpartition(".")
+        setattr(model.get_submodule(parent), name, one)
+    else:
+        other.weight = one.weight
+    return model
+
+
+class Checkpointed(Model):
+    """Computes the trunk again during backward, so that its part of the graph is not there yet."""
+
+    def forward(self, active: Iterable[str]) -> Tensor:
+        hidden = torch.stack([self.towers[name](torch.ones(2, 3)) for name in active]).mean(0)
+        output: Any = checkpoint(self.trunk, hidden, use_reentrant=True)
+        loss: Tensor = output.square().mean()
+        return loss
+
+
+class Adapted(nn.Module):
+    """A frozen layer and a trainable one of low rank beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(3, 4).requires_grad_(False)
+        self.down, self.up = nn.Linear(3, 1, bias=False), nn.Linear(1, 4, bias=False)
+
+    def forward(self, data: Tensor) -> Tensor:
+        output: Tensor = self.base(data) + self.up(self.down(data))
+        return output
+
+
+def with_towers(make: Callable[[], nn.Module]) -> Model:
+    model = Model()
+    for name in NAMES:
+        model.towers[name] = make()
+    return model
