@@ -1,0 +1,111 @@
+"""Findings about a run out of what it logged."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from os import PathLike
+from typing import Any
+
+from modaldummy import _diagnose_gradients as gradients
+from modaldummy import _diagnose_loss as loss
+from modaldummy._errors import HistoryError, describe
+from modaldummy._evidence import Evidence, Outcome, Sign, Thresholds, Unchecked
+from modaldummy._finding import Finding, by_severity
+from modaldummy._history import HistoryFile, Row
+
+CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
+    "loss is finite": loss.finite,
+    "loss falls": loss.decreasing,
+    "loss is steady": loss.steady,
+    "inactive parameters are finite": loss.uncapped,
+    "real gradients are finite": gradients.real,
+    "dummy gradients are there": gradients.there,
+    "dummy gradients have their size": gradients.sized,
+    "dummy is small beside the loss": gradients.small,
+    "real gradients outweigh dummy ones": gradients.ratio,
+    "every modality occurs": gradients.occurring,
+    "batches mix modalities": gradients.mixed,
+}
+_BROKEN = ("MD201", "MD202")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that the checks said about a history.
+
+    Attributes:
+        findings: Errors first.
+        signs: Check to what it saw, of those that found nothing wrong.
+        unchecked: Check to what it would have needed.
+        notes: About the file.
+        evidence: What the checks went by.
+    """
+
+    findings: list[Finding]
+    signs: dict[str, Sign]
+    unchecked: dict[str, str]
+    notes: list[str]
+    evidence: Evidence
+
+
+def diagnose(
+    history: Iterable[Row] | str | PathLike[str],
+    *,
+    scale: float | None = 1e-7,
+    **thresholds: float,
+) -> list[Finding]:
+    """What logged metrics say is wrong with a run.
+
+    The metrics are those of `gradient_norms(wrapper)` and `wrapper.last.as_dict()` with a `loss`,
+    as they are or behind `train/`; what is not logged is not checked. Memory is bounded: counts
+    and extremes are those of all rows, medians those of 20,000 rows drawn at random.
+
+        >>> rows = [{"step": step, "loss": 2.0} for step in range(50)]
+        >>> [finding.code for finding in diagnose(rows)]
+        ['MD204']
+
+    Args:
+        history: Rows of metrics, by step; or the path of a file: one JSON object a line, CSV, also
+            as Weights & Biases exports it, a JSON list, or `trainer_state.json` of Hugging Face.
+        scale: That of the wrapper.
+        **thresholds: Numbers to go by in place of those in the reference, such as `noise=1.0`.
+
+    Returns:
+        Findings, errors first; those of severity `info` are no cause for concern.
+
+    Raises:
+        OSError: The file cannot be opened.
+        HistoryError: A line of it cannot be read, or there are no rows.
+        TypeError: `history` is neither, or a threshold is unknown.
+        ValueError: `scale` or a threshold is no number that it can be.
+    """
+    return examine(history, scale=scale, thresholds=thresholds).findings
+
+
+def examine(
+    history: Iterable[Row] | str | PathLike[str],
+    *,
+    scale: float | None = 1e-7,
+    thresholds: dict[str, Any] | None = None,
+) -> Diagnosis:
+    """As `diagnose`, with what was healthy and what could not be checked."""
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if scale is not None and not (number and 0 <= float(scale) < float("inf")):
+        raise ValueError(f"`scale` must be a finite number >= 0 or None, got {describe(scale)}.")
+    limits = Thresholds.of(thresholds or {})
+    if isinstance(history, (str, PathLike)):
+        history = HistoryFile(history)
+    if not isinstance(history, Iterable):
+        raise TypeError(f"`history` must be rows or a path, got {describe(history)}.")
+    evidence = Evidence(history, scale, limits)
+    if not evidence.signals.num_rows:
+        raise HistoryError("The history has no rows; log at least one step.")
+    outcomes = {name: check(evidence) for name, check in CHECKS.items()}
+    findings = [outcome for outcome in outcomes.values() if isinstance(outcome, Finding)]
+    return Diagnosis(
+        findings=by_severity(findings),
+        signs={name: o for name, o in outcomes.items() if isinstance(o, Sign)},
+        unchecked={name: o.reason for name, o in outcomes.items() if isinstance(o, Unchecked)},
+        notes=getattr(history, "notes", []),
+        evidence=evidence,
+    )

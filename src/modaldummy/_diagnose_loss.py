@@ -1,0 +1,172 @@
+"""Checks of the course of a loss: is it finite, does it fall, is it steady?"""
+
+import math
+
+import numpy as np
+
+from modaldummy._evidence import Evidence, Outcome, Sign, Unchecked
+from modaldummy._finding import Finding
+from modaldummy._signals import Column
+
+_MANY = 8  # losses of one set of modalities that say something about its course
+_CERTAIN = 4.0  # standard errors; several beginnings are tried
+
+
+def finite(evidence: Evidence) -> Outcome:
+    """MD201 and MD202: NaN or infinity, at once or after some steps."""
+    losses = evidence.tally("loss broken")
+    if not losses.seen:
+        return Unchecked("no loss is logged: a key `loss`, `train/loss` or `modaldummy/real`")
+    if not losses.hits:
+        return Sign(f"{losses.seen:,} losses, all finite", {"losses": losses.seen})
+    found = {
+        "first_step": losses.first,
+        "losses_before": losses.place,
+        "not_finite": losses.hits,
+        "losses": losses.seen,
+    }
+    if losses.place < evidence.limits.early:
+        return Finding(
+            "MD201",
+            "error",
+            f"The loss is NaN or infinite almost at once, at step {losses.first:g}.",
+            found,
+            "Look at the data and the loss of one batch, without the wrapper; run `preflight`, "
+            "which names parameters that are not finite and scales that are too large.",
+        )
+    growth = _growth(evidence, losses.first)
+    if growth is not None:
+        found["gradient_growth"] = growth
+    grown = f", after real gradients grew {growth:.3g} times" if growth and growth > 2 else ""
+    return Finding(
+        "MD202",
+        "error",
+        f"The loss becomes NaN or infinite at step {losses.first:g}{grown}.",
+        found,
+        "Lower the learning rate or clip gradients; look at what the batch at that step held.",
+    )
+
+
+def _growth(evidence: Evidence, step: float) -> float | None:
+    """Largest of the last real gradient norms before `step`, over the median of those before."""
+    norms = evidence.column("real_norm")
+    before = norms[np.isfinite(norms) & (evidence.column("step") <= step)]
+    if len(before) < _MANY:
+        return None
+    usual = float(np.median(before[:-5]))
+    return float(before[-5:].max()) / usual if usual else None
+
+
+def uncapped(evidence: Evidence) -> Outcome:
+    """MD203: a parameter of an inactive modality is not finite."""
+    sums = evidence.tally("report/uncapped broken")
+    if not sums.seen:
+        return Unchecked("`modaldummy/uncapped` is not logged: `wrapper.last.as_dict()`")
+    if not sums.hits:
+        return Sign("sums of inactive parameters are finite", {"sums": sums.seen})
+    return Finding(
+        "MD203",
+        "error",
+        f"A parameter of an inactive modality is NaN or infinite from step {sums.first:g} on.",
+        {"first_step": sums.first, "not_finite": sums.hits, "sums": sums.seen},
+        "`preflight(wrapper)` names it; go back to a checkpoint from before that step.",
+    )
+
+
+def decreasing(evidence: Evidence) -> Outcome:
+    """MD204: the loss does not fall."""
+    series = _by_set(evidence)
+    number = sum(map(len, series))
+    if number < evidence.limits.least:
+        return Unchecked(f"{number} losses are too few; {evidence.limits.least} are needed")
+    falls = [fall for losses in [*series, _together(evidence)] for fall in _falls(losses)]
+    first, last, error = max(falls, key=lambda fall: (fall[0] - fall[1]) / (fall[2] or 1e-300))
+    numbers = {"from": first, "to": last, "losses": number}
+    share = (first - last) / abs(first) if first else 0.0
+    if first - last > _CERTAIN * error and share > evidence.limits.decrease:
+        return Sign(f"falls, where it is clearest from {first:.4g} to {last:.4g}", numbers)
+    whole = np.concatenate(series)
+    return Finding(
+        "MD204",
+        "warning",
+        "The loss does not decrease.",
+        numbers | {"median": float(np.median(whole)), "first_step": _first_step(evidence)},
+        "Look whether the total that the wrapper returned is backwarded, whether the optimizer has "
+        "the parameters (`preflight(wrapper, optimizer)`), and at the learning rate.",
+    )
+
+
+def steady(evidence: Evidence) -> Outcome:
+    """MD205: the loss jumps from batch to batch of the same modalities."""
+    if np.isnan(evidence.column("set")).all():
+        return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
+    losses = _together(evidence)
+    if len(losses) < evidence.limits.least:
+        return Unchecked(f"{len(losses)} losses are too few; {evidence.limits.least} are needed")
+    largest = _jump(losses)
+    if largest <= evidence.limits.noise:
+        return Sign(f"jumps by {largest:.2g} of its first values", {"jump": largest})
+    return Finding(
+        "MD205",
+        "warning",
+        f"The loss oscillates: between batches of the same modalities it jumps by {largest:.2g} of "
+        "its first values.",
+        {"jump": largest, "limit": evidence.limits.noise, "first_step": _first_step(evidence)},
+        "Lower the learning rate, or make batches larger.",
+    )
+
+
+def _by_set(evidence: Evidence) -> list[Column]:
+    """Finite losses in order, those of each set of active modalities apart."""
+    losses, sets = evidence.column("loss"), evidence.column("set")
+    known = np.isfinite(losses)
+    parts = [losses[known & (sets == one)] for one in np.unique(sets[~np.isnan(sets)])]
+    parts.append(losses[known & np.isnan(sets)])
+    return [part for part in parts if len(part) >= min(_MANY, known.sum())] or [losses[known]]
+
+
+def _together(evidence: Evidence) -> Column:
+    """Finite losses in order, without what sets one set of active modalities apart from others."""
+    losses, sets = evidence.column("loss"), evidence.column("set")
+    known = np.isfinite(losses)
+    losses, sets = losses[known], np.nan_to_num(sets[known], nan=-1.0)
+    levels = {one: np.median(losses[sets == one]) for one in np.unique(sets)}
+    return losses - np.array([levels[one] for one in sets]) + np.median(losses)
+
+
+def _jump(losses: Column) -> float:
+    """Noise of the second half in units of the first losses; 0 where these are not reached again.
+
+    Losses of few samples are noisy in a healthy run too, but seldom as large as at its start.
+    """
+    start = float(np.median(losses[: max(_MANY, len(losses) // 20)]))
+    late = losses[len(losses) // 2 :]
+    if not start or np.quantile(late, 0.75) < start:
+        return 0.0
+    return _noise(late) / abs(start)
+
+
+def _noise(losses: Column) -> float:
+    """Standard deviation between neighbours, by medians, so that neither trend nor spikes count."""
+    differences = np.diff(losses)
+    spread = np.median(np.abs(differences - np.median(differences)))
+    return float(1.4826 * spread / math.sqrt(2))
+
+
+def _falls(losses: Column) -> list[tuple[float, float, float]]:
+    """Medians of beginnings of several lengths, of the last quarter, and the error of their gap."""
+    size = len(losses)
+    end = losses[-max(3, size // 4) :]
+    noise = _noise(losses) if size > 2 else math.inf
+    return [
+        (
+            float(np.median(losses[:length])),
+            float(np.median(end)),
+            1.25 * noise * math.sqrt(1 / length + 1 / len(end)),
+        )
+        for length in {3, max(3, size // 20), max(3, size // 10), max(3, size // 4)}
+    ]
+
+
+def _first_step(evidence: Evidence) -> float:
+    return float(evidence.column("step")[np.isfinite(evidence.column("loss"))][0])

@@ -1,0 +1,192 @@
+"""What a history of training shows, gathered in one pass and bounded memory."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import numpy as np
+
+from modaldummy._errors import close_match, describe
+from modaldummy._finding import Finding
+from modaldummy._history import Row, in_chunks
+from modaldummy._signals import Column, Columns, Signals
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Numbers that a diagnosis goes by.
+
+    Attributes:
+        early: A loss that is not finite among so many first ones was so at once.
+        least: Fewer losses than this say nothing about their course.
+        decrease: The loss has to fall by this share of its first values.
+        noise: It is not steady where it jumps by this multiple of its first values from one batch
+            to the next of the same modalities.
+        factor: Norms of dummy gradients may be so many times too large or too small.
+        clipped: Below this share of what they should be, they have been clipped away.
+        broken: Of the steps, this share may have a real gradient that is not finite, as those have
+            that a GradScaler skips.
+        fraction: Bound on `|dummy| / |real|`.
+        large_fraction: Where exceeding it is an error.
+        ratio: Of real to dummy gradient norm, for orientation.
+        single: More than this share of batches with a single modality is worth a word.
+    """
+
+    early: int = 5
+    least: int = 20
+    decrease: float = 0.01
+    noise: float = 0.5
+    factor: float = 2.0
+    clipped: float = 0.01
+    broken: float = 0.05
+    fraction: float = 1e-4
+    large_fraction: float = 1e-2
+    ratio: float = 1e4
+    single: float = 0.95
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """The usual ones but for those that are `given`.
+
+        Raises:
+            TypeError: There is no such threshold.
+            ValueError: One is not a finite number above 0.
+        """
+        names = [field.name for field in fields(cls)]
+        for name, value in given.items():
+            if name not in names:
+                match = close_match(name, names)
+                hint = f"; did you mean {match!r}?" if match else "."
+                raise TypeError(f"There is no threshold {name!r}{hint} There are: {names}.")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise ValueError(
+                    f"`{name}` must be a finite number above 0, got {describe(value)}."
+                )
+        return cls(**given)
+
+
+@dataclass
+class Tally:
+    """How often something was seen, and how often and where it was so.
+
+    Attributes:
+        seen: Rows that tell.
+        hits: Rows of these where it was so.
+        first: Step of the first hit; `place` is how many rows had told before.
+        run: Hits at the end, without a row between that tells otherwise.
+        largest: Largest finite value at a hit, and its step.
+    """
+
+    seen: int = 0
+    hits: int = 0
+    first: float = math.nan
+    place: int = 0
+    run: int = 0
+    largest: float = -math.inf
+    largest_step: float = math.nan
+
+    @property
+    def share(self) -> float:
+        """Hits of what was seen."""
+        return self.hits / self.seen if self.seen else 0.0
+
+    def add(self, steps: Column, value: Column, hit: Any, seen: Any = None) -> None:
+        """Count rows where `value` is there, or where they were `seen`."""
+        told = ~np.isnan(value) if seen is None else seen
+        where = np.flatnonzero(hit & told)
+        if len(where) and not self.hits:
+            self.first = float(steps[where[0]])
+            self.place = self.seen + int(told[: where[0]].sum())
+        others = np.flatnonzero(told & ~hit)
+        tail = where if not len(others) else where[where > others[-1]]
+        self.run = len(tail) + (0 if len(others) else self.run)
+        self.seen += int(told.sum())
+        self.hits += len(where)
+        finite = where[np.isfinite(value[where])]
+        if len(finite) and (peak := float(value[finite].max())) > self.largest:
+            self.largest = peak
+            self.largest_step = float(steps[finite[value[finite].argmax()]])
+
+
+class Evidence:
+    """A history as far as a diagnosis needs it.
+
+    Attributes:
+        limits: What the tallies and checks go by.
+        scale: The scale of the wrapper.
+        signals: What the rows said; knows the modalities.
+        sample: The quantities of up to 20,000 rows, all of them where there are fewer.
+    """
+
+    def __init__(self, rows: Iterable[Row], scale: float | None, limits: Thresholds) -> None:
+        self.limits = limits
+        self.scale = scale
+        self.signals = Signals()
+        self._tallies: dict[str, Tally] = {}
+        for chunk in in_chunks(rows, _CHUNK):
+            self._count(self.signals.add(chunk))
+        self.sample: Columns = self.signals.sample()
+
+    def tally(self, name: str) -> Tally:
+        """The count of that name; one that has seen nothing if there is none."""
+        return self._tallies.get(name, Tally())
+
+    def column(self, name: str) -> Column:
+        """A quantity of the sample."""
+        size = len(self.sample.get("step", ()))
+        return self.sample.get(name, np.full(size, np.nan))
+
+    def _count(self, columns: Columns) -> None:
+        steps, nothing = columns["step"], np.full(len(columns["step"]), np.nan)
+
+        def count(name: str, value: Column, hit: Any, seen: Any = None) -> None:
+            self._tallies.setdefault(name, Tally()).add(steps, value, hit, seen)
+
+        for name in ("loss", "report/uncapped", "real_norm"):
+            values = columns.get(name, nothing)
+            count(f"{name} broken", values, np.isinf(values))
+        fraction = columns.get("report/fraction", nothing)
+        count("fraction", fraction, fraction > 0, np.isfinite(fraction))
+        above = fraction > self.limits.fraction * (1 + 1e-6)
+        count("fraction above", fraction, above, np.isfinite(fraction))
+        dummy = columns["dummy_norm"]
+        # With constant keys, where no label is, NaN says that there is none.
+        nan = np.isinf(dummy) & np.isfinite(columns["loss"]) & (columns["labelled"] == 0)
+        none = np.isnan(dummy) | nan
+        due = (columns["due"] > 0) & ~(columns.get("report/num_params", nothing) == 0)
+        count("dummy missing", dummy, none, due)
+        count("dummy zero", dummy, dummy == 0, due & np.isfinite(dummy))
+        flags = [columns[f"held/{name}"] for name in self.signals.modalities]
+        for name, flag in zip(self.signals.modalities, flags, strict=True):
+            count(f"held/{name}", flag, flag == 1)
+        number = np.sum(flags or [nothing], axis=0)
+        count("single", number, number == 1)
+
+
+class Sign(NamedTuple):
+    """A check that found nothing wrong.
+
+    Attributes:
+        text: What it saw.
+        numbers: The same for programs.
+    """
+
+    text: str
+    numbers: dict[str, Any]
+
+
+class Unchecked(NamedTuple):
+    """A check that could not be made.
+
+    Attributes:
+        reason: What the history lacks.
+    """
+
+    reason: str
+
+
+Outcome: TypeAlias = Finding | Sign | Unchecked

@@ -1,0 +1,136 @@
+"""Reads files of logged metrics: JSON lines, CSV, JSON as Hugging Face's Trainer writes it."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from typing import IO, Any, TypeAlias
+
+from modaldummy._errors import HistoryError
+
+Row: TypeAlias = Mapping[str, Any]
+
+_DELIMITERS = ",;\t"
+_decode = json.JSONDecoder().decode  # `json.loads` makes a call or two more for each line
+
+
+class HistoryFile:
+    """The rows of a file of logged metrics, one after the other.
+
+    The content tells the format: one JSON object a line, or a header and comma-separated values
+    below it (semicolons and tabs work too), or JSON as a whole: a list of objects, or an object
+    with such a list at `log_history`. Only the last is held in memory. A last line that was cut
+    off, as where a run was killed, is left out.
+
+    Attributes:
+        notes: What a reader should be told, once the rows have been read.
+
+    Raises:
+        OSError: From iteration: the file cannot be opened.
+        HistoryError: From iteration: a line cannot be read; it says which and why.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = path
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[Row]:
+        with open(self.path, encoding="utf-8-sig", newline="") as file:
+            try:
+                yield from self._rows(file)
+            except UnicodeDecodeError as error:
+                raise HistoryError(f"{self.path} is no UTF-8 text: {error}.") from error
+
+    def _rows(self, file: IO[str]) -> Iterator[Row]:
+        start = ""
+        while start.isspace() or not start:
+            if not (start := file.readline()):
+                raise HistoryError(f"{self.path} is empty.")
+        file.seek(0)
+        if start.lstrip()[0] not in "[{":
+            return self._csv(file)
+        try:
+            first = json.loads(start)
+        except json.JSONDecodeError:
+            # A whole file, over several lines; or a single line that was cut off.
+            return self._json(file)
+        whole = isinstance(first, list) or (isinstance(first, dict) and "log_history" in first)
+        return self._json(file) if whole else self._json_lines(file)
+
+    def _json(self, file: IO[str]) -> Iterator[Row]:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise self._error(error.lineno, str(error)) from error
+        rows = content.get("log_history") if isinstance(content, dict) else content
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise HistoryError(
+                f"{self.path} holds neither a list of objects nor an object with such a list at "
+                "`log_history`; write one JSON object a line, with a number for each metric."
+            )
+        yield from rows
+
+    def _json_lines(self, file: IO[str]) -> Iterator[Row]:
+        broken: HistoryError | None = None
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            if broken:
+                raise broken
+            try:
+                row = _decode(line)
+            except json.JSONDecodeError as error:
+                broken = self._error(number, f"{error.msg} at column {error.colno}")
+                continue
+            if not isinstance(row, dict):
+                raise self._error(number, f"expected an object, got {line.strip()[:40]!r}")
+            yield row
+        if broken:
+            self.notes.append(f"The last line was cut off and is left out: {broken}")
+
+    def _csv(self, file: IO[str]) -> Iterator[Row]:
+        header = file.readline()
+        delimiter = max(_DELIMITERS, key=header.count)
+        names = next(csv.reader([header], delimiter=delimiter))
+        if len(names) < 2:
+            raise self._error(
+                1, f"neither JSON nor a CSV header of several columns: {header.strip()[:40]!r}"
+            )
+        broken: HistoryError | None = None
+        reader = csv.reader(file, delimiter=delimiter)
+        try:
+            for row in reader:
+                if not row:
+                    continue
+                if broken:
+                    raise broken
+                if len(row) != len(names):
+                    reason = f"{len(row)} values under {len(names)} columns"
+                    broken = self._error(reader.line_num + 1, reason)
+                    continue
+                yield {name: value or None for name, value in zip(names, row, strict=True)}
+        except csv.Error as error:
+            raise self._error(reader.line_num + 1, str(error)) from error
+        if broken:
+            self.notes.append(f"The last line was cut off and is left out: {broken}")
+
+    def _error(self, line: int, reason: str) -> HistoryError:
+        return HistoryError(f"{self.path}, line {line}: {reason}.")
+
+
+def in_chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of up to `size` rows.
+
+    Raises:
+        TypeError: A row is no mapping.
+    """
+    chunk: list[Row] = []
+    for row in rows:
+        if type(row) is not dict and not isinstance(row, Mapping):
+            raise TypeError(f"A row of `history` must be a mapping of metrics, got {row!r}.")
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,229 @@
+"""What rows of logged metrics say, whatever wrote them: one column for each quantity."""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from modaldummy._history import Row
+
+Column: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
+# Quantity to its values: NaN where a row says nothing about it, infinity where it says NaN or
+# infinity.
+Columns: TypeAlias = dict[str, Column]
+
+# The first of these that a history has is the loss.
+_LOSSES = ("loss", "training_loss", "total_loss", "train_loss")
+_STEPS = ("step", "_step", "global_step", "Step")
+_ROLES = {
+    "report": r"modaldummy/(real|dummy|uncapped|fraction|num_params|num_elements)",
+    "present": r"modaldummy/active/(.+)",
+    "active": r"active/(.+)",
+    "grad": r"grad_(ratio|ranks)",
+    "norm": r"grad_norm/(.+)",
+    "label": r"grad/\[([^]]+)\]/.+",  # of a batch with inactive modalities
+    "whole": r"grad/[^/]+()",  # of one without
+    "constant": r"grad/([^/]+)/.+",  # of any, with keys that are the same at each step
+}
+_SHOWN = 100  # unknown keys that are remembered
+
+
+@functools.lru_cache(maxsize=2**16)
+def role_of(key: str) -> tuple[str, str]:
+    """What a key of a log stands for, and for which modality; `("", "")` for an unknown one.
+
+    Such as `("norm", "T1")` for `train/grad_norm/T1`, whatever a logger put before it, and
+    `("loss", "train_loss")` for a loss.
+    """
+    # A panel of Weights & Biases writes `<run> - <key>`, and extremes beside it.
+    key = key.rpartition(" - ")[2].strip()
+    head, _, last = key.rpartition("/")
+    if head in ("", "train", "trainer", "training"):
+        if last in _STEPS:
+            return "step", ""
+        if last in _LOSSES:
+            return "loss", last
+    if not key.endswith(("__MIN", "__MAX")):
+        for start in [0, *(slash.end() for slash in re.finditer("/", key))]:
+            for role, pattern in _ROLES.items():
+                if match := re.fullmatch(pattern, key[start:]):
+                    return role, match.group(1)
+    return "", ""
+
+
+class Signals:
+    """Reads rows in chunks, and keeps a sample of up to `room` of them.
+
+    The quantities, a column each: `step`, `loss`; `report/<key>` of a `StepReport`; `grad/ranks`;
+    for each modality `norm/<m>`, and 1 or 0 for whether the batch held it, `held/<m>`, and whether
+    the gradients are of it, `taught/<m>`; and what follows from these: `set`, a number for each set
+    of modalities held; `real_norm` and `dummy_norm`, of all that was taught and of all that was
+    not; `due`, 1 where a dummy gradient should be among what was logged.
+
+    Attributes:
+        num_rows: How many rows there were.
+        ignored: Some keys that mean nothing here.
+    """
+
+    def __init__(self, room: int = 20_000) -> None:
+        self.num_rows = 0
+        self.ignored: dict[str, None] = {}
+        self._met: dict[str, None] = {}
+        self._loss: str | None = None
+        self._room = room
+        # Rows are kept at random: of every other row, batches that take turns would show one kind.
+        self._random = np.random.default_rng(0)
+        self._share = 1.0
+        self._kept: list[tuple[Column, Columns]] = []
+
+    @property
+    def fusions(self) -> dict[str, list[str]]:
+        """Tuple keys of a map, such as `T1-dMRI`, and the modalities that they are of."""
+        parts = {name: name.split("-") for name in self._met if "-" in name}
+        return {name: own for name, own in parts.items() if self._met.keys() >= {*own}}
+
+    @property
+    def modalities(self) -> list[str]:
+        """All others, in the order in which they were met."""
+        return [name for name in self._met if name not in self.fusions]
+
+    def add(self, rows: Sequence[Row]) -> Columns:
+        """The quantities in these rows, of shape `[rows]` each."""
+        columns = self._read(rows)
+        first = self.num_rows + 1.0
+        self.num_rows += len(rows)
+        columns.setdefault("step", np.arange(first, self.num_rows + 1))
+        columns |= self._conclude(columns, len(rows))
+        self._keep(self._random.random(len(rows)), columns)
+        return columns
+
+    def sample(self) -> Columns:
+        """The quantities of the rows that were kept, in order."""
+        names = dict.fromkeys(name for _, columns in self._kept for name in columns)
+        return {
+            name: np.concatenate([c.get(name, _nothing(len(draws))) for draws, c in self._kept])
+            for name in names
+        }
+
+    def _keep(self, draws: Column, columns: Columns) -> None:
+        self._kept.append(_below(self._share, draws, columns))
+        while sum(len(draws) for draws, _ in self._kept) > self._room:
+            self._share /= 2
+            self._kept = [_below(self._share, *chunk) for chunk in self._kept]
+
+    def _read(self, rows: Sequence[Row]) -> Columns:
+        """One column for each role and modality that a key of the rows stands for."""
+        columns: Columns = {}
+        # Few rows differ in their keys.
+        for key in dict.fromkeys(key for keys in dict.fromkeys(map(tuple, rows)) for key in keys):
+            role, name = role_of(key)
+            if not role:
+                if len(self.ignored) < _SHOWN:
+                    self.ignored[key] = None
+                continue
+            values = _numbers([row.get(key) for row in rows])
+            full = f"{role}/{name}" if name else role
+            if full not in columns:
+                columns[full] = values
+            elif role == "label":
+                columns[full] = _hypot([columns[full], values], len(rows))
+            else:
+                columns[full] = np.where(np.isnan(columns[full]), values, columns[full])
+            if role in ("present", "active", "norm", "label") and name != "inactive":
+                self._met.setdefault(name)
+        return columns
+
+    def _conclude(self, columns: Columns, size: int) -> Columns:
+        """What follows from the quantities of each row."""
+
+        def column(name: str) -> Column:
+            return columns.get(name, _nothing(size))
+
+        # One loss for the whole history, not now this and now that.
+        losses = [name for name in _LOSSES if f"loss/{name}" in columns]
+        self._loss = self._loss or (losses[0] if losses else None)
+
+        names = [*self.modalities, *self.fusions]
+        labels = {name: column(f"label/{name}") for name in names}
+        inactive, norms = column("label/inactive"), {name: column(f"norm/{name}") for name in names}
+        labelled = _known([inactive, *labels.values()])
+        logged = _known(
+            [column("whole"), column("constant"), inactive, *labels.values(), *norms.values()]
+        )
+        # What the batch held, and what the gradients are of: with accumulation, of more batches.
+        held, taught = {}, {}
+        for name in self.modalities:
+            label = np.where(labelled, ~np.isnan(labels[name]), np.nan)
+            label = np.where(~np.isnan(column("whole")), 1.0, label)
+            held[name] = _first(column(f"present/{name}"), column(f"active/{name}"), label)
+            taught[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
+        for name, parts in self.fusions.items():
+            taught[name] = np.min([taught[part] for part in parts], axis=0)
+        of_active, of_inactive = (
+            _hypot([np.where(taught[name] == flag, norms[name], np.nan) for name in names], size)
+            for flag in (1, 0)
+        )
+        idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in taught.values())])
+        bits = [held[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
+        return {
+            "loss": column(f"loss/{self._loss}" if self._loss else "report/real"),
+            **{f"held/{name}": flag for name, flag in held.items()},
+            **{f"taught/{name}": flag for name, flag in taught.items()},
+            "set": np.sum(bits, axis=0) if bits else _nothing(size),
+            "real_norm": np.where(labelled, _hypot(labels.values(), size), of_active),
+            "dummy_norm": np.where(labelled, inactive, of_inactive),
+            "labelled": labelled.astype(float),
+            "due": (idle & logged).astype(float),
+        }
+
+
+def _numbers(values: list[Any]) -> Column:
+    """Numbers as they are, NaN where there is none, infinity for what is not finite."""
+    try:
+        numbers: Column = np.array(values, dtype=np.float64)
+    except (ValueError, TypeError):
+        return np.array([_number(value) for value in values])
+    for index in np.flatnonzero(~np.isfinite(numbers)):
+        if values[index] is not None:
+            numbers[index] = np.inf
+    return numbers
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        return np.nan
+    return number if np.isfinite(number) else np.inf
+
+
+def _nothing(size: int) -> Column:
+    return np.full(size, np.nan)
+
+
+def _first(*columns: Column) -> Column:
+    """Of each row what the first column says that says something."""
+    values = columns[-1]
+    for column in reversed(columns[:-1]):
+        values = np.where(np.isnan(column), values, column)
+    return values
+
+
+def _known(columns: Iterable[Column]) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
+    """Where any of the columns says something."""
+    return ~np.isnan(np.stack(list(columns))).all(axis=0)
+
+
+def _hypot(columns: Iterable[Column], size: int) -> Column:
+    """Root of the sum of squares of what is there; NaN where nothing is."""
+    table = np.stack([_nothing(size), *columns])
+    total = np.sqrt(np.nansum(table**2, axis=0))
+    return np.where(np.isnan(table).all(axis=0), np.nan, total)
+
+
+def _below(share: float, draws: Column, columns: Columns) -> tuple[Column, Columns]:
+    """Draws below `share`, and the rows that go with them."""
+    kept = draws < share
+    return draws[kept], {name: values[kept] for name, values in columns.items()}
