@@ -5,7 +5,6 @@ views of a hidden state, and so is the target. A sickness is a mistake in the lo
 of the numbers that were logged.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ class Views(nn.Module):
 
     def __init__(self, widths: dict[str, int], hidden: int = 8) -> None:
         super().__init__()
-        self.towers = nn.ModuleDict({name: nn.Linear(w, hidden) for name, w in widths.items()})
+        self.towers: Any = nn.ModuleDict({name: nn.Linear(w, hidden) for name, w in widths.items()})
         self.trunk = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -88,7 +87,8 @@ class Run:
 
     def loss(self, active: Iterable[str]) -> Tensor:
         data, target = self.batch(active)
-        return (self.model(data) - target).square().mean()
+        error: Tensor = self.model(data) - target
+        return error.square().mean()
 
     def record(self, step: int, loss: Tensor, **options: Any) -> Record:
         """A row of a log, as after `backward()`."""

@@ -106,17 +106,18 @@ def thawed(run: Run) -> Iterable[Record]:
 
 def with_fusion(run: Run) -> Iterable[Record]:
     """A module that only batches with both of two modalities use."""
-    run.model.fusion = nn.Linear(8, 8)
+    run.model.fusion = fusion = nn.Linear(8, 8)
     spec: dict[Any, str] = {name: f"towers.{name}" for name in run.names}
     run.wrapper = DummyLossWrapper(run.model, spec | {("T1", "dMRI"): "fusion"})
     run.optimizer = SGD(run.model.parameters(), run.lr)
+
     def fused(batch: Any) -> Any:
         hidden = torch.stack([run.model.towers[n](data) for n, data in batch.items()]).mean(0)
         if {"T1", "dMRI"} <= batch.keys():
-            hidden = hidden + run.model.fusion(hidden)
+            hidden = hidden + fusion(hidden)
         return run.model.trunk(hidden)[:, 0]
 
-    run.model.forward = fused
+    run.model.forward = fused  # type: ignore[method-assign]
     return plain(run)
 
 
@@ -125,7 +126,8 @@ def classified(run: Run) -> Iterable[Record]:
     for step in range(run.steps):
         active = run.active(step)
         data, target = run.batch(active)
-        loss = nn.functional.binary_cross_entropy_with_logits(run.model(data), (target > 0).float())
+        label = (target > 0).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(run.model(data), label)
         total = run.wrapper.total(loss, active)
         total.backward()
         yield run.record(step, total)
@@ -165,6 +167,11 @@ HEALTHY: dict[str, Callable[[], History]] = {
     "small learning rate": lambda: (plain(Run(lr=0.003, steps=300)), {}),
     "learned at once, then a plateau": lambda: (plain(Run(lr=0.15, steps=800)), {}),
     "batches of four": lambda: (plain(Run(size=4, lr=0.02, steps=400)), {}),
+    "batches of one": lambda: (plain(Run(size=1, lr=0.01, steps=600)), {}),
+    "a loss that becomes 0": lambda: (
+        plain(Run(noise=0.0, schedule=always_all, steps=400, make=momentum, lr=0.02)),
+        {},
+    ),
     "noisy target": lambda: (plain(Run(noise=1.0, steps=300)), {}),
     "float64": lambda: (plain(Run(dtype=torch.float64)), {}),
     "bfloat16 autocast": lambda: (autocast(Run()), {}),
@@ -178,12 +185,12 @@ HEALTHY: dict[str, Callable[[], History]] = {
     "a frozen tower": lambda: (frozen(Run()), {}),
     "a tower that thaws": lambda: (thawed(Run()), {}),
     "a fusion": lambda: (with_fusion(Run(steps=200)), {}),
-    "cross-entropy": lambda: (classified(Run(lr=0.5)), {}),
+    "cross-entropy": lambda: (classified(Run(lr=0.2)), {}),
     "a loss below zero": lambda: (negative(Run()), {}),
     "all modalities always": lambda: (plain(Run(schedule=always_all)), {}),
     "a curriculum": lambda: (plain(Run(schedule=in_phases)), {}),
     "two modalities": lambda: (plain(Run(widths={"a": 3, "b": 5})), {}),
-    "six modalities": lambda: (plain(Run(widths={c: 4 for c in "abcdef"}, steps=300)), {}),
+    "six modalities": lambda: (plain(Run(widths=dict.fromkeys("abcdef", 4), steps=300)), {}),
     "scale 1e-6": lambda: (plain(Run(scale=1e-6, lr=0.05)), {"scale": 1e-6}),
     "scale 0": lambda: (plain(Run(scale=0.0)), {"scale": 0.0}),
     "scale None": lambda: (plain(Run(scale=None)), {"scale": None}),

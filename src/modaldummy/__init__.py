@@ -1,8 +1,10 @@
 """Gradients for the parameters of absent modalities: connect, bound, hold."""
 
 from modaldummy._batch import active_modalities
+from modaldummy._diagnose import diagnose
 from modaldummy._errors import (
     BatchMetadataError,
+    HistoryError,
     MissingGradientError,
     ModalDummyError,
     ParameterMapError,
@@ -21,6 +23,7 @@ __all__ = [
     "BatchMetadataError",
     "DummyLossWrapper",
     "Finding",
+    "HistoryError",
     "HoldHandle",
     "MissingGradientError",
     "ModalDummyError",
@@ -29,6 +32,7 @@ __all__ = [
     "UnknownModalityError",
     "UnsupportedEngineError",
     "active_modalities",
+    "diagnose",
     "gradient_norms",
     "hold_inactive",
     "missing_gradients",

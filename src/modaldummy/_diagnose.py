@@ -1,7 +1,8 @@
 """Findings about a run out of what it logged."""
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from os import PathLike
 from typing import Any
@@ -26,7 +27,13 @@ CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
     "every modality occurs": gradients.occurring,
     "batches mix modalities": gradients.mixed,
 }
-_BROKEN = ("MD201", "MD202")
+# What comes of what: named with its cause, unless it was there before.
+_FOLLOWS = {
+    "MD203": ("MD201", "MD202"),
+    "MD211": ("MD201", "MD202", "MD221"),
+    "MD221": ("MD201", "MD202"),
+    "MD224": ("MD214", "MD216"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def diagnose(
         history: Rows of metrics, by step; or the path of a file: one JSON object a line, CSV, also
             as Weights & Biases exports it, a JSON list, or `trainer_state.json` of Hugging Face.
         scale: That of the wrapper.
-        **thresholds: Numbers to go by in place of those in the reference, such as `noise=1.0`.
+        **thresholds: Numbers to go by in place of those in the reference, such as `unrest=3.0`.
 
     Returns:
         Findings, errors first; those of severity `info` are no cause for concern.
@@ -103,9 +110,32 @@ def examine(
     outcomes = {name: check(evidence) for name, check in CHECKS.items()}
     findings = [outcome for outcome in outcomes.values() if isinstance(outcome, Finding)]
     return Diagnosis(
-        findings=by_severity(findings),
+        findings=_causes(by_severity(findings)),
         signs={name: o for name, o in outcomes.items() if isinstance(o, Sign)},
         unchecked={name: o.reason for name, o in outcomes.items() if isinstance(o, Unchecked)},
         notes=getattr(history, "notes", []),
         evidence=evidence,
     )
+
+
+def _causes(findings: list[Finding]) -> list[Finding]:
+    """Findings without those that follow from others, which these then name."""
+    by_code = {finding.code: finding for finding in findings}
+    followers: dict[str, list[str]] = {}
+    for finding in findings:
+        for cause in _FOLLOWS.get(finding.code, ()):
+            if cause in by_code and _start(by_code[cause]) <= _start(finding):
+                followers.setdefault(cause, []).append(finding.code)
+                break
+    hidden = {code for codes in followers.values() for code in codes}
+    return [
+        replace(finding, evidence={**finding.evidence, "followed_by": followers[finding.code]})
+        if finding.code in followers
+        else finding
+        for finding in findings
+        if finding.code not in hidden
+    ]
+
+
+def _start(finding: Finding) -> float:
+    return float(finding.evidence.get("first_step", math.inf))

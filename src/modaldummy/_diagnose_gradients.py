@@ -6,7 +6,7 @@ from modaldummy._evidence import Evidence, Outcome, Sign, Unchecked
 from modaldummy._finding import Finding
 
 _NO_NORMS = "gradient norms are not logged: `gradient_norms(wrapper)`"
-_CONSTANT = 1.25  # third quartile over the first
+_CONSTANT = 0.02  # distance of binary logarithms from whole numbers
 
 
 def there(evidence: Evidence) -> Outcome:
@@ -64,7 +64,10 @@ def sized(evidence: Evidence) -> Outcome:
     numbers = {"times_expected": middle, "quartiles": [low, high], "steps": len(factors)}
     if wrong.any():
         numbers["first_step"] = float(steps[wrong][0])
-    if high < low * _CONSTANT and not 1 / limit <= middle <= limit:
+    # A GradScaler doubles or halves its factor now and then.
+    powers = np.log2(factors / middle)
+    constant = float(np.quantile(np.abs(powers - np.round(powers)), 0.95)) < _CONSTANT
+    if constant and not 1 / limit <= middle <= limit:
         return Finding(
             "MD214",
             "warning",
@@ -102,7 +105,9 @@ def real(evidence: Evidence) -> Outcome:
     broken = evidence.tally("real_norm broken")
     if not broken.seen:
         return Unchecked(_NO_NORMS)
-    if broken.share <= evidence.limits.broken and broken.run < evidence.limits.early:
+    # A GradScaler starts too large, and then tries a larger factor now and then.
+    later = (broken.hits - broken.lead) / max(broken.seen - broken.lead, 1)
+    if later <= evidence.limits.broken and broken.run < evidence.limits.early:
         text = f"finite at {broken.seen - broken.hits:,} of {broken.seen:,} steps"
         return Sign(text, {"not_finite": broken.hits, "steps": broken.seen})
     return Finding(

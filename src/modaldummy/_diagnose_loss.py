@@ -10,6 +10,7 @@ from modaldummy._signals import Column
 
 _MANY = 8  # losses of one set of modalities that say something about its course
 _CERTAIN = 4.0  # standard errors; several beginnings are tried
+_TINY = 0.05  # of the first losses; below, a loss may jump as it will
 
 
 def finite(evidence: Evidence) -> Outcome:
@@ -100,19 +101,20 @@ def steady(evidence: Evidence) -> Outcome:
     """MD205: the loss jumps from batch to batch of the same modalities."""
     if np.isnan(evidence.column("set")).all():
         return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
-    losses = _together(evidence)
-    if len(losses) < evidence.limits.least:
-        return Unchecked(f"{len(losses)} losses are too few; {evidence.limits.least} are needed")
-    largest = _jump(losses)
-    if largest <= evidence.limits.noise:
-        return Sign(f"jumps by {largest:.2g} of its first values", {"jump": largest})
+    number = np.isfinite(evidence.column("loss")).sum()
+    if number < evidence.limits.least:
+        return Unchecked(f"{number} losses are too few; {evidence.limits.least} are needed")
+    start, level, jump = _unrest(_together(evidence))
+    numbers = {"jump": jump, "level": level, "first_losses": start}
+    if jump <= evidence.limits.unrest * level or jump <= _TINY * start:
+        return Sign(f"jumps by {jump:.3g} at a level of {level:.3g}", numbers)
     return Finding(
         "MD205",
         "warning",
-        f"The loss oscillates: between batches of the same modalities it jumps by {largest:.2g} of "
-        "its first values.",
-        {"jump": largest, "limit": evidence.limits.noise, "first_step": _first_step(evidence)},
-        "Lower the learning rate, or make batches larger.",
+        f"The loss oscillates: batches of the same modalities apart, it jumps by {jump:.3g} at a "
+        f"level of {level:.3g}.",
+        numbers | {"first_step": _first_step(evidence)},
+        "Lower the learning rate, clip gradients, or make batches larger.",
     )
 
 
@@ -131,19 +133,21 @@ def _together(evidence: Evidence) -> Column:
     known = np.isfinite(losses)
     losses, sets = losses[known], np.nan_to_num(sets[known], nan=-1.0)
     levels = {one: np.median(losses[sets == one]) for one in np.unique(sets)}
-    return losses - np.array([levels[one] for one in sets]) + np.median(losses)
+    apart: Column = losses - np.array([levels[one] for one in sets])
+    return apart + np.median(losses)
 
 
-def _jump(losses: Column) -> float:
-    """Noise of the second half in units of the first losses; 0 where these are not reached again.
+def _unrest(losses: Column) -> tuple[float, float, float]:
+    """Size of the first losses, of means in the second half, and of most steps between these.
 
-    Losses of few samples are noisy in a healthy run too, but seldom as large as at its start.
+    Means of up to 16 losses: single ones of small batches differ as much in a healthy run.
     """
-    start = float(np.median(losses[: max(_MANY, len(losses) // 20)]))
+    start = min(abs(float(np.median(losses[:length]))) for length in (1, 3, _MANY))
     late = losses[len(losses) // 2 :]
-    if not start or np.quantile(late, 0.75) < start:
-        return 0.0
-    return _noise(late) / abs(start)
+    length = max(1, min(16, len(late) // 16))
+    means = late[len(late) % length :].reshape(-1, length).mean(axis=1)
+    jump = float(np.quantile(np.abs(np.diff(means)), 0.75))
+    return start, float(np.median(np.abs(means))), jump
 
 
 def _noise(losses: Column) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -23,12 +24,12 @@ class Thresholds:
         early: A loss that is not finite among so many first ones was so at once.
         least: Fewer losses than this say nothing about their course.
         decrease: The loss has to fall by this share of its first values.
-        noise: It is not steady where it jumps by this multiple of its first values from one batch
-            to the next of the same modalities.
+        unrest: It is not steady where, in its second half, a quarter of the steps between means of
+            16 batches are this multiple of the means, what the batches held being equal.
         factor: Norms of dummy gradients may be so many times too large or too small.
         clipped: Below this share of what they should be, they have been clipped away.
-        broken: Of the steps, this share may have a real gradient that is not finite, as those have
-            that a GradScaler skips.
+        broken: This share of steps, but for those at the start, may have a real gradient that is
+            not finite, as those have that a GradScaler skips.
         fraction: Bound on `|dummy| / |real|`.
         large_fraction: Where exceeding it is an error.
         ratio: Of real to dummy gradient norm, for orientation.
@@ -38,7 +39,7 @@ class Thresholds:
     early: int = 5
     least: int = 20
     decrease: float = 0.01
-    noise: float = 0.5
+    unrest: float = 1.5
     factor: float = 2.0
     clipped: float = 0.01
     broken: float = 0.05
@@ -61,7 +62,7 @@ class Thresholds:
                 match = close_match(name, names)
                 hint = f"; did you mean {match!r}?" if match else "."
                 raise TypeError(f"There is no threshold {name!r}{hint} There are: {names}.")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not 0 < value < math.inf:
                 raise ValueError(
                     f"`{name}` must be a finite number above 0, got {describe(value)}."
@@ -77,7 +78,7 @@ class Tally:
         seen: Rows that tell.
         hits: Rows of these where it was so.
         first: Step of the first hit; `place` is how many rows had told before.
-        run: Hits at the end, without a row between that tells otherwise.
+        lead: Hits at the start, and `run` at the end, without a row between that tells otherwise.
         largest: Largest finite value at a hit, and its step.
     """
 
@@ -85,6 +86,7 @@ class Tally:
     hits: int = 0
     first: float = math.nan
     place: int = 0
+    lead: int = 0
     run: int = 0
     largest: float = -math.inf
     largest_step: float = math.nan
@@ -104,6 +106,8 @@ class Tally:
         others = np.flatnonzero(told & ~hit)
         tail = where if not len(others) else where[where > others[-1]]
         self.run = len(tail) + (0 if len(others) else self.run)
+        if self.lead == self.seen:
+            self.lead += len(where) if not len(others) else int((where < others[0]).sum())
         self.seen += int(told.sum())
         self.hits += len(where)
         finite = where[np.isfinite(value[where])]

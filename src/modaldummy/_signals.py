@@ -10,6 +10,7 @@ import numpy as np
 from modaldummy._history import Row
 
 Column: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
+Flags: TypeAlias = np.ndarray[tuple[int], np.dtype[np.bool]]
 # Quantity to its values: NaN where a row says nothing about it, infinity where it says NaN or
 # infinity.
 Columns: TypeAlias = dict[str, Column]
@@ -27,6 +28,7 @@ _ROLES = {
     "whole": r"grad/[^/]+()",  # of one without
     "constant": r"grad/([^/]+)/.+",  # of any, with keys that are the same at each step
 }
+_UNNAMED = ("active", "inactive")  # labels that name no modality; dashboards had both
 _SHOWN = 100  # unknown keys that are remembered
 
 
@@ -72,6 +74,7 @@ class Signals:
         self.ignored: dict[str, None] = {}
         self._met: dict[str, None] = {}
         self._loss: str | None = None
+        self._step = np.nan
         self._room = room
         # Rows are kept at random: of every other row, batches that take turns would show one kind.
         self._random = np.random.default_rng(0)
@@ -81,20 +84,27 @@ class Signals:
     @property
     def fusions(self) -> dict[str, list[str]]:
         """Tuple keys of a map, such as `T1-dMRI`, and the modalities that they are of."""
-        parts = {name: name.split("-") for name in self._met if "-" in name}
-        return {name: own for name, own in parts.items() if self._met.keys() >= {*own}}
+        found: dict[str, list[str]] = {}
+        single: list[str] = []
+        # Modalities too may have hyphens: `rs-fMRI`, `T1-rs-fMRI`.
+        for name in sorted(self._met, key=len):
+            if parts := _split(name, single):
+                found[name] = parts
+            else:
+                single.append(name)
+        return found
 
     @property
     def modalities(self) -> list[str]:
         """All others, in the order in which they were met."""
-        return [name for name in self._met if name not in self.fusions]
+        fusions = self.fusions
+        return [name for name in self._met if name not in fusions]
 
     def add(self, rows: Sequence[Row]) -> Columns:
         """The quantities in these rows, of shape `[rows]` each."""
         columns = self._read(rows)
-        first = self.num_rows + 1.0
+        columns["step"] = self._steps(columns.get("step", _nothing(len(rows))))
         self.num_rows += len(rows)
-        columns.setdefault("step", np.arange(first, self.num_rows + 1))
         columns |= self._conclude(columns, len(rows))
         self._keep(self._random.random(len(rows)), columns)
         return columns
@@ -113,15 +123,22 @@ class Signals:
             self._share /= 2
             self._kept = [_below(self._share, *chunk) for chunk in self._kept]
 
+    def _steps(self, steps: Column) -> Column:
+        """Where a row names no step that of the row before; numbers of rows before the first."""
+        last = np.maximum.accumulate(np.where(np.isfinite(steps), np.arange(len(steps)), -1))
+        steps = np.where(last < 0, self._step, steps[last])
+        self._step = float(steps[-1])
+        return _first(steps, np.arange(self.num_rows + 1.0, self.num_rows + len(steps) + 1))
+
     def _read(self, rows: Sequence[Row]) -> Columns:
         """One column for each role and modality that a key of the rows stands for."""
         columns: Columns = {}
         # Few rows differ in their keys.
         for key in dict.fromkeys(key for keys in dict.fromkeys(map(tuple, rows)) for key in keys):
-            role, name = role_of(key)
+            role, name = role_of(str(key))
             if not role:
                 if len(self.ignored) < _SHOWN:
-                    self.ignored[key] = None
+                    self.ignored[str(key)] = None
                 continue
             values = _numbers([row.get(key) for row in rows])
             full = f"{role}/{name}" if name else role
@@ -131,7 +148,7 @@ class Signals:
                 columns[full] = _hypot([columns[full], values], len(rows))
             else:
                 columns[full] = np.where(np.isnan(columns[full]), values, columns[full])
-            if role in ("present", "active", "norm", "label") and name != "inactive":
+            if role in ("present", "active", "norm", "label") and name not in _UNNAMED:
                 self._met.setdefault(name)
         return columns
 
@@ -146,16 +163,20 @@ class Signals:
         self._loss = self._loss or (losses[0] if losses else None)
 
         names = [*self.modalities, *self.fusions]
-        labels = {name: column(f"label/{name}") for name in names}
-        inactive, norms = column("label/inactive"), {name: column(f"norm/{name}") for name in names}
+        inactive, active = column("label/inactive"), column("label/active")
+        labels = {name: column(f"label/{name}") for name in names} | {"active": active}
         labelled = _known([inactive, *labels.values()])
-        logged = _known(
-            [column("whole"), column("constant"), inactive, *labels.values(), *norms.values()]
-        )
+        # Of a frozen modality constant keys say NaN, and nothing of its parameters.
+        constant = _known([_nothing(size), *(column(f"constant/{name}") for name in names)])
+        norms = {name: column(f"norm/{name}") for name in names}
+        for name, norm in norms.items():
+            frozen = constant & np.isnan(column(f"constant/{name}")) & np.isinf(norm)
+            norms[name] = np.where(frozen, np.nan, norm)
+        logged = labelled | constant | _known([column("whole"), *norms.values()])
         # What the batch held, and what the gradients are of: with accumulation, of more batches.
         held, taught = {}, {}
         for name in self.modalities:
-            label = np.where(labelled, ~np.isnan(labels[name]), np.nan)
+            label = np.where(labelled & np.isnan(active), ~np.isnan(labels[name]), np.nan)
             label = np.where(~np.isnan(column("whole")), 1.0, label)
             held[name] = _first(column(f"present/{name}"), column(f"active/{name}"), label)
             taught[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
@@ -183,7 +204,9 @@ def _numbers(values: list[Any]) -> Column:
     """Numbers as they are, NaN where there is none, infinity for what is not finite."""
     try:
         numbers: Column = np.array(values, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        return np.array([_number(value) for value in values])
+    if numbers.ndim > 1:  # lists or arrays, all of one length
         return np.array([_number(value) for value in values])
     for index in np.flatnonzero(~np.isfinite(numbers)):
         if values[index] is not None:
@@ -193,10 +216,22 @@ def _numbers(values: list[Any]) -> Column:
 
 def _number(value: Any) -> float:
     try:
-        number = float(value)
-    except (ValueError, TypeError):
+        number = float(value.item() if hasattr(value, "item") else value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return np.inf
+    except (ValueError, TypeError, RuntimeError):  # the last is of tensors
         return np.nan
     return number if np.isfinite(number) else np.inf
+
+
+def _split(name: str, words: Sequence[str]) -> list[str]:
+    """Two or more of `words` that are `name` when joined by hyphens; none if it is not so."""
+    for word in words:
+        if name.startswith(f"{word}-"):
+            rest = name[len(word) + 1 :]
+            if more := [rest] if rest in words else _split(rest, words):
+                return [word, *more]
+    return []
 
 
 def _nothing(size: int) -> Column:
@@ -211,15 +246,16 @@ def _first(*columns: Column) -> Column:
     return values
 
 
-def _known(columns: Iterable[Column]) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
+def _known(columns: Iterable[Column]) -> Flags:
     """Where any of the columns says something."""
-    return ~np.isnan(np.stack(list(columns))).all(axis=0)
+    known: Flags = np.any([~np.isnan(column) for column in columns], axis=0)
+    return known
 
 
 def _hypot(columns: Iterable[Column], size: int) -> Column:
     """Root of the sum of squares of what is there; NaN where nothing is."""
     table = np.stack([_nothing(size), *columns])
-    total = np.sqrt(np.nansum(table**2, axis=0))
+    total = np.hypot.reduce(np.where(np.isnan(table), 0.0, table))
     return np.where(np.isnan(table).all(axis=0), np.nan, total)
 
 
