@@ -1,4 +1,4 @@
-"""Command line: `python -m modaldummy demo | info`."""
+"""Command line: `python -m modaldummy demo | doctor | info`."""
 
 import argparse
 import platform
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from modaldummy import _doctor
 from modaldummy._reduce import fused_kernels, kernels_for
 
 _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "info":
         print(*_info(), sep="\n")
         return 0
+    if arguments.command == "doctor":
+        return _doctor.run(arguments)
     if missing := [name for name in _DEMO_PACKAGES if find_spec(name) is None]:
         names = " and ".join(missing)
         print(f"The demo needs {names}: pip install 'modaldummy[demo]'", file=sys.stderr)
@@ -61,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m modaldummy", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     commands.add_parser("info", help="versions, and what reduces tensors on each device")
+    doctor = commands.add_parser("doctor", help="say what logged metrics of a run show")
+    _doctor.add_arguments(doctor)
     demo = commands.add_parser("demo", help="train a three-modality model on real scans")
     demo.add_argument("--steps", type=_count, default=200, help="training steps (default: 200)")
     demo.add_argument(

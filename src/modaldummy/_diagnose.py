@@ -54,6 +54,11 @@ class Diagnosis:
     notes: list[str]
     evidence: Evidence
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing worse than `info` was found."""
+        return all(finding.severity == "info" for finding in self.findings)
+
 
 def diagnose(
     history: Iterable[Row] | str | PathLike[str],

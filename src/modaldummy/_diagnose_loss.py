@@ -10,6 +10,7 @@ from modaldummy._signals import Column
 
 _MANY = 8  # losses of one set of modalities that say something about its course
 _CERTAIN = 4.0  # standard errors; several beginnings are tried
+_EXPLOSION = 10.0  # of a gradient norm, over the usual one
 _TINY = 0.05  # of the first losses; below, a loss may jump as it will
 
 
@@ -38,7 +39,8 @@ def finite(evidence: Evidence) -> Outcome:
     growth = _growth(evidence, losses.first)
     if growth is not None:
         found["gradient_growth"] = growth
-    grown = f", after real gradients grew {growth:.3g} times" if growth and growth > 2 else ""
+    exploded = growth is not None and growth > _EXPLOSION
+    grown = f", after real gradients grew {growth:.3g} times" if exploded else ""
     return Finding(
         "MD202",
         "error",
@@ -85,7 +87,7 @@ def decreasing(evidence: Evidence) -> Outcome:
     numbers = {"from": first, "to": last, "losses": number}
     share = (first - last) / abs(first) if first else 0.0
     if first - last > _CERTAIN * error and share > evidence.limits.decrease:
-        return Sign(f"falls, where it is clearest from {first:.4g} to {last:.4g}", numbers)
+        return Sign(f"from {first:.4g} to {last:.4g}, where it is clearest", numbers)
     whole = np.concatenate(series)
     return Finding(
         "MD204",
@@ -101,9 +103,9 @@ def steady(evidence: Evidence) -> Outcome:
     """MD205: the loss jumps from batch to batch of the same modalities."""
     if np.isnan(evidence.column("set")).all():
         return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
-    number = np.isfinite(evidence.column("loss")).sum()
-    if number < evidence.limits.least:
-        return Unchecked(f"{number} losses are too few; {evidence.limits.least} are needed")
+    steps = evidence.column("step")[np.isfinite(evidence.column("loss"))]
+    if len(steps) < evidence.limits.least:
+        return Unchecked(f"{len(steps)} losses are too few; {evidence.limits.least} are needed")
     start, level, jump = _unrest(_together(evidence))
     numbers = {"jump": jump, "level": level, "first_losses": start}
     if jump <= evidence.limits.unrest * level or jump <= _TINY * start:
@@ -111,9 +113,9 @@ def steady(evidence: Evidence) -> Outcome:
     return Finding(
         "MD205",
         "warning",
-        f"The loss oscillates: batches of the same modalities apart, it jumps by {jump:.3g} at a "
-        f"level of {level:.3g}.",
-        numbers | {"first_step": _first_step(evidence)},
+        f"The loss oscillates: it jumps by {jump:.3g} at a level of {level:.3g}, and not because "
+        "batches hold other modalities.",
+        numbers | {"first_step": float(steps[len(steps) // 2])},
         "Lower the learning rate, clip gradients, or make batches larger.",
     )
 

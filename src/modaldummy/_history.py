@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import IO, Any, TypeAlias
@@ -48,7 +49,7 @@ class HistoryFile:
                 raise HistoryError(f"{self.path} is empty.")
         file.seek(0)
         if start.lstrip()[0] not in "[{":
-            return self._csv(file)
+            return self._csv(file, start)
         try:
             first = json.loads(start)
         except json.JSONDecodeError:
@@ -61,7 +62,7 @@ class HistoryFile:
         try:
             content = json.load(file)
         except json.JSONDecodeError as error:
-            raise self._error(error.lineno, str(error)) from error
+            raise self._error(error.lineno, _reason(error)) from error
         rows = content.get("log_history") if isinstance(content, dict) else content
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise HistoryError(
@@ -80,7 +81,7 @@ class HistoryFile:
             try:
                 row = _decode(line)
             except json.JSONDecodeError as error:
-                broken = self._error(number, f"{error.msg} at column {error.colno}")
+                broken = self._error(number, _reason(error))
                 continue
             if not isinstance(row, dict):
                 raise self._error(number, f"expected an object, got {line.strip()[:40]!r}")
@@ -88,29 +89,32 @@ class HistoryFile:
         if broken:
             self.notes.append(f"The last line was cut off and is left out: {broken}")
 
-    def _csv(self, file: IO[str]) -> Iterator[Row]:
-        header = file.readline()
-        delimiter = max(_DELIMITERS, key=header.count)
-        names = next(csv.reader([header], delimiter=delimiter))
-        if len(names) < 2:
-            raise self._error(
-                1, f"neither JSON nor a CSV header of several columns: {header.strip()[:40]!r}"
-            )
+    def _csv(self, file: IO[str], header: str) -> Iterator[Row]:
+        # Names of runs, which stand in quotes, may hold anything.
+        delimiter = max(_DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
+        names: list[str] = []
         broken: HistoryError | None = None
         reader = csv.reader(file, delimiter=delimiter)
         try:
             for row in reader:
-                if not row:
+                if len(row) < 2 and not "".join(row).strip():
                     continue
                 if broken:
                     raise broken
-                if len(row) != len(names):
+                if not names and len(row) < 2:
+                    reason = "neither JSON nor a CSV header of several columns"
+                    raise self._error(reader.line_num, f"{reason}: {row[0].strip()[:40]!r}")
+                if names and len(row) != len(names):
                     reason = f"{len(row)} values under {len(names)} columns"
-                    broken = self._error(reader.line_num + 1, reason)
-                    continue
-                yield {name: value or None for name, value in zip(names, row, strict=True)}
+                    broken = self._error(reader.line_num, reason)
+                    if len(row) > len(names):
+                        raise broken
+                elif names:
+                    yield {name: value or None for name, value in zip(names, row, strict=True)}
+                else:
+                    names = row
         except csv.Error as error:
-            raise self._error(reader.line_num + 1, str(error)) from error
+            raise self._error(reader.line_num, str(error)) from error
         if broken:
             self.notes.append(f"The last line was cut off and is left out: {broken}")
 
@@ -134,3 +138,7 @@ def in_chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"

@@ -8,7 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from modaldummy.demo.picture import draw
+from modaldummy._diagnose import examine
+from modaldummy._doctor import verdict
+from modaldummy._picture import draw
 from modaldummy.demo.scans import MODALITIES, SOURCES, load_scans
 from modaldummy.demo.summary import largest_fraction, summarise, table
 from modaldummy.demo.training import Training
@@ -35,11 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
         (out / "SOURCES.md").write_text(SOURCES, encoding="utf-8")
         amount = "one or two of " if len(present) > 1 else ""
         heading = f"Batches of {amount}{', '.join(present)}: {title}"
-        draw(training.records, MODALITIES, heading, out / "demo.png")
+        diagnosis = examine(out / "metrics.jsonl")
+        draw(diagnosis, heading, out / "demo.png")
     except OSError as error:
         print(f"Cannot write to {out}: {error}. Choose another folder by --out.", file=sys.stderr)
         return 2
     held = _report(console, training, title)
+    for finding in diagnosis.findings:
+        console.print(f"{finding}\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The doctor says: {verdict(diagnosis)}", highlight=False)
     console.print(f"Wrote metrics.jsonl, demo.png and SOURCES.md to {out}/", highlight=False)
     return 0 if held or not use_dummy else 1
 

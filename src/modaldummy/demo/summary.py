@@ -103,7 +103,7 @@ def table(summaries: Sequence[ModalitySummary], title: str) -> Table:
 
 
 def _norms(records: Sequence[Record], name: str) -> tuple[float, ...]:
-    norms = (record[f"grad_norm/{name}"] for record in records)
+    norms = (record.get(f"grad_norm/{name}") for record in records)
     return tuple(norm for norm in norms if norm is not None)
 
 

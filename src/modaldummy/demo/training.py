@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, gradient_norms
 from modaldummy.demo.model import MaskedAutoencoder, parameter_map
 
 BATCH_SIZE = 64
@@ -45,8 +44,8 @@ class Training:
     def run(self, steps: int) -> Iterator[Record]:
         """Train, yielding what each step recorded.
 
-        The keys are `step`, `loss`; for each modality `active/<m>` (1 or 0), `loss/<m>` and
-        `grad_norm/<m>` (None where there is none); with the wrapper those of its `StepReport` too.
+        The keys are `step`, `loss`; for each modality `active/<m>` (1 or 0) and `loss/<m>` (None
+        where there is none); those of `gradient_norms`; with the wrapper, of its `StepReport` too.
         """
         for step in range(1, steps + 1):
             self._optimizer.zero_grad()
@@ -73,11 +72,9 @@ class Training:
         record: Record = {"step": step, "loss": loss.item()}
         for name in self._scans:
             parameters = self.wrapper.named_parameters(name)
-            gradients = [p.grad for p in parameters.values() if p.grad is not None]
             self.missed[name].update(key for key, p in parameters.items() if p.grad is None)
             record[f"active/{name}"] = float(name in errors)
             record[f"loss/{name}"] = errors[name].item() if name in errors else None
-            record[f"grad_norm/{name}"] = get_total_norm(gradients).item() if gradients else None
-        if self.use_dummy and self.wrapper.last is not None:
+        if self.wrapper.last is not None:
             record |= self.wrapper.last.as_dict()
-        return record
+        return record | gradient_norms(self.wrapper, active=list(errors))

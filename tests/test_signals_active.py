@@ -1,0 +1,165 @@
+"""What logged metrics say of modalities: which a batch held, and which the gradients are of."""
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+
+from modaldummy._signals import Signals
+from tests.test_signals import read, told
+
+INF, NAN = math.inf, math.nan
+Numbers: TypeAlias = dict[str, float]
+
+ALL = ("T1", "rsfMRI", "dMRI")
+NORMS = {"grad_norm/T1": 3.0, "grad_norm/rsfMRI": 4e-7, "grad_norm/dMRI": 3e-7}
+FLAGS = {"T1": 1.0, "rsfMRI": 0.0, "dMRI": 0.0}
+LABELS = {
+    "grad/[T1]/T1.weight": 3.0,
+    "grad/[T1]/T1.bias": 4.0,
+    "grad/[inactive]/rsfMRI.weight": 4e-7,
+    "grad/[inactive]/dMRI.weight": 3e-7,
+}
+
+
+def flags(before: str, **values: float) -> Numbers:
+    return {f"{before}{name}": value for name, value in (FLAGS | values).items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+@pytest.mark.parametrize(
+    ("row", "real"),
+    [
+        (LABELS | NORMS, 5.0),
+        ({"grad/T1/w": 3.0, "grad/dMRI/w": 3e-7} | NORMS | flags("active/"), 3.0),
+        (NORMS | flags("modaldummy/active/"), 3.0),
+    ],
+    ids=["labels", "constant keys", "norms and a report"],
+)
+def test_norms_of_real_and_dummy_gradients(row: Numbers, real: float, prefix: str) -> None:
+    found = told(read({prefix + key: value for key, value in row.items()}))
+    assert found["real_norm"] == pytest.approx(real)
+    assert found["dummy_norm"] == pytest.approx(5e-7)
+    assert [found[f"held/{name}"] for name in ALL] == [1, 0, 0]
+    assert [found[f"taught/{name}"] for name in ALL] == [1, 0, 0]
+    assert found["due"] == 1
+    assert found["labelled"] == (real == 5)
+
+
+def test_a_batch_with_everything_has_no_labels_and_no_dummy() -> None:
+    found = told(read({"grad/T1.weight": 3.0, "grad/dMRI.weight": 3.0} | NORMS))
+    assert [found[f"held/{name}"] for name in ALL] == [1, 1, 1]
+    assert found["real_norm"] == pytest.approx(3.0)
+    assert found["due"] == found["labelled"] == 0
+    assert "dummy_norm" not in found
+
+
+def test_a_step_without_gradients_logged_has_no_dummy_due() -> None:
+    assert told(read({"loss": 1.0, **flags("modaldummy/active/")}))["due"] == 0
+
+
+def test_a_dummy_that_is_missing_is_due() -> None:
+    """With labels it is left out, with constant keys NaN, which is infinity here."""
+    labels = {key: value for key, value in LABELS.items() if "inactive" not in key}
+    found = told(read(labels | flags("modaldummy/active/")))
+    assert "dummy_norm" not in found
+    assert found["due"] == 1
+    constant = {"grad/T1/w": 3.0, "grad/dMRI/w": NAN, "grad_norm/T1": 3.0, "grad_norm/dMRI": NAN}
+    found = told(read(constant | flags("active/")))
+    assert found["dummy_norm"] == INF
+    assert found["due"] == 1
+
+
+def test_constant_keys_of_a_frozen_modality() -> None:
+    """Its norm is NaN and its parameters have no keys, whether it is active or not."""
+    constant = {"grad/dMRI/w": 3e-7, "grad/rsfMRI/w": 4e-7} | NORMS | {"grad_norm/T1": NAN}
+    found = told(read(constant | flags("active/")))
+    assert "real_norm" not in found
+    assert found["dummy_norm"] == pytest.approx(5e-7)
+    found = told(read(constant | flags("active/", T1=0.0, dMRI=1.0)))
+    assert found["real_norm"] == pytest.approx(3e-7)
+    assert found["dummy_norm"] == pytest.approx(4e-7)
+
+
+def test_gradients_that_are_not_finite() -> None:
+    for value in (NAN, "NaN", INF):
+        assert told(read(LABELS | {"grad/[T1]/T1.bias": value}))["real_norm"] == INF
+        assert told(read(LABELS | {"grad/[inactive]/x": value}))["dummy_norm"] == INF
+
+
+def test_large_gradients_do_not_overflow() -> None:
+    found = told(read({"grad/[T1]/a": 3e200, "grad/[T1]/b": 4e200}))
+    assert found["real_norm"] == pytest.approx(5e200)
+
+
+def test_labels_of_a_window_and_the_report_of_its_last_batch() -> None:
+    """With accumulation the gradients are of all batches, and the report of the last one."""
+    labels = LABELS | {"grad/[dMRI]/dMRI.weight": 12.0}
+    found = told(read(labels | NORMS | flags("modaldummy/active/", T1=0.0, rsfMRI=1.0)))
+    assert [found[f"held/{name}"] for name in ALL] == [0, 1, 0]
+    assert [found[f"taught/{name}"] for name in ALL] == [1, 0, 1]
+    assert found["real_norm"] == pytest.approx(13.0)
+    constant = NORMS | flags("active/", dMRI=1.0) | flags("modaldummy/active/", T1=0.0)
+    found = told(read(constant))
+    assert [found[f"held/{name}"] for name in ALL] == [0, 0, 0]
+    assert [found[f"taught/{name}"] for name in ALL] == [1, 0, 1]
+    assert found["dummy_norm"] == pytest.approx(4e-7)
+
+
+def test_labels_that_name_no_modality() -> None:
+    """`[active]` and `[inactive]`, as dashboards from before this library have them."""
+    signals = Signals()
+    columns = signals.add([{"grad/[active]/T1_embed": 3.0, "grad/[inactive]/dMRI_embed": 4e-7}])
+    assert signals.modalities == []
+    assert told(columns)["real_norm"] == 3
+    assert told(columns)["dummy_norm"] == pytest.approx(4e-7)
+    assert "set" not in told(columns)
+    found = told(read({"grad/[active]/T1_embed": 3.0} | NORMS))
+    assert not found.keys() & {"held/T1", "taught/T1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "modalities", "fusions"),
+    [
+        (["T1", "dMRI", "T1-dMRI"], ["T1", "dMRI"], {"T1-dMRI": ["T1", "dMRI"]}),
+        (["T1-dMRI", "dMRI", "T1"], ["dMRI", "T1"], {"T1-dMRI": ["T1", "dMRI"]}),
+        (["T1", "rs-fMRI"], ["T1", "rs-fMRI"], {}),
+        (["T1", "rs-fMRI", "T1-rs-fMRI"], ["T1", "rs-fMRI"], {"T1-rs-fMRI": ["T1", "rs-fMRI"]}),
+        (["a-a", "a"], ["a"], {"a-a": ["a", "a"]}),
+        (
+            ["a-b-c", "a", "b", "c", "a-b"],
+            ["a", "b", "c"],
+            {"a-b": ["a", "b"], "a-b-c": ["a", "b", "c"]},
+        ),
+        (["a", "a-b", "b-c", "a-b-c"], ["a", "a-b", "b-c"], {"a-b-c": ["a", "b-c"]}),
+        (["a", "b-c", "a-b-cd"], ["a", "b-c", "a-b-cd"], {}),
+    ],
+)
+def test_fusions_are_names_of_modalities_joined_by_hyphens(
+    names: list[str], modalities: list[str], fusions: dict[str, list[str]]
+) -> None:
+    signals = Signals()
+    signals.add([{f"grad_norm/{name}": 1.0 for name in names}])
+    assert signals.modalities == modalities
+    assert signals.fusions == fusions
+
+
+@pytest.mark.parametrize("second", [1.0, 0.0])
+def test_a_fusion_is_taught_where_all_its_modalities_are(second: float) -> None:
+    """It is no modality of its own."""
+    norms = {"grad_norm/T1": 3.0, "grad_norm/dMRI": 4.0, "grad_norm/T1-dMRI": 12.0}
+    found = told(read(norms | {"active/T1": 1.0, "active/dMRI": second}))
+    assert found["taught/T1-dMRI"] == second
+    assert found["real_norm"] == (13 if second else 3)
+    assert found.get("dummy_norm") == (None if second else pytest.approx(math.hypot(4, 12)))
+    assert "held/T1-dMRI" not in found
+    labels = {"grad/[T1]/a": 3.0, "grad/[dMRI]/b": 4.0, "grad/[T1-dMRI]/c": 12.0}
+    assert told(read(norms | labels))["real_norm"] == 13
+
+
+def test_each_set_of_modalities_has_a_number() -> None:
+    sets = read(*(flags("active/", T1=a, dMRI=b) for a in (0.0, 1.0) for b in (0.0, 1.0)))["set"]
+    assert len(set(sets)) == 4
+    assert np.isnan(read({"loss": 1.0})["set"]).all()
+    assert np.isnan(read({"active/T1": 1.0}, {"loss": 1.0})["set"]).tolist() == [False, True]
