@@ -1,4 +1,4 @@
-"""The call of a diagnosis: what it takes, what it refuses, what it goes by and what it leaves out."""
+"""The call of a diagnosis: what it takes, refuses and goes by, and what it leaves unchecked."""
 
 import csv
 import functools
@@ -91,10 +91,9 @@ def test_a_file_gives_the_findings_of_its_rows(
     expected = diagnose(rows)
     assert ("MD204" in codes(expected)) == (lr == 0)
     assert diagnose(path) == diagnose(str(path)) == expected
-    from_rows, from_path = examine(rows), examine(path)
-    assert from_path.signs == from_rows.signs
-    assert from_path.unchecked == from_rows.unchecked
-    assert from_path.notes == from_rows.notes == []
+    ours, theirs = examine(rows), examine(path)
+    assert (ours.signs, ours.unchecked) == (theirs.signs, theirs.unchecked)
+    assert ours.notes == theirs.notes == []
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter, lambda rows: map(MappingProxyType, rows)])
@@ -233,6 +232,8 @@ def test_errors_come_first() -> None:
     )
     found = examine(rows, thresholds={"ratio": 1e7})
     assert codes(found.findings) == ["MD203", "MD204", "MD225", "MD224"]
+    assert not found.is_healthy
+    assert examine(healthy(), thresholds={"ratio": 1e7}).is_healthy  # MD224 is no concern
     assert len(found.findings) + len(found.signs) + len(found.unchecked) == len(CHECKS)
 
 

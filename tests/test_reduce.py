@@ -1,6 +1,5 @@
 """Sums, norms and fills over many tensors at once, against the plain loop in float64."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -141,24 +140,6 @@ def test_norms_keep_their_order_whatever_the_layouts() -> None:
     tensors = [torch.full((size,), float(index)) for index, size in enumerate(sizes)]
     expected = [index * size**0.5 for index, size in enumerate(sizes)]
     assert norms(tensors, device=CPU).tolist() == pytest.approx(expected, rel=1e-6)
-
-
-@given(st.lists(parameters(), max_size=6))
-def test_maxima_agree_with_the_loop(tensors: list[torch.nn.Parameter]) -> None:
-    found = norms(tensors, device=CPU, order=math.inf)
-    expected = [t.detach().to(torch.complex128).abs().amax() if t.numel() else 0 for t in tensors]
-    assert found.tolist() == pytest.approx([float(e) for e in expected], rel=1e-6)
-
-
-@pytest.mark.parametrize("size", [3, 9000])
-def test_maxima_lose_nothing(size: int) -> None:
-    """Neither NaN, nor infinity, nor a number whose square is 0."""
-    tensors = [torch.zeros(size) for _ in range(4)]
-    for tensor, value in zip(tensors, (math.nan, math.inf, 1e-30, 0), strict=True):
-        tensor[-1] = value
-    found = norms(tensors, device=CPU, order=math.inf).tolist()
-    assert math.isnan(found[0])
-    assert found[1:] == [math.inf, pytest.approx(1e-30), 0]
 
 
 def test_groups_of_other_tensors_give_the_same_or_raise() -> None:

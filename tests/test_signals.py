@@ -177,7 +177,7 @@ _VALUES = st.none() | st.floats(0, 1e300) | st.sampled_from([NAN, INF, -INF, 0, 
 _KEYS = [
     *("loss", "eval/loss", "modaldummy/fraction", "modaldummy/active/T1", "active/dMRI"),
     *("grad_norm/T1", "grad_norm/T1-dMRI", "grad/[T1]/a", "grad/[T1]/b", "grad/[inactive]/c"),
-    *("grad/a", "grad/dMRI/c", "grad_ranks"),
+    *("grad/a", "grad/dMRI/c", "grad_ratio"),
 ]
 
 

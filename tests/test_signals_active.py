@@ -1,13 +1,16 @@
 """What logged metrics say of modalities: which a batch held, and which the gradients are of."""
 
+import itertools
 import math
 from typing import TypeAlias
 
 import numpy as np
 import pytest
 
+from modaldummy import gradient_norms
 from modaldummy._signals import Signals
 from tests.test_signals import read, told
+from tests.zoo import ZOO
 
 INF, NAN = math.inf, math.nan
 Numbers: TypeAlias = dict[str, float]
@@ -80,6 +83,36 @@ def test_constant_keys_of_a_frozen_modality() -> None:
     found = told(read(constant | flags("active/", T1=0.0, dMRI=1.0)))
     assert found["real_norm"] == pytest.approx(3e-7)
     assert found["dummy_norm"] == pytest.approx(4e-7)
+
+
+def test_constant_keys_of_modalities_that_share_parameters() -> None:
+    """Their norms count these more than once, the real ones as dummies too; the ratio does not."""
+    row = {"grad/T1/trunk": 4.0, "grad/T1/w": 3.0, "grad/dMRI/w": 5e-7, "grad/dMRI/b": NAN}
+    row |= {"grad_norm/T1": 5.0, "grad_norm/rsfMRI": 4.0, "grad_norm/dMRI": 4.0, "grad_ratio": 1e7}
+    row |= flags("active/", rsfMRI=1.0)
+    found = told(read(row))
+    assert found["real_norm"] == pytest.approx(5.0)
+    assert found["dummy_norm"] == pytest.approx(5e-7)
+    found = told(read(row | {"grad_ratio": NAN}))
+    assert found["real_norm"] == pytest.approx(math.hypot(5, 4))
+    assert found["dummy_norm"] == 4
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_labels_and_constant_keys_say_the_same(name: str) -> None:
+    """Of whatever is frozen, tied, shared or joint, for each batch that holds something."""
+    names = ZOO[name]().wrapper().modalities
+    for number in range(1, len(names) + 1):
+        for active in itertools.combinations(names, number):
+            case = ZOO[name]()
+            wrapper = case.wrapper()
+            wrapper.total(case.real({*active}), active).backward()
+            assert wrapper.last is not None
+            report = wrapper.last.as_dict()
+            labels = told(read(gradient_norms(wrapper) | report))
+            constant = told(read(gradient_norms(wrapper, label=False) | report))
+            for norm in ("real_norm", "dummy_norm"):
+                assert constant.get(norm) == pytest.approx(labels.get(norm)), (active, norm)
 
 
 def test_gradients_that_are_not_finite() -> None:

@@ -78,10 +78,10 @@ def uncapped(evidence: Evidence) -> Outcome:
 
 def decreasing(evidence: Evidence) -> Outcome:
     """MD204: the loss does not fall."""
-    series = _by_set(evidence)
-    number = sum(map(len, series))
+    number = int(np.isfinite(evidence.column("loss")).sum())
     if number < evidence.limits.least:
         return Unchecked(f"{number} losses are too few; {evidence.limits.least} are needed")
+    series = _by_set(evidence)
     falls = [fall for losses in [*series, _together(evidence)] for fall in _falls(losses)]
     first, last, error = max(falls, key=lambda fall: (fall[0] - fall[1]) / (fall[2] or 1e-300))
     numbers = {"from": first, "to": last, "losses": number}

@@ -1,14 +1,13 @@
 """Which parameters a backward pass left without a usable gradient."""
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from modaldummy._errors import MissingGradientError, describe
 from modaldummy._gradients import Stock, dense, stock_of, text_of
-from modaldummy._reduce import norms
 from modaldummy._wrapper import DummyLossWrapper
 
 Kind = Literal["none", "zero", "not finite"]
@@ -53,7 +52,7 @@ def missing_gradients(
     What is meant to be so is not listed: with `scale=0.0` zeros, with `scale=None` none, where the
     modality was inactive in the last loss; the empty gradient of a sparse embedding that was
     inactive; parameters that are frozen, or have no elements. Zero means every element, however
-    small the others are. The host waits for the device once.
+    small the others are. If nothing is missing, the host waits for the device once.
 
         >>> import torch
         >>> from torch import nn
@@ -94,22 +93,27 @@ def _kinds(wrapper: DummyLossWrapper, stock: Stock) -> dict[int, tuple[Kind, boo
     last, scale = wrapper.last, wrapper._scale
     keys = stock.members if last is None else wrapper._map.active_keys(last.active)
     active = {index for key in keys for index in stock.members[key]}
+    norm, _ = stock.measure(None, False)
     kinds: dict[int, tuple[Kind, bool]] = {}
-    gradients: dict[int, Tensor] = {}
-    for index, parameter in enumerate(stock.parameters):
+    # A norm that is a number above 0 says enough. Of others, squares may be out of range.
+    for index in np.flatnonzero(~(np.isfinite(norm) & (norm > 0))):
+        parameter, taught = stock.parameters[index], index in active
         if not parameter.requires_grad or not parameter.numel():
             continue
-        if parameter.grad is not None:
-            gradients[index] = dense(parameter.grad)
-        elif index in active or scale is not None:
-            kinds[index] = ("none", index in active)
-    largest = norms(list(gradients.values()), device=stock.device, order=math.inf)
-    for (index, gradient), peak in zip(gradients.items(), largest.tolist(), strict=True):
-        if not math.isfinite(peak):
-            kinds[index] = ("not finite", index in active)
-        elif peak == 0 and gradient.numel() and (index in active or scale):
-            kinds[index] = ("zero", index in active)
+        if parameter.grad is None:
+            kind: Kind | None = "none" if taught or scale is not None else None
+        else:
+            kind = _kind(dense(parameter.grad), taught or bool(scale))
+        if kind is not None:
+            kinds[int(index)] = (kind, taught)
     return kinds
+
+
+def _kind(gradient: Tensor, nonzero: bool) -> Kind | None:
+    """What is wrong with a gradient that may have to be nonzero; of nothing, nothing is."""
+    if not gradient.isfinite().all():
+        return "not finite"
+    return "zero" if nonzero and gradient.numel() and not gradient.any() else None
 
 
 def _message(

@@ -27,7 +27,8 @@ _NAMED = 5  # findings above the picture
 def draw(diagnosis: Diagnosis, title: str, path: str | PathLike[str]) -> None:
     """Write loss, gradient norms and the dummy's share of the loss against the step as a PNG."""
     evidence = diagnosis.evidence
-    has_fraction = bool(np.isfinite(evidence.column("report/fraction")).any())
+    fractions = evidence.column("report/fraction")
+    has_fraction = bool((np.isfinite(fractions) & (fractions > 0)).any())
     heights = [4, 6, 2][: 2 + has_fraction]
     figure = Figure(figsize=(9, 6.5 + has_fraction), layout="constrained")
     rows: Sequence[Axes] = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -129,7 +130,6 @@ def _draw_loss(axes: Axes, evidence: Evidence) -> None:
 def _draw_norms(axes: Axes, evidence: Evidence) -> None:
     """Filled marks while active, hollow ones while inactive."""
     steps, due = evidence.column("step"), evidence.column("due") == 1
-    axes.set_yscale("log")
     drawn = np.zeros(len(steps), dtype=bool)
     for name, colour, marker in _styles(evidence):
         norms, taught = evidence.column(f"norm/{name}"), evidence.column(f"taught/{name}")
@@ -150,6 +150,8 @@ def _draw_norms(axes: Axes, evidence: Evidence) -> None:
         axes.scatter(
             steps[rest], dummy[rest], s=16, facecolors="none", color="grey", label="inactive"
         )
+    if axes.collections:  # of norms, which are positive
+        axes.set_yscale("log")
     red = _SEVERITIES["error"]
     broken = np.isinf(evidence.column("real_norm"))
     _at_edge(axes, steps[broken], 0.97, "x", red, "active, NaN or infinite")

@@ -18,6 +18,8 @@ Groups: TypeAlias = dict[Layout, list[int]]
 
 # Up to so many elements, copying tensors of one shape side by side costs less than a call for each.
 _SMALL = 8192
+# The same for norms, which torch takes of many tensors with one call.
+_GATHERED = 2048
 # So many elements are copied at once. On a CPU, just so few that torch does not wake its other
 # threads for them, which takes longer than the work.
 _SUMMED, _SUMMED_ON_CPU = 2**22, 2**15
@@ -212,26 +214,20 @@ def _slices(value: Tensor, count: int, shape: torch.Size) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def norms(
-    tensors: Sequence[Tensor],
-    groups: Groups | None = None,
-    *,
-    device: torch.device,
-    order: float = 2.0,
+    tensors: Sequence[Tensor], groups: Groups | None = None, *, device: torch.device
 ) -> Tensor:
-    r"""Norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
+    r"""Euclidean norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
 
-    .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2} \quad \text{or} \quad \max_i |x_{k,i}|
+    .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2}
 
     Squares are added up in the accumulation dtype of all tensors; those below its smallest or above
-    its largest number are lost, as in `torch.linalg.vector_norm`. The maximum loses nothing: it is
-    0 only where all elements are, and NaN where one is. An empty tensor has norm 0.
+    its largest number are lost, as in `torch.linalg.vector_norm`. An empty tensor has norm 0.
 
     Args:
         tensors: Strided tensors of any shapes, floating or complex dtypes and devices.
         groups: `by_layout(tensors)`, where the caller has it. Groups that fit tensors of other
             layouts give the same result or a RuntimeError.
         device: Device of the result.
-        order: 2 for the Euclidean norm, `math.inf` for the maximum.
     """
     places: list[int] = []
     found: list[Tensor] = []
@@ -239,12 +235,12 @@ def norms(
         groups = by_layout(tensors) if groups is None else groups
         dtype = accumulation_dtype(kind for _, kind, _ in groups)
         if any(kind.is_complex for _, kind, _ in groups):
-            # Of the two parts of a complex number neither is its magnitude.
-            part = torch.abs if order != 2 else lambda t: torch.view_as_real(t.resolve_conj())
-            tensors = [part(t) if t.is_complex() else t for t in tensors]
+            tensors = [
+                torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors
+            ]
             groups = by_layout(tensors)
         for place, own in _by_device(groups).items():
-            for indexes, together in _norms(tensors, own, dtype, place, order):
+            for indexes, together in _norms(tensors, own, dtype, place):
                 places += indexes
                 found.append(together.to(device))
         if not found:
@@ -257,14 +253,10 @@ def norms(
 
 
 def _norms(
-    tensors: Sequence[Tensor],
-    groups: Groups,
-    dtype: torch.dtype,
-    device: torch.device,
-    order: float,
+    tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Indexes of some tensors of the groups, all on one device, and their norms, in turns."""
-    if order == 2 and (kernels := kernels_for(device)) is not None:
+    if (kernels := kernels_for(device)) is not None:
         fused, groups = _split(tensors, groups, kernels.takes)
         if fused:
             yield fused, torch.stack(kernels.norms([tensors[index] for index in fused], dtype))
@@ -273,17 +265,14 @@ def _norms(
     alone: list[int] = []
     for (shape, _, _), indexes in groups.items():
         size = shape.numel()
-        if size > _SMALL or (odd and size):
+        if size > _GATHERED or odd:
             alone += indexes
             continue
         together = room // max(size, 1)
         for start in range(0, len(indexes), together):
             own = indexes[start : start + together]
             rows = torch.stack([tensors[index] for index in own]).reshape(len(own), size)
-            if size:
-                yield own, torch.linalg.vector_norm(rows, order, dim=1, dtype=dtype)
-            else:  # nothing has no maximum
-                yield own, rows.new_zeros(len(own), dtype=dtype)
+            yield own, torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)
     if alone:
-        each = torch._foreach_norm([tensors[index] for index in alone], order, dtype=dtype)
+        each = torch._foreach_norm([tensors[index] for index in alone], 2, dtype=dtype)
         yield alone, torch.stack(each)

@@ -58,11 +58,12 @@ def role_of(key: str) -> tuple[str, str]:
 class Signals:
     """Reads rows in chunks, and keeps a sample of up to `room` of them.
 
-    The quantities, a column each: `step`, `loss`; `report/<key>` of a `StepReport`; `grad/ranks`;
-    for each modality `norm/<m>`, and 1 or 0 for whether the batch held it, `held/<m>`, and whether
-    the gradients are of it, `taught/<m>`; and what follows from these: `set`, a number for each set
-    of modalities held; `real_norm` and `dummy_norm`, of all that was taught and of all that was
-    not; `due`, 1 where a dummy gradient should be among what was logged.
+    The quantities, a column each: `step`, `loss`; `report/<key>` of a `StepReport`; `grad/ranks`
+    and `grad/ratio`; `total`, of all gradients under constant keys; for each modality `norm/<m>`,
+    and 1 or 0 for whether the batch held it, `held/<m>`, and whether the gradients are of it,
+    `taught/<m>`; and what follows from these: `set`, a number for each set of modalities held;
+    `real_norm` and `dummy_norm`, of all that was taught and of all that was not; `due`, 1 where a
+    dummy gradient should be among what was logged.
 
     Attributes:
         num_rows: How many rows there were.
@@ -142,6 +143,9 @@ class Signals:
                 continue
             values = _numbers([row.get(key) for row in rows])
             full = f"{role}/{name}" if name else role
+            if role == "constant":  # each parameter once, while norms share some
+                total, finite = columns.get("total"), np.where(np.isinf(values), np.nan, values)
+                columns["total"] = finite if total is None else _hypot([total, finite], len(rows))
             if full not in columns:
                 columns[full] = values
             elif role == "label":
@@ -186,6 +190,9 @@ class Signals:
             _hypot([np.where(taught[name] == flag, norms[name], np.nan) for name in names], size)
             for flag in (1, 0)
         )
+        ratio = column("grad/ratio")
+        dummy = column("total") / np.hypot(1.0, np.where(np.isinf(ratio), np.nan, ratio))
+        of_active, of_inactive = _first(dummy * ratio, of_active), _first(dummy, of_inactive)
         idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in taught.values())])
         bits = [held[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
         return {
