@@ -8,7 +8,7 @@ STEPS ?= 200
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test test-lowest mutants soak bench bench-hold gpu lint types clean
+.PHONY: demo test test-lowest mutants soak confusion bench bench-hold bench-monitor gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -27,6 +27,10 @@ mutants: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
 
+# The tables of docs/reference/confusion.md; about two minutes on 2 cores.
+confusion: $(VENV)/.dev
+	$(BIN)/python -m tests.confusion
+
 # The figures of docs/explanation/cost.md for this machine; about a quarter of an hour on 2 cores.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_sum.py --seconds 4 --csv --plot
@@ -37,6 +41,10 @@ bench: $(VENV)/.dev
 bench-hold: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_drift.py --csv --plot
 	$(BIN)/python benchmarks/bench_learning.py --csv --plot
+
+# The table of docs/how-to/monitor.md; a minute on 2 cores.
+bench-monitor: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_monitor.py --rounds 200 --csv
 
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

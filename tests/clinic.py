@@ -16,6 +16,7 @@ from modaldummy import DummyLossWrapper, gradient_norms, hold_inactive
 
 Record = dict[str, float]
 Loop = Callable[["Run"], Iterable[Record]]
+SEED = 0  # added to that of each run
 WIDTHS = {"T1": 6, "rsfMRI": 4, "dMRI": 8}
 
 
@@ -57,7 +58,7 @@ class Run:
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        torch.manual_seed(self.seed)
+        torch.manual_seed(SEED + self.seed)
         self.names = list(self.widths)
         self.model = Views(self.widths).to(self.dtype)
         self.wrapper = DummyLossWrapper(

@@ -123,7 +123,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["rows"], found["healthy"]) == (150, False)
     assert [finding["code"] for finding in found["findings"]] == ["MD202"]
     assert found["findings"][0]["evidence"]["first_step"] == 60
-    assert found["signs"]["loss falls"]["numbers"]["losses"] == 60
+    assert found["signs"]["dummy gradients are there"]["numbers"] == {"steps": 150}
+    assert found["unchecked"]["loss falls"] == "the loss does not stay finite"
     assert found["notes"] == found["ignored"] == []
 
 

@@ -78,13 +78,12 @@ def uncapped(evidence: Evidence) -> Outcome:
 
 def decreasing(evidence: Evidence) -> Outcome:
     """MD204: the loss does not fall."""
-    number = int(np.isfinite(evidence.column("loss")).sum())
-    if number < evidence.limits.least:
-        return Unchecked(f"{number} losses are too few; {evidence.limits.least} are needed")
+    if reason := _unfit(evidence):
+        return Unchecked(reason)
     series = _by_set(evidence)
     falls = [fall for losses in [*series, _together(evidence)] for fall in _falls(losses)]
     first, last, error = max(falls, key=lambda fall: (fall[0] - fall[1]) / (fall[2] or 1e-300))
-    numbers = {"from": first, "to": last, "losses": number}
+    numbers = {"from": first, "to": last, "losses": evidence.tally("loss broken").seen}
     share = (first - last) / abs(first) if first else 0.0
     if first - last > _CERTAIN * error and share > evidence.limits.decrease:
         return Sign(f"from {first:.4g} to {last:.4g}, where it is clearest", numbers)
@@ -103,9 +102,9 @@ def steady(evidence: Evidence) -> Outcome:
     """MD205: the loss jumps from batch to batch of the same modalities."""
     if np.isnan(evidence.column("set")).all():
         return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
+    if reason := _unfit(evidence):
+        return Unchecked(reason)
     steps = evidence.column("step")[np.isfinite(evidence.column("loss"))]
-    if len(steps) < evidence.limits.least:
-        return Unchecked(f"{len(steps)} losses are too few; {evidence.limits.least} are needed")
     start, level, jump = _unrest(_together(evidence))
     numbers = {"jump": jump, "level": level, "first_losses": start}
     if jump <= evidence.limits.unrest * level or jump <= _TINY * start:
@@ -118,6 +117,14 @@ def steady(evidence: Evidence) -> Outcome:
         numbers | {"first_step": float(steps[len(steps) // 2])},
         "Lower the learning rate, clip gradients, or make batches larger.",
     )
+
+
+def _unfit(evidence: Evidence) -> str | None:
+    """Why nothing can be said about the course of the loss, if so."""
+    losses, least = evidence.tally("loss broken"), evidence.limits.least
+    if losses.hits:
+        return "the loss does not stay finite"
+    return f"{losses.seen} losses are too few; {least} are needed" if losses.seen < least else None
 
 
 def _by_set(evidence: Evidence) -> list[Column]:
