@@ -30,7 +30,7 @@ def test_a_frozen_modality_gets_no_dummy_and_an_unfrozen_one_does() -> None:
     case = brain()
     case.model.get_submodule("fusion").requires_grad_(False)
     wrapper = case.wrapper()
-    assert evidence(wrapper, "MD113") == {"modalities": ["T1 + dMRI"]}
+    assert evidence(wrapper, "MD113") == {"modalities": ["T1-dMRI"]}
     wrapper.dummy([]).backward()
     grads = [p.grad for p in case.model.get_submodule("fusion").parameters()]
     assert grads == [None, None]

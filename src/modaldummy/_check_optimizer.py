@@ -7,7 +7,8 @@ from torch.optim import Optimizer
 
 from modaldummy._drift import expected_drift
 from modaldummy._finding import Finding
-from modaldummy._setup import Setup, is_sharded, label
+from modaldummy._modalities import text_of
+from modaldummy._setup import Setup, is_sharded
 from modaldummy._wrapper import DummyLossWrapper
 
 # Displacement per step, in learning rates, from which on it counts.
@@ -82,7 +83,7 @@ def _drifting(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
             "with any optimizer that skips parameters without a gradient.",
         )
         return
-    moving = {label(key): drift for key, drift in drifts.items() if drift.rates >= _RATE}
+    moving = {text_of(key): drift for key, drift in drifts.items() if drift.rates >= _RATE}
     if moving:
         worst = max(drift.rates for drift in moving.values())
         yield Finding(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from modaldummy._finding import Finding
 from modaldummy._kinds import local_shard
-from modaldummy._setup import Setup, has_values, label
+from modaldummy._modalities import text_of
+from modaldummy._setup import Setup, has_values
 
 
 def check_parameters(setup: Setup) -> Iterator[Finding]:
@@ -24,7 +25,7 @@ def check_parameters(setup: Setup) -> Iterator[Finding]:
 
 
 def _frozen(setup: Setup) -> Iterator[Finding]:
-    keys = [label(key) for key, own in setup.owned.items() if setup.towers.keys().isdisjoint(own)]
+    keys = [text_of(key) for key, own in setup.owned.items() if setup.towers.keys().isdisjoint(own)]
     if keys:
         yield Finding(
             "MD113",
@@ -103,11 +104,11 @@ def _several_owners(setup: Setup) -> Iterator[Finding]:
     if not owners:
         return
     ownerless = [
-        label(key)
+        text_of(key)
         for key, own in setup.owned.items()
         if (trainable := own.keys() & setup.towers.keys()) and trainable <= owners.keys()
     ]
-    names = {setup.owned[keys[0]][i][0]: list(map(label, keys)) for i, keys in owners.items()}
+    names = {setup.owned[keys[0]][i][0]: list(map(text_of, keys)) for i, keys in owners.items()}
     rest = f", and there are no others of {', '.join(ownerless)}" if ownerless else ""
     yield Finding(
         "MD117",

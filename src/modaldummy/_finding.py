@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
 _ORDER = ("error", "warning", "info")
+_SHOWN = 3  # of a list or a mapping in the evidence
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ def _short(value: object) -> str:
     """A value of the evidence in a few words."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, (list, tuple)) and len(value) > 3:
-        return f"[{', '.join(map(_short, value[:3]))}, and {len(value) - 3} more]"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_short, value))}]"
-    return str(value)
+    if isinstance(value, Mapping):
+        return f"{{{_few([f'{name}: {_short(item)}' for name, item in value.items()])}}}"
+    return f"[{_few([*map(_short, value)])}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _few(words: list[str]) -> str:
+    more = [f"and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
+    return ", ".join(words[:_SHOWN] + more)

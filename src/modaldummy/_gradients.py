@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._kinds import local_shard
-from modaldummy._modalities import ModalityKey
+from modaldummy._modalities import ModalityKey, text_of
 from modaldummy._paths import Located, strip_wrappers
 from modaldummy._reduce import Groups, by_layout, norms
 from modaldummy._wrapper import DummyLossWrapper
@@ -103,11 +103,6 @@ def stock_of(wrapper: DummyLossWrapper) -> Stock:
     if stock is None or not stock.fits(located):
         stock = _STOCKS[wrapper] = Stock(located)
     return stock
-
-
-def text_of(key: ModalityKey) -> str:
-    """A key of the map as one word: `T1`, `T1-dMRI`."""
-    return key if isinstance(key, str) else "-".join(key)
 
 
 def _names(

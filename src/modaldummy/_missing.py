@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from modaldummy._errors import MissingGradientError, describe
-from modaldummy._gradients import Stock, dense, stock_of, text_of
+from modaldummy._gradients import Stock, dense, stock_of
+from modaldummy._modalities import text_of
 from modaldummy._wrapper import DummyLossWrapper
 
 Kind = Literal["none", "zero", "not finite"]

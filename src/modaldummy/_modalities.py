@@ -130,6 +130,11 @@ class ModalityMap:
         return everything
 
 
+def text_of(key: ModalityKey) -> str:
+    """A key as one word: `T1`, `T1-dMRI`."""
+    return key if isinstance(key, str) else "-".join(key)
+
+
 def _members(key: ModalityKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch.distributed as dist
 
 from modaldummy._errors import describe
-from modaldummy._gradients import Mask, Places, stock_of, text_of
+from modaldummy._gradients import Mask, Places, stock_of
+from modaldummy._modalities import text_of
 from modaldummy._wrapper import DummyLossWrapper
 
 

@@ -126,11 +126,6 @@ class Setup:
         return {identity for identity in self.towers if present.isdisjoint(self.owners[identity])}
 
 
-def label(key: ModalityKey) -> str:
-    """A key of the map as one string."""
-    return key if isinstance(key, str) else " + ".join(key)
-
-
 def is_sharded(parameter: Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(parameter, "to_local")
