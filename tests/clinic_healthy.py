@@ -121,6 +121,35 @@ def with_fusion(run: Run) -> Iterable[Record]:
     return plain(run)
 
 
+def with_embedding(run: Run) -> Iterable[Record]:
+    """A modality of codes: its dummy gradient is empty, and has norm 0."""
+    run.model.towers["codes"] = nn.Embedding(5, 8, sparse=True)
+    run.names = ["T1", "codes"]
+    spec = {name: f"towers.{name}" for name in run.names}
+    run.wrapper = DummyLossWrapper(run.model, spec)
+    run.optimizer = SGD(run.model.parameters(), run.lr)
+    batch = run.batch
+
+    def with_codes(active: Iterable[str]) -> Any:
+        data, target = batch(name for name in active if name != "codes")
+        if "codes" in active:
+            data["codes"] = (2 * target).round().clamp(-2, 2).long() + 2
+        return data, target
+
+    run.batch = with_codes  # type: ignore[method-assign]
+    return plain(run)
+
+
+def by_hand(run: Run) -> Iterable[Record]:
+    """The dummy alone is added to the loss."""
+    for step in range(run.steps):
+        active = run.active(step)
+        total = run.loss(active) + run.wrapper.dummy(active)
+        total.backward()
+        yield run.record(step, total)
+        run.step()
+
+
 def classified(run: Run) -> Iterable[Record]:
     """Cross-entropy of the sign of the target."""
     for step in range(run.steps):
@@ -175,6 +204,8 @@ HEALTHY: dict[str, Callable[[], History]] = {
     "noisy target": lambda: (plain(Run(noise=1.0, steps=300)), {}),
     "float64": lambda: (plain(Run(dtype=torch.float64)), {}),
     "bfloat16 autocast": lambda: (autocast(Run()), {}),
+    "a sparse embedding alone": lambda: (with_embedding(Run()), {}),
+    "a dummy added by hand": lambda: (by_hand(Run()), {}),
     "GradScaler": lambda: (scaled(Run(seed=2)), {}),
     "clipped, logged before": lambda: (clipped(Run(), before=True), {}),
     "clipped, logged after": lambda: (clipped(Run(), before=False), {}),

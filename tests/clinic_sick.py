@@ -115,9 +115,8 @@ def zeroed(run: Run, loss: Tensor, active: list[str], _: int) -> Tensor:
     return loss + 0.0 * run.wrapper.dummy(active)
 
 
-def unbounded(run: Run, loss: Tensor, active: list[str], _: int) -> Tensor:
-    """The dummy by hand, without a bound, beside a report that is taken from the total."""
-    run.wrapper.total(loss, active)
+def by_hand(run: Run, loss: Tensor, active: list[str], _: int) -> Tensor:
+    """The dummy alone is added: nothing knows the loss to hold it against."""
     return loss + run.wrapper.dummy(active)
 
 
@@ -249,6 +248,10 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
     "a scale like a loss": (
         {"MD214", "MD223"},
         lambda: (plain(Run(scale=1e-3, options={"max_fraction": None})), {}),
+    ),
+    "a dummy added by hand": (
+        {"MD223"},
+        lambda: (run_with(Run(scale=3e-3), total=by_hand), {"scale": 3e-3, "ratio": 1.0}),
     ),
     "a modality that never comes": (
         {"MD225"},

@@ -264,7 +264,7 @@ REASONS = {
     "real gradients are finite": "gradient norms are not logged: `gradient_norms(wrapper)`",
     "dummy gradients are there": "no step with an inactive modality, or gradient norms are not",
     "dummy gradients have their size": "`modaldummy/num_elements` is not logged, or gradient norms",
-    "dummy is small beside the loss": "`modaldummy/fraction` is not logged: `wrapper.last.as_dict",
+    "dummy is small beside the loss": "no finite `modaldummy/fraction` is logged: `wrapper.last.as_dict",
     "real gradients outweigh dummy ones": "no step with real and dummy gradients, or gradient",
     "every modality occurs": "which modalities were active is not logged: `wrapper",
     "batches mix modalities": "which modalities were active is not logged: `wrapper",

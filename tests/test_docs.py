@@ -45,8 +45,10 @@ def test_there_are_snippets() -> None:
         "docs/explanation/when-not-to-use-it.md",
         "docs/how-to/compile.md",
         "docs/how-to/hold.md",
+        "docs/how-to/monitor.md",
         "docs/how-to/property-test-your-model.md",
         "docs/reference/batch-metadata.md",
+        "docs/reference/diagnose.md",
         "docs/reference/preflight.md",
     }
 

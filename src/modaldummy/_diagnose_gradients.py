@@ -125,7 +125,7 @@ def small(evidence: Evidence) -> Outcome:
     """MD222 and MD223: the dummy is large beside the loss."""
     seen, above = evidence.tally("fraction"), evidence.tally("fraction above")
     if not seen.seen:
-        return Unchecked("`modaldummy/fraction` is not logged: `wrapper.last.as_dict()`")
+        return Unchecked("no finite `modaldummy/fraction` is logged: `wrapper.last.as_dict()`")
     limits = evidence.limits
     if not above.hits:
         largest = max(seen.largest, 0.0)

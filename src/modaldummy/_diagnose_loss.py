@@ -93,8 +93,8 @@ def decreasing(evidence: Evidence) -> Outcome:
         "warning",
         "The loss does not decrease.",
         numbers | {"median": float(np.median(whole)), "first_step": _first_step(evidence)},
-        "Look whether the total that the wrapper returned is backwarded, whether the optimizer has "
-        "the parameters (`preflight(wrapper, optimizer)`), and at the learning rate.",
+        "Look whether the loss has a graph to the model, whether the optimizer has the parameters "
+        "(`preflight(wrapper, optimizer, loss=total)` tells), and at the learning rate.",
     )
 
 

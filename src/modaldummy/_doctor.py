@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
-from modaldummy._diagnose import Diagnosis, examine
+from modaldummy._diagnose import CHECKS, Diagnosis, examine
 from modaldummy._errors import HistoryError
 
 _IGNORED = 5  # names of columns that are shown
@@ -90,7 +90,8 @@ def verdict(diagnosis: Diagnosis) -> str:
         return f"Nothing wrong in {len(diagnosis.signs)} checks."
     bad = [finding for finding in diagnosis.findings if finding.severity != "info"]
     codes = ", ".join(finding.code for finding in bad)
-    return f"{len(bad)} of {len(bad) + len(diagnosis.signs)} checks found something: {codes}."
+    made = len(CHECKS) - len(diagnosis.unchecked)
+    return f"{len(bad)} of {made} checks found something: {codes}."
 
 
 def _content(path: str, diagnosis: Diagnosis) -> dict[str, Any]:
@@ -121,9 +122,18 @@ def _fail(reason: str) -> int:
 
 
 def _scale(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+    return None if text.lower() == "none" else _number(text)
 
 
 def _threshold(text: str) -> tuple[str, float]:
-    name, _, number = text.partition("=")
-    return name, float(number)
+    name, equals, number = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER such as unrest=3, got {text!r}")
+    return name, _number(number)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error

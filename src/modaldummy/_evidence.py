@@ -153,7 +153,7 @@ class Evidence:
         for name in ("loss", "report/uncapped", "real_norm"):
             values = columns.get(name, nothing)
             count(f"{name} broken", values, np.isinf(values))
-        fraction = columns.get("report/fraction", nothing)
+        fraction = columns["fraction"]
         count("fraction", fraction, fraction > 0, np.isfinite(fraction))
         above = fraction > self.limits.fraction * (1 + 1e-6)
         count("fraction above", fraction, above, np.isfinite(fraction))
@@ -163,7 +163,8 @@ class Evidence:
         none = np.isnan(dummy) | nan
         due = (columns["due"] > 0) & ~(columns.get("report/num_params", nothing) == 0)
         count("dummy missing", dummy, none, due)
-        count("dummy zero", dummy, dummy == 0, due & np.isfinite(dummy))
+        empty = columns.get("report/num_elements", nothing) == 0  # as of sparse embeddings alone
+        count("dummy zero", dummy, dummy == 0, due & np.isfinite(dummy) & ~empty)
         flags = [columns[f"held/{name}"] for name in self.signals.modalities]
         for name, flag in zip(self.signals.modalities, flags, strict=True):
             count(f"held/{name}", flag, flag == 1)

@@ -27,7 +27,7 @@ _NAMED = 5  # findings above the picture
 def draw(diagnosis: Diagnosis, title: str, path: str | PathLike[str]) -> None:
     """Write loss, gradient norms and the dummy's share of the loss against the step as a PNG."""
     evidence = diagnosis.evidence
-    fractions = evidence.column("report/fraction")
+    fractions = evidence.column("fraction")
     has_fraction = bool((np.isfinite(fractions) & (fractions > 0)).any())
     heights = [4, 6, 2][: 2 + has_fraction]
     figure = Figure(figsize=(9, 6.5 + has_fraction), layout="constrained")
@@ -162,7 +162,7 @@ def _draw_norms(axes: Axes, evidence: Evidence) -> None:
 
 
 def _draw_fraction(axes: Axes, evidence: Evidence) -> None:
-    steps, fractions = evidence.column("step"), evidence.column("report/fraction")
+    steps, fractions = evidence.column("step"), evidence.column("fraction")
     own = np.isfinite(fractions) & (fractions > 0)
     axes.set_yscale("log")
     axes.scatter(steps[own], fractions[own], s=6, color="black", lw=0)

@@ -16,7 +16,7 @@ Flags: TypeAlias = np.ndarray[tuple[int], np.dtype[np.bool]]
 Columns: TypeAlias = dict[str, Column]
 
 # The first of these that a history has is the loss.
-_LOSSES = ("loss", "training_loss", "total_loss", "train_loss")
+_LOSSES = ("loss", "training_loss", "total_loss", "train_loss", "train_loss_step", "loss_step")
 _STEPS = ("step", "_step", "global_step", "Step")
 _ROLES = {
     "report": r"modaldummy/(real|dummy|uncapped|fraction|num_params|num_elements)",
@@ -195,8 +195,16 @@ class Signals:
         of_active, of_inactive = _first(dummy * ratio, of_active), _first(dummy, of_inactive)
         idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in taught.values())])
         bits = [held[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
+        real, size_of_dummy = column("report/real"), np.abs(column("report/dummy"))
+        # `wrapper.dummy` knows no real loss: it reports NaN for it, and a dummy all the same.
+        alone = np.isinf(real) & np.isfinite(size_of_dummy) & (size_of_dummy > 0)
+        loss = column(f"loss/{self._loss}") if self._loss else np.where(alone, np.nan, real)
+        share = size_of_dummy / np.where(
+            alone & np.isfinite(loss) & (loss != 0), np.abs(loss), np.nan
+        )
         return {
-            "loss": column(f"loss/{self._loss}" if self._loss else "report/real"),
+            "loss": loss,
+            "fraction": np.where(alone, share, column("report/fraction")),
             **{f"held/{name}": flag for name, flag in held.items()},
             **{f"taught/{name}": flag for name, flag in taught.items()},
             "set": np.sum(bits, axis=0) if bits else _nothing(size),
