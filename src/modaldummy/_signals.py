@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -162,49 +162,29 @@ class Signals:
         def column(name: str) -> Column:
             return columns.get(name, _nothing(size))
 
-        # One loss for the whole history, not now this and now that.
         losses = [name for name in _LOSSES if f"loss/{name}" in columns]
+        # One loss for the whole history, not now this and now that.
         self._loss = self._loss or (losses[0] if losses else None)
-
         names = [*self.modalities, *self.fusions]
         inactive, active = column("label/inactive"), column("label/active")
         labels = {name: column(f"label/{name}") for name in names} | {"active": active}
         labelled = _known([inactive, *labels.values()])
-        # Of a frozen modality constant keys say NaN, and nothing of its parameters.
-        constant = _known([_nothing(size), *(column(f"constant/{name}") for name in names)])
-        norms = {name: column(f"norm/{name}") for name in names}
-        for name, norm in norms.items():
-            frozen = constant & np.isnan(column(f"constant/{name}")) & np.isinf(norm)
-            norms[name] = np.where(frozen, np.nan, norm)
-        logged = labelled | constant | _known([column("whole"), *norms.values()])
-        # What the batch held, and what the gradients are of: with accumulation, of more batches.
-        held, taught = {}, {}
-        for name in self.modalities:
-            label = np.where(labelled & np.isnan(active), ~np.isnan(labels[name]), np.nan)
-            label = np.where(~np.isnan(column("whole")), 1.0, label)
-            held[name] = _first(column(f"present/{name}"), column(f"active/{name}"), label)
-            taught[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
-        for name, parts in self.fusions.items():
-            taught[name] = np.min([taught[part] for part in parts], axis=0)
+        held, taught = self._flags(column, labels, labelled)
+        norms = _norms(column, names)
         of_active, of_inactive = (
             _hypot([np.where(taught[name] == flag, norms[name], np.nan) for name in names], size)
             for flag in (1, 0)
         )
+        # Constant keys count a shared parameter once, norms of modalities more than that.
         ratio = column("grad/ratio")
         dummy = column("total") / np.hypot(1.0, np.where(np.isinf(ratio), np.nan, ratio))
         of_active, of_inactive = _first(dummy * ratio, of_active), _first(dummy, of_inactive)
+        constant = [column(f"constant/{name}") for name in names]
+        logged = labelled | _known([column("whole"), *constant, *norms.values()])
         idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in taught.values())])
         bits = [held[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
-        real, size_of_dummy = column("report/real"), np.abs(column("report/dummy"))
-        # `wrapper.dummy` knows no real loss: it reports NaN for it, and a dummy all the same.
-        alone = np.isinf(real) & np.isfinite(size_of_dummy) & (size_of_dummy > 0)
-        loss = column(f"loss/{self._loss}") if self._loss else np.where(alone, np.nan, real)
-        share = size_of_dummy / np.where(
-            alone & np.isfinite(loss) & (loss != 0), np.abs(loss), np.nan
-        )
         return {
-            "loss": loss,
-            "fraction": np.where(alone, share, column("report/fraction")),
+            **self._losses(column),
             **{f"held/{name}": flag for name, flag in held.items()},
             **{f"taught/{name}": flag for name, flag in taught.items()},
             "set": np.sum(bits, axis=0) if bits else _nothing(size),
@@ -213,6 +193,37 @@ class Signals:
             "labelled": labelled.astype(float),
             "due": (idle & logged).astype(float),
         }
+
+    def _losses(self, column: Callable[[str], Column]) -> Columns:
+        """The loss, and the dummy's share of it."""
+        real, dummy = column("report/real"), np.abs(column("report/dummy"))
+        # `wrapper.dummy` knows no real loss: it reports NaN for it, and a dummy all the same.
+        alone = np.isinf(real) & np.isfinite(dummy) & (dummy > 0)
+        loss = column(f"loss/{self._loss}") if self._loss else np.where(alone, np.nan, real)
+        size = np.where(alone & np.isfinite(loss) & (loss != 0), np.abs(loss), np.nan)
+        return {"loss": loss, "fraction": np.where(alone, dummy / size, column("report/fraction"))}
+
+    def _flags(
+        self, column: Callable[[str], Column], labels: Columns, labelled: Flags
+    ) -> tuple[Columns, Columns]:
+        """What the batch held, and what gradients are of: with accumulation, of more batches."""
+        held, taught = {}, {}
+        for name in self.modalities:
+            label = np.where(labelled & np.isnan(labels["active"]), ~np.isnan(labels[name]), np.nan)
+            label = np.where(~np.isnan(column("whole")), 1.0, label)
+            held[name] = _first(column(f"present/{name}"), column(f"active/{name}"), label)
+            taught[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
+        for name, parts in self.fusions.items():
+            taught[name] = np.min([taught[part] for part in parts], axis=0)
+        return held, taught
+
+
+def _norms(column: Callable[[str], Column], names: Sequence[str]) -> Columns:
+    """Norm of each modality; nothing of a frozen one, of which constant keys say NaN."""
+    constant = _known([column("whole") * np.nan, *(column(f"constant/{name}") for name in names)])
+    norms = {name: column(f"norm/{name}") for name in names}
+    frozen = {name: np.isnan(column(f"constant/{name}")) & np.isinf(norms[name]) for name in names}
+    return {name: np.where(constant & frozen[name], np.nan, norms[name]) for name in names}
 
 
 def _numbers(values: list[Any]) -> Column:
