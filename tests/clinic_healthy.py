@@ -1,5 +1,6 @@
 """Healthy runs, each in a way of its own: no diagnosis may find anything."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -89,6 +90,22 @@ def sparsely(run: Run) -> Iterable[Record]:
         yield row | ({"eval_loss": 7.0} if row["step"] % 25 == 0 else {})
 
 
+def with_foreign_keys(run: Run) -> Iterable[Record]:
+    """What other code logs beside it."""
+    return (row | {"grad_norm/total": 1.0, "grad/norm": 2.0, "lr": 0.1} for row in plain(run))
+
+
+def as_table(run: Run) -> Iterable[Record]:
+    """As pandas hands rows out: NaN where a row has no such key, as one of an evaluation."""
+    rows = list(plain(run))
+    keys = {key for row in rows for key in row} | {"eval_loss"}
+    hole = dict.fromkeys(keys, math.nan)
+    for row in rows:
+        yield hole | {key: row.get(key, math.nan) for key in row}
+        if row["step"] % 30 == 0:
+            yield hole | {"step": row["step"], "eval_loss": 1.0}
+
+
 def frozen(run: Run) -> Iterable[Record]:
     """One tower is frozen, and has no gradient when it is active either."""
     run.model.towers["dMRI"].requires_grad_(False)
@@ -163,14 +180,14 @@ def classified(run: Run) -> Iterable[Record]:
         run.step()
 
 
-def negative(run: Run) -> Iterable[Record]:
-    """A likelihood: the loss starts above 0 and ends below."""
+def negative(run: Run, scale: float = 10.0) -> Iterable[Record]:
+    """A likelihood: the loss starts above 0 and ends near it, or below."""
     run.model.log_scale = nn.Parameter(torch.ones(()))
     run.optimizer = SGD(run.model.parameters(), 0.02)
     for step in range(2 * run.steps):
         active = run.active(step)
         data, target = run.batch(active)
-        error = (run.model(data) - target / 10).square() * torch.exp(-2 * run.model.log_scale)
+        error = (run.model(data) - target / scale).square() * torch.exp(-2 * run.model.log_scale)
         total = run.wrapper.total((error / 2 + run.model.log_scale).mean(), active)
         total.backward()
         yield run.record(step, total)
@@ -212,12 +229,17 @@ HEALTHY: dict[str, Callable[[], History]] = {
     "accumulation": lambda: (accumulated(Run(steps=80)), {}),
     "warm-up": lambda: (warmed_up(Run(steps=200)), {}),
     "every tenth step": lambda: (every_tenth(Run(steps=600)), {}),
+    "forty rows": lambda: (every_tenth(Run(steps=400, seed=4)), {}),
+    "with keys of others": lambda: (with_foreign_keys(Run()), {}),
+    "the same, constant keys": lambda: (with_foreign_keys(Run(label=False)), {}),
+    "rows of a table": lambda: (as_table(Run(label=False)), {}),
     "gradients at some steps": lambda: (sparsely(Run(steps=200)), {}),
     "a frozen tower": lambda: (frozen(Run()), {}),
     "a tower that thaws": lambda: (thawed(Run()), {}),
     "a fusion": lambda: (with_fusion(Run(steps=200)), {}),
     "cross-entropy": lambda: (classified(Run(lr=0.2)), {}),
     "a loss below zero": lambda: (negative(Run()), {}),
+    "a loss that ends near zero": lambda: (negative(Run(seed=1), scale=1.0), {}),
     "all modalities always": lambda: (plain(Run(schedule=always_all)), {}),
     "a curriculum": lambda: (plain(Run(schedule=in_phases)), {}),
     "two modalities": lambda: (plain(Run(widths={"a": 3, "b": 5})), {}),

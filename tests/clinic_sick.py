@@ -71,6 +71,12 @@ def detached(run: Run, loss: Tensor, active: list[str], _: int) -> Tensor:
     return run.wrapper.total(loss.detach(), active)
 
 
+def spoilt_tower(run: Run, spoil: Callable[[Tensor], Tensor]) -> Iterable[Record]:
+    """What comes out of one tower carries no gradient."""
+    run.model.towers["T1"].register_forward_hook(lambda module, inputs, output: spoil(output))
+    return plain(run)
+
+
 def other_parameters(run: Run) -> Iterable[Record]:
     """The optimizer was made for the model that was then copied."""
     run.optimizer = torch.optim.SGD(copy.deepcopy(run.model).parameters(), run.lr)
@@ -204,9 +210,21 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
         lambda: (run_with(Run(schedule=without_dmri), before=wrong_checkpoint), {}),
     ),
     "learning rate 0": ({"MD204"}, lambda: (plain(Run(lr=0.0)), {})),
-    "an optimizer of other parameters": ({"MD204"}, lambda: (other_parameters(Run()), {})),
+    "an optimizer of other parameters": (
+        {"MD204"},
+        lambda: (other_parameters(Run(seed=7, widths={"a": 3, "b": 5})), {}),
+    ),
     "shuffled targets": ({"MD204"}, lambda: (shuffled(Run(lr=0.02)), {})),
-    "a detached loss": ({"MD204"}, lambda: (run_with(Run(), total=detached), {})),
+    "a detached loss": (
+        {"MD204", "MD217"},
+        lambda: (run_with(Run(seed=5, size=64), total=detached), {}),
+    ),
+    "a detached tower": ({"MD217"}, lambda: (spoilt_tower(Run(), Tensor.detach), {})),
+    "the same, constant keys": (
+        {"MD217"},
+        lambda: (spoilt_tower(Run(label=False), Tensor.detach), {}),
+    ),
+    "a tower times 0": ({"MD217"}, lambda: (spoilt_tower(Run(), lambda x: 0 * x), {})),
     "Adam with a large rate": (
         {"MD205"},
         lambda: (classified(Run(make=AdamW, lr=10.0, steps=400)), {}),
@@ -236,11 +254,14 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
         lambda: (run_with(Run(lr=0.1 / 2**16), total=unscaled_never), {}),
     ),
     "another scale than was meant": ({"MD214"}, lambda: (plain(Run(scale=1e-5)), {})),
-    "clipped away": ({"MD204", "MD215"}, lambda: (run_with(Run(), after=clip(1e-5)), {})),
+    "clipped away": (
+        {"MD204", "MD215"},
+        lambda: (run_with(Run(seed=8, noise=0.5), after=clip(1e-5)), {}),
+    ),
     "a penalty on all weights": ({"MD216"}, lambda: (run_with(Run(), total=penalised), {})),
     "metadata that forgets a modality": ({"MD216"}, lambda: (run_with(Run(), used=one_more), {})),
     "labels of the last micro-batch": ({"MD216"}, lambda: (accumulated(Run()), {})),
-    "NaN in a gradient": ({"MD204", "MD221"}, lambda: (root_of_zero(Run()), {})),
+    "NaN in a gradient": ({"MD204", "MD221"}, lambda: (root_of_zero(Run(seed=9, steps=200)), {})),
     "a scale without a bound": (
         {"MD214", "MD222"},
         lambda: (plain(Run(scale=1e-5, options={"max_fraction": None})), {}),

@@ -258,13 +258,14 @@ def test_what_follows_from_another_finding(start: int, expected: dict[str, Any])
 
 REASONS = {
     "loss is finite": "no loss is logged: a key `loss`, `train/loss` or `modaldummy/real`",
-    "loss falls": "0 losses are too few; 20 are needed",
+    "loss falls": "1 losses are too few; 20 are needed",
     "loss is steady": "which modalities were active is not logged: `wrapper",
     "inactive parameters are finite": "`modaldummy/uncapped` is not logged: `wrapper",
     "real gradients are finite": "gradient norms are not logged: `gradient_norms(wrapper)`",
+    "real gradients are there": "gradient norms are not logged: `gradient_norms(wrapper)`",
     "dummy gradients are there": "no step with an inactive modality, or gradient norms are not",
     "dummy gradients have their size": "`modaldummy/num_elements` is not logged, or gradient norms",
-    "dummy is small beside the loss": "no finite `modaldummy/fraction` is logged: `wrapper.last.as_dict",
+    "dummy is small beside the loss": "no finite `modaldummy/fraction` is logged",
     "real gradients outweigh dummy ones": "no step with real and dummy gradients, or gradient",
     "every modality occurs": "which modalities were active is not logged: `wrapper",
     "batches mix modalities": "which modalities were active is not logged: `wrapper",
@@ -273,12 +274,19 @@ REASONS = {
 
 def test_what_is_not_logged_is_not_checked() -> None:
     """Each check says what it would have needed."""
-    found = examine([{"lr": 1.0}])
+    found = examine([{"loss": 1.0}])
     assert found.findings == []
-    assert found.signs == {}
-    assert found.unchecked.keys() == CHECKS.keys() == REASONS.keys()
+    assert found.signs.keys() == {"loss is finite"}
+    assert found.unchecked.keys() | found.signs.keys() == CHECKS.keys() == REASONS.keys()
     for check, reason in found.unchecked.items():
         assert reason.startswith(REASONS[check])
+    assert examine([{"active/T1": 1.0}] * 20).unchecked["loss is finite"].startswith("no loss is")
+
+
+def test_a_history_that_says_nothing_is_an_error() -> None:
+    """And not a healthy run."""
+    with pytest.raises(HistoryError, match=r"Nothing in the history .* its keys are \['lr'\]"):
+        examine([{"lr": 1.0}] * 30)
 
 
 SIZE = "dummy gradients have their size"
@@ -292,7 +300,13 @@ SIZE = "dummy gradients have their size"
         (healthy(), 0.0, SIZE, "the scale is 0 or None"),
         (healthy(grad_ranks=lambda n: 8.0), 1, SIZE, "gradients are averages over ranks"),
         (healthy(12), 1, "loss is steady", "12 losses are too few; 20 are needed"),
-        ([{"active/T1": 1.0}], 1, "batches mix modalities", "which modalities were active"),
+        ([{"active/T1": 1.0}] * 20, 1, "batches mix modalities", "which modalities were active"),
+        (
+            [{"active/T1": 0.0, "loss": 1.0}] * 9,
+            1,
+            "every modality occurs",
+            "9 batches are too few",
+        ),
     ],
 )
 def test_other_reasons(rows: Rows, scale: float | None, check: str, reason: str) -> None:

@@ -56,7 +56,7 @@ def test_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert shown.startswith(f"{path}: 150 rows\n")
     assert "Healthy:\n  loss is finite: 150 losses, all finite\n" in shown
     assert "dummy gradients have their size: 1 times scale * sqrt(elements)" in shown
-    assert shown.endswith("\n\nNothing wrong in 11 checks.\n")
+    assert shown.endswith("\n\nNothing wrong in 12 checks.\n")
     assert "Not checked" not in shown
 
 

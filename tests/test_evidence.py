@@ -92,7 +92,7 @@ def test_the_share_of_hits() -> None:
 LABELS = {"grad/[T1]/a": 1.0, "grad/[inactive]/b": 1e-7}
 CONSTANT = {"grad/T1/a": 1.0, "grad/dMRI/b": 1e-7, "grad_norm/T1": 1.0, "grad_norm/dMRI": 1e-7}
 CONSTANT |= {"active/T1": 1.0, "active/dMRI": 0.0}
-GONE = {"grad/dMRI/b": NAN, "grad_norm/dMRI": NAN}
+GONE = {"grad/dMRI/b": NAN, "grad_norm/dMRI": NAN, "grad_missing/dMRI": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -133,16 +133,18 @@ def test_fractions() -> None:
         ({"loss": 1.0, "active/dMRI": 0.0}, (0, 0), (0, 0)),
         (CONSTANT | {"loss": 1.0}, (0, 1), (0, 1)),
         (CONSTANT | GONE | {"loss": 1.0}, (1, 1), (0, 0)),
-        (CONSTANT | GONE | {"loss": NAN}, (0, 1), (0, 0)),
+        (CONSTANT | GONE | {"loss": NAN}, (1, 1), (0, 0)),
+        (CONSTANT | {"grad_norm/dMRI": NAN, "loss": 1.0}, (0, 1), (0, 0)),
         (CONSTANT | {"active/dMRI": 1.0}, (0, 0), (0, 0)),
     ],
     ids=[
         *("labels", "zero", "NaN in a label", "no label", "all frozen", "not all frozen"),
-        *("all active", "no gradients", "constant", "constant, NaN", "loss NaN", "all are active"),
+        *("all active", "no gradients", "constant", "constant, none", "loss NaN", "constant, NaN"),
+        "all are active",
     ],
 )
 def test_dummy_gradients(row: Row, missing: tuple[int, int], zero: tuple[int, int]) -> None:
-    """Where one is due it is there, zero, or missing; NaN is missing with constant keys alone."""
+    """Where one is due it is there, zero, or missing, which constant keys say with a number."""
     found = evidence(row)
     assert hits(found, "dummy missing") == missing
     assert hits(found, "dummy zero") == zero

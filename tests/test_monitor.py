@@ -108,13 +108,18 @@ def test_without_labels_the_keys_are_the_same_at_each_step(scale: float | None) 
     flags = [[one[f"active/{name}"] for name in ("T1", "rsfMRI", "dMRI")] for one in found]
     assert flags == [[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 0, 1]]
     missing = {name for name, value in found[0].items() if math.isnan(value)}
+    counts = {name: found[0][name] for name in found[0] if name.startswith("grad_missing/")}
+    assert counts == {
+        f"grad_missing/{name}": 2.0 * (scale is None and name != "T1")
+        for name in ("T1", "rsfMRI", "dMRI", "T1-dMRI")
+    }
     names = [name for name in found[0] if name.startswith("grad") and "T1_" not in name]
     assert (
         missing
         == {
             1e-7: set(),
             0.0: {"grad_ratio"},
-            None: {*names} - {"grad_norm/T1"},
+            None: {*names} - {"grad_norm/T1", *counts},
         }[scale]
     )
 

@@ -61,6 +61,8 @@ def assert_same(found: Columns, expected: Columns) -> None:
         ("grad/[inactive]/tower.weight", ("label", "inactive")),
         ("grad/tower.weight", ("whole", "")),
         ("grad/T1/tower.weight", ("constant", "T1")),
+        ("grad_missing/T1", ("missing", "T1")),
+        ("grad_norm", ("overall", "")),
     ],
 )
 def test_a_key_means_the_same_behind_what_loggers_put_before_it(
@@ -73,7 +75,7 @@ def test_a_key_means_the_same_behind_what_loggers_put_before_it(
     "key",
     [
         *("lr", "eval_loss", "eval/loss", "val/loss", "loss/ce", "losses", "my_step", "eval/step"),
-        *("grad_norm", "train/grad_norm", "grad", "grad/", "grad_norm/", "active", "reactive/T1"),
+        *("grad/norm", "train/grad/norm", "grad", "grad/", "grad_norm/", "active", "reactive/T1"),
         *("modaldummy/other", "grad_norms/T1", "", "/", " - "),
         *("run - train/loss__MIN", "run - grad_norm/T1__MAX", "grad/tower.weight__MIN"),
     ],

@@ -72,6 +72,9 @@ def test_a_dummy_that_is_missing_is_due() -> None:
     found = told(read(constant | flags("active/")))
     assert found["dummy_norm"] == INF
     assert found["due"] == 1
+    found = told(read(constant | flags("active/") | {"grad_missing/dMRI": 1.0}))
+    assert "dummy_norm" not in found
+    assert found["due"] == 1
 
 
 def test_constant_keys_of_a_frozen_modality() -> None:
@@ -196,3 +199,35 @@ def test_each_set_of_modalities_has_a_number() -> None:
     assert len(set(sets)) == 4
     assert np.isnan(read({"loss": 1.0})["set"]).all()
     assert np.isnan(read({"active/T1": 1.0}, {"loss": 1.0})["set"]).tolist() == [False, True]
+
+
+def test_keys_of_others_name_no_modality() -> None:
+    """Where flags or labels say which ones there are."""
+    foreign = {"grad_norm/total": 9.0, "grad/norm": 8.0}
+    for row in (LABELS | flags("modaldummy/active/"), NORMS | flags("active/")):
+        signals = Signals()
+        signals.add([row | foreign])
+        assert "total" not in signals.modalities
+        assert told(read(row | foreign)) == told(read(row)) | {"norm/total": 9.0}
+
+
+def test_a_norm_of_all_gradients_stands_for_the_real_ones() -> None:
+    """As trainers log it, where nothing better is there."""
+    assert told(read({"loss": 1.0, "grad_norm": 2.0}))["real_norm"] == 2
+    assert told(read({"loss": 1.0, "grad_norm": 2.0} | LABELS))["real_norm"] != 2
+
+
+def test_a_row_of_a_table_that_lacks_our_keys() -> None:
+    """It has NaN for them, also for flags, which are never NaN: it says nothing."""
+    row = {"loss": 1.0, "modaldummy/real": 1.0} | flags("modaldummy/active/") | NORMS
+    hole = dict.fromkeys(row, NAN)
+    found = read(row, hole)
+    assert np.isnan(found["loss"]).tolist() == [False, True]
+    assert np.isnan(found["norm/T1"]).tolist() == [False, True]
+
+
+def test_a_flag_names_a_modality_and_no_fusion() -> None:
+    signals = Signals()
+    signals.add([{f"modaldummy/active/{name}": 1.0 for name in ("T1", "post", "T1-post")}])
+    assert signals.modalities == ["T1", "post", "T1-post"]
+    assert signals.fusions == {}

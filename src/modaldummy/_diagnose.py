@@ -20,6 +20,7 @@ CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
     "loss is steady": loss.steady,
     "inactive parameters are finite": loss.uncapped,
     "real gradients are finite": gradients.real,
+    "real gradients are there": gradients.reached,
     "dummy gradients are there": gradients.there,
     "dummy gradients have their size": gradients.sized,
     "dummy is small beside the loss": gradients.small,
@@ -69,8 +70,9 @@ def diagnose(
     """What logged metrics say is wrong with a run.
 
     The metrics are those of `gradient_norms(wrapper)` and `wrapper.last.as_dict()` with a `loss`,
-    as they are or behind `train/`; what is not logged is not checked. Memory is bounded: counts
-    and extremes are those of all rows, medians those of 20,000 rows drawn at random.
+    as they are or behind `train/`; what is not logged is not checked. NaN says that a number is
+    not finite, None or a missing key that there is none. Memory is bounded: counts and extremes are
+    those of all rows; medians, of more than 20,000, those of 10,000 or more drawn at random.
 
         >>> rows = [{"step": step, "loss": 2.0} for step in range(50)]
         >>> [finding.code for finding in diagnose(rows)]
@@ -87,7 +89,7 @@ def diagnose(
 
     Raises:
         OSError: The file cannot be opened.
-        HistoryError: A line of it cannot be read, or there are no rows.
+        HistoryError: A line of it cannot be read, there are no rows, or none says anything.
         TypeError: `history` is neither, or a threshold is unknown.
         ValueError: `scale` or a threshold is no number that it can be.
     """
@@ -113,6 +115,12 @@ def examine(
     if not evidence.signals.num_rows:
         raise HistoryError("The history has no rows; log at least one step.")
     outcomes = {name: check(evidence) for name, check in CHECKS.items()}
+    if all(isinstance(outcome, Unchecked) for outcome in outcomes.values()):
+        ignored = list(evidence.signals.ignored)
+        raise HistoryError(
+            f"Nothing in the history has a meaning here; its keys are {ignored[:10]}. Log a "
+            "`loss`, `wrapper.last.as_dict()` and `gradient_norms(wrapper)`."
+        )
     findings = [outcome for outcome in outcomes.values() if isinstance(outcome, Finding)]
     return Diagnosis(
         findings=_causes(by_severity(findings)),

@@ -107,7 +107,8 @@ def real(evidence: Evidence) -> Outcome:
         return Unchecked(_NO_NORMS)
     # A GradScaler starts too large, and then tries a larger factor now and then.
     later = (broken.hits - broken.lead) / max(broken.seen - broken.lead, 1)
-    if later <= evidence.limits.broken and broken.run < evidence.limits.early:
+    some = broken.hits < broken.seen
+    if some and later <= evidence.limits.broken and broken.run < evidence.limits.early:
         text = f"finite at {broken.seen - broken.hits:,} of {broken.seen:,} steps"
         return Sign(text, {"not_finite": broken.hits, "steps": broken.seen})
     return Finding(
@@ -118,6 +119,36 @@ def real(evidence: Evidence) -> Outcome:
         {"first_step": broken.first, "not_finite": broken.hits, "steps": broken.seen},
         "Find the first operation that makes NaN with `torch.autograd.detect_anomaly()`; look for "
         "NaN in the data of the modality, for divisions, logarithms and roots of 0.",
+    )
+
+
+def reached(evidence: Evidence) -> Outcome:
+    """MD217: a modality that has no gradient, or a zero one, whenever it is active."""
+    names = evidence.signals.modalities
+    told = {name: evidence.tally(f"silent/{name}") for name in names}
+    told = {name: tally for name, tally in told.items() if tally.seen >= evidence.limits.early}
+    if not told:
+        return Unchecked(_NO_NORMS)
+    # A frozen one has none while it is inactive either.
+    silent = {
+        name: tally
+        for name, tally in told.items()
+        if tally.share == 1
+        and (evidence.tally(f"zero/{name}").hits or evidence.tally(f"trainable/{name}").hits)
+    }
+    if not silent:
+        return Sign(f"those of {', '.join(told)}, where not frozen", {"modalities": list(told)})
+    return Finding(
+        "MD217",
+        "error",
+        f"No gradient reaches {', '.join(silent)}, although batches hold it.",
+        {
+            "modalities": list(silent),
+            "first_step": min(tally.first for tally in silent.values()),
+            "steps": {name: tally.seen for name, tally in silent.items()},
+        },
+        "Look for `.detach()`, `torch.no_grad()` or a weight of 0 between the tower and the loss, "
+        "and for a forward that leaves the tower out.",
     )
 
 
@@ -181,6 +212,9 @@ def occurring(evidence: Evidence) -> Outcome:
     shares = {name: tally.share for name, tally in tallies.items() if tally.seen}
     if not shares:
         return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
+    rows = max(tally.seen for tally in tallies.values())
+    if rows < evidence.limits.least:
+        return Unchecked(f"{rows} batches are too few; {evidence.limits.least} are needed")
     never = [name for name, share in shares.items() if share == 0]
     if not never:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())

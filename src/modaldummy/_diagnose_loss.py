@@ -10,6 +10,7 @@ from modaldummy._signals import Column
 
 _MANY = 8  # losses of one set of modalities that say something about its course
 _CERTAIN = 4.0  # standard errors; several beginnings are tried
+_VISIBLE = 0.5  # a share of the first losses; where a smaller fall shows, there is none
 _EXPLOSION = 10.0  # of a gradient norm, over the usual one
 _TINY = 0.05  # of the first losses; below, a loss may jump as it will
 
@@ -31,7 +32,8 @@ def finite(evidence: Evidence) -> Outcome:
         return Finding(
             "MD201",
             "error",
-            f"The loss is NaN or infinite almost at once, at step {losses.first:g}.",
+            f"The loss is NaN or infinite after {losses.place} that are not, at step "
+            f"{losses.first:g}.",
             found,
             "Look at the data and the loss of one batch, without the wrapper; run `preflight`, "
             "which names parameters that are not finite and scales that are too large.",
@@ -87,6 +89,9 @@ def decreasing(evidence: Evidence) -> Outcome:
     share = (first - last) / abs(first) if first else 0.0
     if first - last > _CERTAIN * error and share > evidence.limits.decrease:
         return Sign(f"from {first:.4g} to {last:.4g}, where it is clearest", numbers)
+    visible = min((_CERTAIN * error / abs(first) for first, _, error in falls if first), default=0)
+    if visible > _VISIBLE:
+        return Unchecked(f"too noisy: a fall by less than {visible:.0%} would not show")
     whole = np.concatenate(series)
     return Finding(
         "MD204",
@@ -94,7 +99,8 @@ def decreasing(evidence: Evidence) -> Outcome:
         "The loss does not decrease.",
         numbers | {"median": float(np.median(whole)), "first_step": _first_step(evidence)},
         "Look whether the loss has a graph to the model, whether the optimizer has the parameters "
-        "(`preflight(wrapper, optimizer, loss=total)` tells), and at the learning rate.",
+        "(`preflight(wrapper, optimizer, loss=total)` tells), and at the learning rate; of a run "
+        "that starts where another has converged, nothing else can be expected.",
     )
 
 
@@ -121,7 +127,7 @@ def steady(evidence: Evidence) -> Outcome:
 
 def _unfit(evidence: Evidence) -> str | None:
     """Why nothing can be said about the course of the loss, if so."""
-    losses, least = evidence.tally("loss broken"), evidence.limits.least
+    losses, least = evidence.tally("loss broken"), max(evidence.limits.least, _MANY)
     if losses.hits:
         return "the loss does not stay finite"
     return f"{losses.seen} losses are too few; {least} are needed" if losses.seen < least else None
@@ -147,16 +153,17 @@ def _together(evidence: Evidence) -> Column:
 
 
 def _unrest(losses: Column) -> tuple[float, float, float]:
-    """Size of the first losses, of means in the second half, and of most steps between these.
+    """First losses, level of those of the second half, and size of most steps between these.
 
-    Means of up to 16 losses: single ones of small batches differ as much in a healthy run.
+    Of means of up to 16 losses: single ones of small batches differ as much in a healthy run. The
+    level is the size of the losses, or how far they have fallen: they may end at 0, or below.
     """
-    start = min(abs(float(np.median(losses[:length]))) for length in (1, 3, _MANY))
+    start = min(float(np.median(losses[:length])) for length in (1, 3, _MANY))
     late = losses[len(losses) // 2 :]
     length = max(1, min(16, len(late) // 16))
     means = late[len(late) % length :].reshape(-1, length).mean(axis=1)
-    jump = float(np.quantile(np.abs(np.diff(means)), 0.75))
-    return start, float(np.median(np.abs(means))), jump
+    level = max(float(np.median(np.abs(means))), start - float(np.median(means)))
+    return abs(start), level, float(np.quantile(np.abs(np.diff(means)), 0.75))
 
 
 def _noise(losses: Column) -> float:

@@ -158,16 +158,19 @@ class Evidence:
         above = fraction > self.limits.fraction * (1 + 1e-6)
         count("fraction above", fraction, above, np.isfinite(fraction))
         dummy = columns["dummy_norm"]
-        # With constant keys, where no label is, NaN says that there is none.
-        nan = np.isinf(dummy) & np.isfinite(columns["loss"]) & (columns["labelled"] == 0)
-        none = np.isnan(dummy) | nan
+        none = np.isnan(dummy)
         due = (columns["due"] > 0) & ~(columns.get("report/num_params", nothing) == 0)
         count("dummy missing", dummy, none, due)
         empty = columns.get("report/num_elements", nothing) == 0  # as of sparse embeddings alone
         count("dummy zero", dummy, dummy == 0, due & np.isfinite(dummy) & ~empty)
         flags = [columns[f"held/{name}"] for name in self.signals.modalities]
-        for name, flag in zip(self.signals.modalities, flags, strict=True):
+        sizes = [columns[f"size/{name}"] for name in self.signals.modalities]
+        logged = ~np.isnan([nothing, *sizes]).all(axis=0)
+        for name, flag, size in zip(self.signals.modalities, flags, sizes, strict=True):
             count(f"held/{name}", flag, flag == 1)
+            count(f"silent/{name}", size, np.isnan(size) | (size == 0), (flag == 1) & logged)
+            count(f"zero/{name}", size, size == 0, (flag == 1) & logged)
+            count(f"trainable/{name}", size, size > 0, (flag == 0) & logged)
         number = np.sum(flags or [nothing], axis=0)
         count("single", number, number == 1)
 

@@ -74,7 +74,8 @@ class Stock:
         numbers = torch.cat([lengths, factor.reshape(1)]).numpy(force=True).astype(np.float64)
         known = np.array(there)
         norm = np.full(len(there), math.nan)
-        norm[known] = numbers[:-1] / numbers[-1]
+        with np.errstate(divide="ignore", invalid="ignore"):  # a scaler's factor may become 0
+            norm[known] = numbers[:-1] / numbers[-1]
         return norm, known
 
     @property

@@ -83,6 +83,8 @@ class HistoryFile:
             except json.JSONDecodeError as error:
                 broken = self._error(number, _reason(error))
                 continue
+            except ValueError as error:  # an integer of thousands of digits
+                raise self._error(number, str(error)) from error
             if not isinstance(row, dict):
                 raise self._error(number, f"expected an object, got {line.strip()[:40]!r}")
             yield row
@@ -94,7 +96,7 @@ class HistoryFile:
         delimiter = max(_DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
         names: list[str] = []
         broken: HistoryError | None = None
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if len(row) < 2 and not "".join(row).strip():

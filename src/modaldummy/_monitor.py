@@ -52,9 +52,10 @@ def gradient_norms(
 
     Args:
         wrapper: The wrapper whose loss was backwarded.
-        label: False for keys that are the same at each step: `grad/<modality>/<parameter>` and
-            `active/<modality>`, 1 or 0. What would be left out is NaN then.
-        prefix: What to write for `grad`.
+        label: False for keys that are the same at each step: `grad/<modality>/<parameter>`,
+            `active/<modality>`, 1 or 0, and `grad_missing/<modality>`, how many trainable
+            parameters have no gradient. What would be left out is NaN then.
+        prefix: What to write for `grad` in all keys but `active/<modality>`.
         active: What was active, in any form of `active_modalities`; by default what the last loss
             said. With accumulation pass all that was active since the gradients were cleared.
         scaler: A `torch.amp.GradScaler` that has not unscaled the gradients yet, or the number
@@ -75,7 +76,8 @@ def gradient_norms(
     Note:
         Once DDP has reduced them, gradients are averages over all ranks, while the labels are
         those of this rank: an `[inactive]` one may be real, from another rank. A sparse gradient
-        is coalesced first, for which a GPU makes the host wait once more.
+        is coalesced first, for which a GPU makes the host wait once more. Elements whose squares
+        float32 cannot hold, below 1e-22, count as 0; `missing_gradients` looks at these too.
     """
     if not isinstance(wrapper, DummyLossWrapper):
         raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
@@ -100,6 +102,11 @@ def gradient_norms(
     real = np.zeros(len(norm), dtype=bool)
     for key, members in stock.members.items():
         real[members] |= key in taught
+        if not label:
+            trainable = [
+                stock.parameters[place].requires_grad for place in members[~there[members]]
+            ]
+            found[f"{prefix}_missing/{text_of(key)}"] = float(sum(trainable))
         if not label or there[members].any():
             found[f"{prefix}_norm/{text_of(key)}"] = total(members)
     ratio = total(real) / (total(~real) or math.nan)

@@ -23,12 +23,15 @@ _ROLES = {
     "present": r"modaldummy/active/(.+)",
     "active": r"active/(.+)",
     "grad": r"grad_(ratio|ranks)",
+    "missing": r"grad_missing/(.+)",
+    "overall": r"grad_norm()",  # as trainers log it, of all parameters
     "norm": r"grad_norm/(.+)",
     "label": r"grad/\[([^]]+)\]/.+",  # of a batch with inactive modalities
-    "whole": r"grad/[^/]+()",  # of one without
+    "whole": r"grad/[^/]*\.[^/]*()",  # of one without; others log a `grad/norm`
     "constant": r"grad/([^/]+)/.+",  # of any, with keys that are the same at each step
 }
 _UNNAMED = ("active", "inactive")  # labels that name no modality; dashboards had both
+_FLAGS = {"present", "active"}  # roles of keys that name a modality and nothing else
 _SHOWN = 100  # unknown keys that are remembered
 
 
@@ -40,7 +43,12 @@ def role_of(key: str) -> tuple[str, str]:
     `("loss", "train_loss")` for a loss.
     """
     # A panel of Weights & Biases writes `<run> - <key>`, and extremes beside it.
-    key = key.rpartition(" - ")[2].strip()
+    rest = key.rpartition(" - ")[2].strip()
+    found = _role(rest)
+    return found if found[0] or rest == key else _role(key)
+
+
+def _role(key: str) -> tuple[str, str]:
     head, _, last = key.rpartition("/")
     if head in ("", "train", "trainer", "training"):
         if last in _STEPS:
@@ -73,7 +81,7 @@ class Signals:
     def __init__(self, room: int = 20_000) -> None:
         self.num_rows = 0
         self.ignored: dict[str, None] = {}
-        self._met: dict[str, None] = {}
+        self._met: dict[str, set[str]] = {}
         self._loss: str | None = None
         self._step = np.nan
         self._room = room
@@ -89,9 +97,10 @@ class Signals:
         single: list[str] = []
         # Modalities too may have hyphens: `rs-fMRI`, `T1-rs-fMRI`.
         for name in sorted(self._met, key=len):
-            if parts := _split(name, single):
+            parts = None if self._met[name] & _FLAGS else _split(name, single)
+            if parts:
                 found[name] = parts
-            else:
+            elif self._is_named(name):
                 single.append(name)
         return found
 
@@ -99,7 +108,12 @@ class Signals:
     def modalities(self) -> list[str]:
         """All others, in the order in which they were met."""
         fusions = self.fusions
-        return [name for name in self._met if name not in fusions]
+        return [name for name in self._met if name not in fusions and self._is_named(name)]
+
+    def _is_named(self, name: str) -> bool:
+        """Whether a name is that of a modality: others, too, log a `grad_norm/total`."""
+        flagged = any(roles & _FLAGS for roles in self._met.values())
+        return not flagged or self._met[name] != {"norm"}
 
     def add(self, rows: Sequence[Row]) -> Columns:
         """The quantities in these rows, of shape `[rows]` each."""
@@ -153,8 +167,11 @@ class Signals:
             else:
                 columns[full] = np.where(np.isnan(columns[full]), values, columns[full])
             if role in ("present", "active", "norm", "label") and name not in _UNNAMED:
-                self._met.setdefault(name)
-        return columns
+                self._met.setdefault(name, set()).add(role)
+        # Of a table, a row that lacks our keys has NaN for them; we never log that for a flag.
+        flags = [v for k, v in columns.items() if k.startswith(("present/", "report/num_"))]
+        hole = np.any([np.isinf(flag) for flag in flags] or [np.zeros(len(rows), bool)], axis=0)
+        return {name: np.where(hole & np.isinf(v), np.nan, v) for name, v in columns.items()}
 
     def _conclude(self, columns: Columns, size: int) -> Columns:
         """What follows from the quantities of each row."""
@@ -187,8 +204,11 @@ class Signals:
             **self._losses(column),
             **{f"held/{name}": flag for name, flag in held.items()},
             **{f"taught/{name}": flag for name, flag in taught.items()},
+            **{f"size/{name}": _first(norms[name], labels[name]) for name in names},
             "set": np.sum(bits, axis=0) if bits else _nothing(size),
-            "real_norm": np.where(labelled, _hypot(labels.values(), size), of_active),
+            "real_norm": _first(
+                np.where(labelled, _hypot(labels.values(), size), of_active), column("overall")
+            ),
             "dummy_norm": np.where(labelled, inactive, of_inactive),
             "labelled": labelled.astype(float),
             "due": (idle & logged).astype(float),
@@ -219,11 +239,15 @@ class Signals:
 
 
 def _norms(column: Callable[[str], Column], names: Sequence[str]) -> Columns:
-    """Norm of each modality; nothing of a frozen one, of which constant keys say NaN."""
-    constant = _known([column("whole") * np.nan, *(column(f"constant/{name}") for name in names)])
-    norms = {name: column(f"norm/{name}") for name in names}
-    frozen = {name: np.isnan(column(f"constant/{name}")) & np.isinf(norms[name]) for name in names}
-    return {name: np.where(constant & frozen[name], np.nan, norms[name]) for name in names}
+    """Norm of each modality; nothing where constant keys say NaN since there is no gradient."""
+    constants = {name: column(f"constant/{name}") for name in names}
+    constant = _known([column("step") * np.nan, *constants.values()])
+    norms = {}
+    for name in names:
+        norm, frozen = column(f"norm/{name}"), constant & np.isnan(constants[name])
+        missing = column(f"missing/{name}") > 0
+        norms[name] = np.where(np.isinf(norm) & (frozen | missing), np.nan, norm)
+    return norms
 
 
 def _numbers(values: list[Any]) -> Column:
