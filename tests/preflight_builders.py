@@ -70,9 +70,38 @@ def ddp_with_loss_inside(**options: Any) -> Arguments:
     return {"wrapper": model.wrapper, "model": around, "loss": around(["T1"])}
 
 
+def ddp_with_wrapped_loss() -> Arguments:
+    """The wrapper itself is nowhere in the model, the function that it made is."""
+    model = Model()
+    wrapper = mapped(model)
+    model.criterion = wrapper(nn.MSELoss())  # type: ignore[assignment]
+    around = DistributedDataParallel(model, find_unused_parameters=True)
+    return {"wrapper": wrapper, "model": around}
+
+
 def ddp_with_unused_trunk() -> Arguments:
     model = Model()
     model.head = nn.Linear(4, 4)
+    return with_loss_of(DistributedDataParallel(model), model, "T1")
+
+
+def real_loss() -> Arguments:
+    model = Model()
+    wrapper = mapped(model)
+    real = model(["T1"])
+    wrapper.total(real, ["T1"])
+    return {"wrapper": wrapper, "loss": real}
+
+
+def unused_part() -> Arguments:
+    model = Model()
+    model.towers["T1"].extra = nn.Linear(2, 2)
+    return with_loss(model, "T1")
+
+
+def ddp_with_unused_part() -> Arguments:
+    model = Model()
+    model.towers["T1"].extra = nn.Linear(2, 2)
     return with_loss_of(DistributedDataParallel(model), model, "T1")
 
 

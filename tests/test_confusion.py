@@ -22,6 +22,11 @@ def test_the_page_lists_the_trainings_that_there_are(part: str, sick: dict, heal
     rows = dict(re.findall(r"^\| ([^|]+) \| (nothing|MD[^|]*) \|", part, re.M))
     expected = {name: _words(codes) for name, (codes, _) in sick.items()}
     assert rows == expected | dict.fromkeys(healthy, "nothing")
+    found = dict(re.findall(r"^\| ([^|]+) \| nothing \| ([^|]*) \|", part, re.M))
+    assert found == dict.fromkeys(healthy, "nothing")
+    counts = re.findall(r"^\| (MD\d+) \| (\d+) \| (\d+) \|", part, re.M)
+    few = {code for code, there, seen in counts if int(seen) < 0.75 * int(there)}
+    assert few <= {"MD205"}
     codes = re.findall(r"^\| (MD\d+) \|", part, re.M)
     assert set(codes) >= set().union(*(codes for codes, _ in sick.values()))
 

@@ -1,6 +1,7 @@
 """The expected drift is what the optimizer then does, and asking for it changes nothing."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -169,3 +170,16 @@ def test_the_gradient_is_that_of_the_dummy_in_its_dtype(
     wrapper = DummyLossWrapper(model, {"T1": "T1"}, 1e-12)
     drift = expected_drift(wrapper, SGD(model.parameters(), lr=1.0), steps=1)
     assert drift["T1"].rates == pytest.approx(gradient, rel=1e-2)
+
+
+def test_of_many_parameters_a_hundred_are_enough() -> None:
+    """A large map takes no longer, and says the same."""
+    tower = nn.ModuleList(nn.Linear(1, 1) for _ in range(1000))
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2), "dMRI": tower})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    with patch.object(AdamW, "step", autospec=True, side_effect=AdamW.step) as step:
+        drift = expected_drift(wrapper, optimizer, steps=5)["dMRI"]
+    sizes = {len(call.args[0].param_groups[0]["params"]) for call in step.call_args_list}
+    assert max(sizes) <= 102
+    assert drift.rates == pytest.approx(0.91, abs=0.01)

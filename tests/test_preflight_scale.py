@@ -118,7 +118,7 @@ def test_a_loss_that_says_nothing_is_passed_over(value: float) -> None:
     wrapper = with_gains(600)["wrapper"]
     trunk = wrapper._map.model.trunk
     loss = wrapper.total(trunk(torch.ones(1, 4)).sum() * 0 + value, NAMES)
-    found = evidence(wrapper, "MD134", loss=loss)
+    (found,) = (f.evidence for f in preflight(wrapper, loss=loss) if f.code == "MD134")
     assert (found["loss"], found["loss_from"]) == (1.0, "assumed")
     wrapper = after_a_step(0.25)["wrapper"]
     assert evidence(wrapper, "MD134")["loss"] == 0.25

@@ -23,7 +23,11 @@ def check_engine(setup: Setup) -> Iterator[Finding]:
 
 
 def _unused_parameters(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
-    inside = any(value is setup.wrapper for m in ddp.modules() for value in vars(m).values())
+    values = (value for module in ddp.modules() for value in vars(module).values())
+    inside = any(
+        setup.wrapper is value or setup.wrapper is getattr(value, "_modaldummy_wrapper", None)
+        for value in values
+    )
     if ddp.find_unused_parameters and not ddp.static_graph and not inside:
         yield Finding(
             "MD101",

@@ -1,6 +1,8 @@
 """Checks of what backward from a loss would reach."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
 
 from modaldummy._finding import Finding
 from modaldummy._graph import reached_by
@@ -8,7 +10,7 @@ from modaldummy._setup import Setup, is_sharded
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
-    """MD111 and MD120; silent without a loss, and where its graph cannot tell."""
+    """MD111, MD120 and MD121; silent without a loss, and where its graph cannot tell."""
     if setup.loss is None:
         return
     reached = reached_by(setup.loss)
@@ -32,22 +34,49 @@ def check_graph(setup: Setup) -> Iterator[Finding]:
 
 
 def _out_of_reach(setup: Setup, reached: set[int]) -> Iterator[Finding]:
-    missed = {
+    if missed := _missed(setup.trunk, reached):
+        yield Finding(
+            "MD111",
+            "error" if (stops := _stops(setup, missed)) else "warning",
+            "The graph of this loss does not reach these trainable parameters, which belong to no "
+            "modality, so that they get no gradient"
+            + (", and DDP stops with 'Expected to have finished reduction'." if stops else "."),
+            {"parameters": list(missed.values())},
+            "Give them to a modality, or to a tuple of modalities that use them together; freeze "
+            "them if they are not to be trained.",
+        )
+    names = {identity: (name, parameter) for identity, (name, parameter, _) in setup.towers.items()}
+    if missed := _missed(names, reached):
+        last = setup.wrapper.last
+        idle = set() if last is None else setup.inactive(last.active)
+        real = not idle.isdisjoint(missed)
+        yield Finding(
+            "MD121",
+            "error" if (stops := _stops(setup, missed)) else "warning",
+            "The graph of this loss does not reach these parameters of "
+            + ("inactive modalities, as if it were not the total" if real else "modalities")
+            + (", and DDP stops with 'Expected to have finished reduction'." if stops else "."),
+            {"parameters": list(missed.values())},
+            "Pass, and backward, what `wrapper.total(loss, batch)` or the wrapped loss function "
+            "returned."
+            if real
+            else "Freeze what forward does not use, or look for `.detach()` on its way; what only "
+            "some batches use belongs to a modality, or tuple of modalities, of its own.",
+        )
+
+
+def _missed(
+    parameters: Mapping[int, tuple[str, nn.Parameter]], reached: set[int]
+) -> dict[int, str]:
+    """Names of those that are out of reach, of which shards cannot tell."""
+    return {
         identity: name
-        for identity, (name, parameter) in setup.trunk.items()
+        for identity, (name, parameter) in parameters.items()
         if identity not in reached and not is_sharded(parameter)
     }
-    if not missed:
-        return
+
+
+def _stops(setup: Setup, missed: Collection[int]) -> bool:
+    """Whether a DDP waits for their gradients."""
     waiting = [ddp for ddp in setup.ddps if not (ddp.find_unused_parameters or ddp.static_graph)]
-    stops = any(id(parameter) in missed for ddp in waiting for parameter in ddp.parameters())
-    yield Finding(
-        "MD111",
-        "error" if stops else "warning",
-        "The graph of this loss does not reach these trainable parameters, which belong to no "
-        "modality, so that they get no gradient"
-        + (", and DDP stops with 'Expected to have finished reduction'." if stops else "."),
-        {"parameters": list(missed.values())},
-        "Give them to a modality, or to a tuple of modalities that use them together; freeze them "
-        "if they are not to be trained.",
-    )
+    return any(id(parameter) in missed for ddp in waiting for parameter in ddp.parameters())

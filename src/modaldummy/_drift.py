@@ -19,7 +19,8 @@ from modaldummy._wrapper import DummyLossWrapper
 
 # In place of a rate of 0, as at the start of a warm-up; the result is in units of it.
 _RATE = 1e-3
-_SMALL = 2**12  # elements of a parameter that is always carried out
+_SMALL = 2**12  # elements of a parameter that is carried out, with others of its kind
+_MOST = 100  # such parameters, of one key and parameter group
 
 
 class Drift(NamedTuple):
@@ -41,10 +42,11 @@ def expected_drift(
 ) -> dict[ModalityKey, Drift]:
     """Mean displacement over the next `steps` steps of each key, were it inactive in them all.
 
-    The optimizer's own rule is carried out, from its present state, on copies: of all parameters up
-    to 4,096 elements, and of the smallest of each number of dimensions. So it tells what becomes of
-    parameters that were never active and, once training has begun, of those that were. Weight decay
-    and momentum move too, and are counted. Optimizer and model stay as they are.
+    The optimizer's own rule is carried out, from its present state, on copies: of parameters up to
+    4,096 elements, of 100 of these or so where there are more, and of the smallest of each number
+    of dimensions. So it tells what becomes of parameters that were never active and, once training
+    has begun, of those that were. Weight decay and momentum move too, and are counted. Optimizer
+    and model stay as they are.
 
     Returns:
         For each key of which the optimizer has a parameter that gets dummy gradients.
@@ -88,7 +90,8 @@ def _samples(params: Iterable[nn.Parameter], owned: Mapping[int, Located]) -> li
         ndim: min((p for p in eligible if p.ndim == ndim), key=Tensor.numel)
         for ndim in {parameter.ndim for parameter in eligible}
     }
-    return [p for p in eligible if p.numel() <= _SMALL or p is least[p.ndim]]
+    small = [p for p in eligible if p.numel() <= _SMALL and p is not least[p.ndim]]
+    return [*least.values(), *small[:: len(small) // _MOST + 1]]
 
 
 def _drifts(

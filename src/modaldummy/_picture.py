@@ -124,7 +124,7 @@ def _draw_loss(axes: Axes, evidence: Evidence) -> None:
     elif len(finite) and finite.min() >= 0:
         axes.set_ylim(bottom=0)
     axes.set_ylabel("loss\n(line: running median)")
-    axes.legend(loc="upper right", ncols=6, fontsize=8, framealpha=0.7, edgecolor="none")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
 
 
 def _draw_norms(axes: Axes, evidence: Evidence) -> None:

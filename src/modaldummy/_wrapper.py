@@ -154,6 +154,7 @@ class DummyLossWrapper:
             total = self._add(real, active)
             return result if total is real else replace_loss(result, total)
 
+        wrapped._modaldummy_wrapper = self  # type: ignore[attr-defined]  # for `preflight`
         return wrapped
 
     def total(self, real: Tensor, batch: Any) -> Tensor:
