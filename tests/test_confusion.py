@@ -19,6 +19,7 @@ PARTS = PAGE.read_text().split("\n## ")[1:]
 )
 def test_the_page_lists_the_trainings_that_there_are(part: str, sick: dict, healthy: dict) -> None:  # type: ignore[type-arg]
     """Or else `make confusion` has to be run again."""
+    assert healthy.keys().isdisjoint(sick)
     rows = dict(re.findall(r"^\| ([^|]+) \| (nothing|MD[^|]*) \|", part, re.M))
     expected = {name: _words(codes) for name, (codes, _) in sick.items()}
     assert rows == expected | dict.fromkeys(healthy, "nothing")

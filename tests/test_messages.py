@@ -108,6 +108,11 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ParameterMapError,
         ["('T1', 'dMRI')", "('dMRI', 'T1')", "same modalities"],
     ),
+    "a name that reads like a tuple": (
+        lambda: make_map({("T1", "dMRI"): "fusion", "T1-dMRI": "trunk"}),
+        ParameterMapError,
+        ["('T1', 'dMRI')", "'T1-dMRI'", "both written", "rename"],
+    ),
     "a name and its 1-tuple": (
         lambda: make_map({"T1": "fusion", ("T1",): "trunk"}),
         ParameterMapError,

@@ -248,6 +248,22 @@ def test_scaled_gradients(kind: str) -> None:
     assert gradient_norms(wrapper, scaler=given_scaler) == gradient_norms(step(other, "T1"))
 
 
+def test_a_scaler_that_has_unscaled_is_refused() -> None:
+    """Rather than to divide twice; after its update it is ready again."""
+    scaler = torch.amp.GradScaler("cpu")
+    case = brain()
+    wrapper = case.wrapper()
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    scaler.scale(wrapper.total(case.real({"T1"}), "T1")).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match=r"unscaled the gradients already; leave it out"):
+        gradient_norms(wrapper, scaler=scaler)
+    assert gradient_norms(wrapper)["grad_norm/dMRI"] == pytest.approx(1e-7 * 24**0.5)
+    scaler.step(optimizer)
+    scaler.update()
+    gradient_norms(wrapper, scaler=scaler)
+
+
 def test_the_scaler_stays_as_it_is() -> None:
     scaler = torch.amp.GradScaler("cpu")
     wrapper = step(brain(), "T1")

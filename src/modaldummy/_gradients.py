@@ -146,6 +146,12 @@ def _factor(scaler: Any, device: torch.device) -> Tensor:
         return torch.tensor(float(scaler), device=device)
     if not callable(getattr(scaler, "scale", None)):
         raise TypeError(f"`scaler` must be a GradScaler or a number, got {describe(scaler)}.")
+    states = getattr(scaler, "_per_optimizer_states", {}).values()
+    if any(getattr(state.get("stage"), "name", "READY") != "READY" for state in states):
+        raise ValueError(
+            "`scaler` has unscaled the gradients already; leave it out, or call `gradient_norms` "
+            "before `scaler.unscale_(optimizer)` and `scaler.step(optimizer)`."
+        )
     # On the device: `get_scale` would make the host wait.
     factor: Tensor = scaler.scale(torch.ones((), device=device))
     return factor

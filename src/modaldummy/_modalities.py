@@ -152,6 +152,12 @@ def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
             "Keys of `modality_param_map` must be modality names or tuples of different names, "
             f"got {key!r}."
         )
+    twin = next((other for other in earlier if text_of(other) == text_of(key)), None)
+    if twin is not None and len(_members(twin)) != len(names):
+        raise ParameterMapError(
+            f"Keys {twin!r} and {key!r} of `modality_param_map` are both written "
+            f"{text_of(key)!r} in logs and findings; rename a modality."
+        )
     same = next((other for other in earlier if set(_members(other)) == set(names)), None)
     if same is not None:
         raise ParameterMapError(

@@ -70,7 +70,8 @@ def gradient_norms(
         RuntimeError: No loss has gone through the wrapper, and `active` is not given.
         UnknownModalityError: `active` names a modality that the map does not have.
         BatchMetadataError: `active` does not say which modalities it means.
-        ValueError: `prefix` is no string or empty, or the factor not a finite number above 0.
+        ValueError: `prefix` is no string or empty, the factor not a finite number above 0, or the
+            scaler has unscaled the gradients.
         UnsupportedEngineError: `full`, and a DTensor is a sum over ranks that is yet to be made.
 
     Note:
