@@ -73,6 +73,22 @@ def test_the_cost_table_is_that_of_the_results() -> None:
             assert float(cell) == pytest.approx(measured[name.strip(), shape], abs=0.006)
 
 
+def test_the_table_of_watching_is_that_of_the_results() -> None:
+    """Medians, and the ratio to the loop within a round, as the benchmark wrote them."""
+    with (ROOT / "benchmarks/results/bench_monitor-cpu.csv").open(newline="") as file:
+        rows = {(row["case"], row["contender"]): row for row in csv.DictReader(file)}
+    page = (ROOT / "docs/how-to/monitor.md").read_text()
+    table = page.partition("| times the loop's speed |")[2].partition("\n\n")[0]
+    found = re.findall(r"^\| ([^|-][^|]*)" + r" \| ([\d.]+)" * 4 + r" \|$", table, re.M)
+    assert [case for case, *_ in found] == list(dict.fromkeys(case for case, _ in rows))
+    for case, *cells, speed in found:
+        for name, cell in zip(("loop", "foreach", "gradient_norms"), cells, strict=True):
+            assert float(cell) == pytest.approx(float(rows[case, name]["p50_ms"]), abs=0.006)
+        assert float(speed) == pytest.approx(
+            1 / float(rows[case, "gradient_norms"]["to_loop"]), abs=0.06
+        )
+
+
 def test_the_drift_table_is_that_of_the_results() -> None:
     """Displacements after the most steps, as the benchmark wrote them; with hold all are zero."""
     with (ROOT / "benchmarks/results/bench_drift-cpu.csv").open(newline="") as file:
