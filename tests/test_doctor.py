@@ -156,6 +156,16 @@ def test_a_line_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert captured.err.startswith(f"{path}, line 2: Expecting value at column 21")
 
 
+def test_a_number_of_thousands_of_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python refuses it in words of its own; the line is told all the same."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"loss": 1.0}\n{"loss": ' + "9" * 5000 + "}\n")
+    assert command.main(["doctor", str(path)]) == 2
+    assert f"{path}, line 2: Exceeds the limit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modaldummy._history import HistoryFile, Row
-from modaldummy._signals import Columns, Signals, role_of
+from modaldummy._keys import role_of
+from modaldummy._signals import Columns, Signals
 
 INF, NAN = math.inf, math.nan
 
