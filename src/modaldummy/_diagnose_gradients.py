@@ -1,9 +1,12 @@
 """Checks of gradients, of the dummy beside the loss, and of what the batches held."""
 
+from typing import Any
+
 import numpy as np
 
 from modaldummy._evidence import Evidence, Outcome, Sign, Unchecked
 from modaldummy._finding import Finding
+from modaldummy._signals import Column
 
 _NO_NORMS = "gradient norms are not logged: `gradient_norms(wrapper)`"
 _CONSTANT = 0.02  # distance of binary logarithms from whole numbers
@@ -64,6 +67,12 @@ def sized(evidence: Evidence) -> Outcome:
     numbers = {"times_expected": middle, "quartiles": [low, high], "steps": len(factors)}
     if wrong.any():
         numbers["first_step"] = float(steps[wrong][0])
+    return _size(evidence, factors, numbers)
+
+
+def _size(evidence: Evidence, factors: Column, numbers: dict[str, Any]) -> Outcome:
+    """What it means that dummy gradients are `factors` times what they should be."""
+    limit, middle = evidence.limits.factor, numbers["times_expected"]
     # A GradScaler doubles or halves its factor now and then.
     powers = np.log2(factors / middle)
     constant = float(np.quantile(np.abs(powers - np.round(powers)), 0.95)) < _CONSTANT
