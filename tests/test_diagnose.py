@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -311,3 +312,11 @@ SIZE = "dummy gradients have their size"
 )
 def test_other_reasons(rows: Rows, scale: float | None, check: str, reason: str) -> None:
     assert examine(rows, scale=scale).unchecked[check].startswith(reason)
+
+
+def test_noise_is_not_called_a_loss_that_does_not_fall() -> None:
+    """Where a fall by half would not show, nothing is said about one."""
+    noise = np.random.default_rng(0).lognormal(sigma=1.5, size=30)
+    found = examine([{"loss": float(loss)} for loss in noise])
+    assert codes(found.findings) == []
+    assert re.match(r"too noisy: a fall by less than \d+% would", found.unchecked["loss falls"])
