@@ -67,8 +67,9 @@ def main() -> None:
 
 
 def run_all(folder: Path, device: torch.device, dry: bool) -> list[Outcome]:
-    """Tests, sums and steps, one after the other; together they stay below eight minutes."""
-    sums, steps = (folder / f"{name}-{device.type}" for name in ("bench_sum", "bench_step"))
+    """Tests, sums, steps, norms, one after the other; together they stay below nine minutes."""
+    names = ("bench_sum", "bench_step", "bench_monitor")
+    sums, steps, norms = (folder / f"{name}-{device.type}" for name in names)
     shapes = SHAPES[:2] if dry else SHAPES
     if not dry and torch.cuda.get_device_properties(device).total_memory < 24e9:
         shapes = tuple(shape for shape in shapes if shape != "billion")
@@ -90,6 +91,12 @@ def run_all(folder: Path, device: torch.device, dry: bool) -> list[Outcome]:
         _run(
             *("steps", 90, "benchmarks/bench_step.py", "--device", device.type),
             *("--rounds", "3" if dry else "60", "--csv", f"{steps}.csv"),
+        )
+    )
+    outcomes.append(
+        _run(
+            *("norms", 60, "benchmarks/bench_monitor.py", "--device", device.type),
+            *("--rounds", "1" if dry else "60", "--csv", f"{norms}.csv"),
         )
     )
     return outcomes

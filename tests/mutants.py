@@ -32,6 +32,9 @@ TESTS = {
     "_holder.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
     "_hold.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
     "_drift.py": ["drift"],
+    "_gradients.py": ["monitor", "missing"],
+    "_monitor.py": ["monitor"],
+    "_missing.py": ["missing"],
 }
 GOAL = 0.95
 TIMEOUT_S = 300

@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,13 +24,8 @@ CONDITION = ("uniform", "SGD", "constant")
 KEYS = [(*CONDITION, arm) for arm in ARMS]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the benchmark: threads that wait for each other stall where others want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# As in the benchmark: threads that wait for each other stall where others want the cores.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def synthetic(samples: int = 20) -> Data:

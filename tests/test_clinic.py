@@ -1,25 +1,16 @@
 """Diagnoses of runs that were really trained: sick ones are named, healthy ones left alone."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import modaldummy
 from modaldummy import diagnose
 from tests.clinic_healthy import HEALTHY
 from tests.clinic_sick import SICK
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are faster, and do not wait for a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", HEALTHY)

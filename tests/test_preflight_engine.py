@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from modaldummy import DummyLossWrapper, preflight
+from tests.findings import codes
 from tests.holding import NAMES
 from tests.preflight_builders import (
     ddp,
@@ -24,10 +25,6 @@ from tests.preflight_builders import (
     sharded_and_held,
 )
 from tests.preflight_models import FOUR, Inside, Model, mapped, sharded, sparse_tables
-
-
-def codes(**arguments: Any) -> set[str]:
-    return {finding.code for finding in preflight(**arguments)}
 
 
 def train(model: Any, wrapper: DummyLossWrapper, names: Any = NAMES) -> None:

@@ -1,19 +1,14 @@
 """What preflight says of the graph of a loss is what backward then does."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modaldummy import DummyLossWrapper, preflight
+from tests.findings import codes
 from tests.holding import NAMES
 from tests.preflight_models import Model, mapped, sharded
-
-
-def codes(**arguments: Any) -> set[str]:
-    return {finding.code for finding in preflight(**arguments)}
 
 
 def train(model: nn.Module, wrapper: DummyLossWrapper) -> None:

@@ -8,13 +8,10 @@ from torch import nn
 from torch.optim import LBFGS, SGD, AdamW, RAdam
 
 from modaldummy import hold_inactive, preflight
+from tests.findings import codes
 from tests.holding import NAMES, Towers, train
 from tests.preflight_builders import left_out, one_optimizer, optimizer_for_each_tower
 from tests.preflight_models import Around, Model, mapped, sparse_tables
-
-
-def codes(*arguments: Any, **options: Any) -> set[str]:
-    return {finding.code for finding in preflight(*arguments, **options)}
 
 
 def test_what_no_optimizer_has_does_not_move() -> None:

@@ -9,21 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from modaldummy import DummyLossWrapper, ParameterMapError, preflight
+from tests.findings import codes, evidence
 from tests.holding import NAMES
 from tests.preflight_builders import on_meta, with_value
 from tests.preflight_models import Model, mapped, sparse_tables, tied, with_towers
 from tests.zoo import brain, holder
-
-
-def codes(**arguments: Any) -> set[str]:
-    return {finding.code for finding in preflight(**arguments)}
-
-
-def evidence(wrapper: DummyLossWrapper, code: str, **arguments: Any) -> Any:
-    """That of the one finding there is, which must have the code."""
-    (finding,) = preflight(wrapper, **arguments)
-    assert finding.code == code
-    return finding.evidence
 
 
 def test_a_frozen_modality_gets_no_dummy_and_an_unfrozen_one_does() -> None:

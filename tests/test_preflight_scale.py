@@ -10,20 +10,10 @@ from torch.optim import SGD
 
 from modaldummy import DummyLossWrapper, preflight
 from tests.asserts import gradients_of
+from tests.findings import codes, evidence
 from tests.holding import NAMES, Towers
 from tests.preflight_builders import after_a_step, with_gains, with_gradients
 from tests.preflight_models import Model, mapped, with_towers
-
-
-def codes(**arguments: Any) -> set[str]:
-    return {finding.code for finding in preflight(**arguments)}
-
-
-def evidence(wrapper: DummyLossWrapper, code: str, **arguments: Any) -> Any:
-    """That of the one finding there is, which must have the code."""
-    (finding,) = preflight(wrapper, **arguments)
-    assert finding.code == code
-    return finding.evidence
 
 
 def dummies(model: nn.Module, scale: float, upstream: float = 1.0) -> list[Tensor]:

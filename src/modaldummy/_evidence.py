@@ -158,9 +158,8 @@ class Evidence:
         above = fraction > self.limits.fraction * (1 + 1e-6)
         count("fraction above", fraction, above, np.isfinite(fraction))
         dummy = columns["dummy_norm"]
-        none = np.isnan(dummy)
         due = (columns["due"] > 0) & ~(columns.get("report/num_params", nothing) == 0)
-        count("dummy missing", dummy, none, due)
+        count("dummy missing", dummy, np.isnan(dummy), due)
         empty = columns.get("report/num_elements", nothing) == 0  # as of sparse embeddings alone
         count("dummy zero", dummy, dummy == 0, due & np.isfinite(dummy) & ~empty)
         flags = [columns[f"held/{name}"] for name in self.signals.modalities]

@@ -41,7 +41,8 @@ class Stock:
     """
 
     def __init__(self, located: Mapping[ModalityKey, Sequence[Located]]) -> None:
-        self._found = [parameter for own in located.values() for _, parameter, _ in own]
+        self._found = _flat(located)
+        self._sizes = list(map(len, located.values()))
         self.parameters = list({id(parameter): parameter for parameter in self._found}.values())
         place = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self.members: dict[ModalityKey, Places] = {
@@ -59,8 +60,8 @@ class Stock:
 
     def fits(self, located: Mapping[ModalityKey, Sequence[Located]]) -> bool:
         """Whether these are the same parameters at the same places."""
-        found = [parameter for own in located.values() for _, parameter, _ in own]
-        return len(found) == len(self._found) and all(map(operator.is_, found, self._found))
+        same_sizes = list(map(len, located.values())) == self._sizes
+        return same_sizes and all(map(operator.is_, _flat(located), self._found))
 
     def measure(self, scaler: Any, full: bool) -> tuple[Numbers, Mask]:
         """Norm of the gradient of each parameter, NaN where it has none, and which have one."""
@@ -104,6 +105,10 @@ def stock_of(wrapper: DummyLossWrapper) -> Stock:
     if stock is None or not stock.fits(located):
         stock = _STOCKS[wrapper] = Stock(located)
     return stock
+
+
+def _flat(located: Mapping[ModalityKey, Sequence[Located]]) -> list[nn.Parameter]:
+    return [parameter for own in located.values() for _, parameter, _ in own]
 
 
 def _names(
@@ -162,9 +167,9 @@ def _over_shards(
 ) -> Tensor:
     """Norms of whole gradients out of those of this rank's shards."""
     known = [index for index, has in enumerate(there) if has]
-    # Parameters without a gradient here may have one on another rank.
-    squares = lengths.new_zeros(len(parameters))
-    squares[known] = lengths.square()
+    # Parameters without a gradient here may have one on another rank, in another dtype.
+    squares = lengths.new_zeros(len(parameters), dtype=torch.float64)
+    squares[known] = lengths.double().square()
     sharded: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for index, parameter in enumerate[Any](parameters):
         placements = getattr(parameter, "placements", ())

@@ -32,11 +32,15 @@ class Signals:
 
     Attributes:
         num_rows: How many rows there were.
+        modalities: In the order in which they were met.
+        fusions: Tuple keys of a map, such as `T1-dMRI`, to the modalities that they are of.
         ignored: Some keys that mean nothing here.
     """
 
     def __init__(self, room: int = 20_000) -> None:
         self.num_rows = 0
+        self.modalities: list[str] = []
+        self.fusions: dict[str, list[str]] = {}
         self.ignored: dict[str, None] = {}
         self._met: dict[str, set[str]] = {}
         self._loss: str | None = None
@@ -47,34 +51,10 @@ class Signals:
         self._share = 1.0
         self._kept: list[tuple[Column, Columns]] = []
 
-    @property
-    def fusions(self) -> dict[str, list[str]]:
-        """Tuple keys of a map, such as `T1-dMRI`, and the modalities that they are of."""
-        found: dict[str, list[str]] = {}
-        single: list[str] = []
-        # Modalities too may have hyphens: `rs-fMRI`, `T1-rs-fMRI`.
-        for name in sorted(self._met, key=len):
-            parts = None if self._met[name] & _FLAGS else _split(name, single)
-            if parts:
-                found[name] = parts
-            elif self._is_named(name):
-                single.append(name)
-        return found
-
-    @property
-    def modalities(self) -> list[str]:
-        """All others, in the order in which they were met."""
-        fusions = self.fusions
-        return [name for name in self._met if name not in fusions and self._is_named(name)]
-
-    def _is_named(self, name: str) -> bool:
-        """Whether a name is that of a modality: others, too, log a `grad_norm/total`."""
-        flagged = any(roles & _FLAGS for roles in self._met.values())
-        return not flagged or self._met[name] != {"norm"}
-
     def add(self, rows: Sequence[Row]) -> Columns:
         """The quantities in these rows, of shape `[rows]` each."""
         columns = self._read(rows)
+        self._name()
         columns["step"] = self._steps(columns.get("step", _nothing(len(rows))))
         self.num_rows += len(rows)
         columns |= self._conclude(columns, len(rows))
@@ -129,6 +109,21 @@ class Signals:
         flags = [v for k, v in columns.items() if k.startswith(("present/", "report/num_"))]
         hole = np.any([np.isinf(flag) for flag in flags] or [np.zeros(len(rows), bool)], axis=0)
         return {name: np.where(hole & np.isinf(v), np.nan, v) for name, v in columns.items()}
+
+    def _name(self) -> None:
+        """Tell modalities from fusions, and both from what others log, as `grad_norm/total`."""
+        flagged = any(roles & _FLAGS for roles in self._met.values())
+        single: list[str] = []
+        self.fusions = {}
+        # Modalities too may have hyphens: `rs-fMRI`, `T1-rs-fMRI`.
+        for name in sorted(self._met, key=len):
+            roles = self._met[name]
+            parts = [] if roles & _FLAGS else _split(name, single)
+            if parts:
+                self.fusions[name] = parts
+            elif not flagged or roles != {"norm"}:
+                single.append(name)
+        self.modalities = [name for name in self._met if name in single]
 
     def _conclude(self, columns: Columns, size: int) -> Columns:
         """What follows from the quantities of each row."""
