@@ -113,6 +113,11 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ParameterMapError,
         ["('T1', 'dMRI')", "'T1-dMRI'", "both written", "rename"],
     ),
+    "two tuples that read the same": (
+        lambda: make_map({("T1", "dMRI-post"): "fusion", ("T1-dMRI", "post"): "trunk"}),
+        ParameterMapError,
+        ["('T1', 'dMRI-post')", "both written 'T1-dMRI-post'"],
+    ),
     "a name and its 1-tuple": (
         lambda: make_map({"T1": "fusion", ("T1",): "trunk"}),
         ParameterMapError,

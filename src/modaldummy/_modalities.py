@@ -153,7 +153,7 @@ def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
             f"got {key!r}."
         )
     twin = next((other for other in earlier if text_of(other) == text_of(key)), None)
-    if twin is not None and len(_members(twin)) != len(names):
+    if twin is not None and set(_members(twin)) != set(names):
         raise ParameterMapError(
             f"Keys {twin!r} and {key!r} of `modality_param_map` are both written "
             f"{text_of(key)!r} in logs and findings; rename a modality."
