@@ -25,6 +25,7 @@ from modaldummy import (
     UnsupportedEngineError,
     gradient_norms,
 )
+from modaldummy._gradients import Stock, stock_of
 from modaldummy._modalities import ModalityKey
 from tests.distributed.ranks import run_on_ranks
 from tests.holding import NAMES, Towers
@@ -306,6 +307,23 @@ def test_what_becomes_of_the_model_is_noticed() -> None:
     model.vision_tower["rsfMRI_patch_embed"] = nn.Sequential(tower, nn.Linear(2, 3))
     check()
     assert trunk is model.trunk
+
+
+def test_what_is_known_of_the_parameters_is_kept_as_long_as_it_holds() -> None:
+    wrapper = step(brain(), "T1")
+    stock = stock_of(wrapper)
+    assert stock_of(wrapper) is stock
+    model: Any = wrapper._map.model
+    model.fusion.bias = nn.Parameter(torch.ones(4))
+    assert stock_of(wrapper) is not stock
+
+
+def test_parameters_that_change_their_owner_are_not_the_same() -> None:
+    """Also where they are the same ones in the same order."""
+    first, second, third = ((name, nn.Parameter(torch.ones(1)), nn.Module()) for name in "abc")
+    stock = Stock({"T1": [first, second], "dMRI": [third]})
+    assert stock.fits({"T1": [first, second], "dMRI": [third]})
+    assert not stock.fits({"T1": [first], "dMRI": [second, third]})
 
 
 def test_a_copy_of_a_wrapper_has_norms_of_its_own() -> None:
