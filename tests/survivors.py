@@ -6,6 +6,10 @@ _FASTER = "the same term, a little later"
 
 _NO_LOOKUP = "not to look parameters up where everything was taught, and nothing is asked of them"
 
+_KEPT = "how many sets of names are kept decides how often they are made, and nothing else"
+
+_NO_OTHER_DEVICE = "only a tensor on another device has to be forced to the host"
+
 SURVIVORS = {
     "_term.py connect: by_layout(params) if groups is None else groups -> "
     "by_layout(params)": _FASTER,
@@ -51,4 +55,24 @@ SURVIVORS = {
     "_batch.py Reader._read_array: zip(self.modalities, columns, strict=True) -> "
     "zip(self.modalities, columns)": _STRICT,
     "_batch.py Reader._read_array: True -> False (2)": _STRICT,
+    "_gradients.py Stock.__init__: functools.lru_cache(maxsize=32) -> functools.lru_cache()": _KEPT,
+    "_gradients.py Stock.__init__: 32 -> 33": _KEPT,
+    "_gradients.py Stock.measure: torch.cat([lengths, factor.reshape(1)]).numpy(force=True) -> "
+    "torch.cat([lengths, factor.reshape(1)]).numpy()": _NO_OTHER_DEVICE,
+    "_gradients.py Stock.measure: True -> False": _NO_OTHER_DEVICE,
+    "_gradients.py _names: zip(places, bare, strict=True) -> zip(places, bare)": _STRICT,
+    "_gradients.py _names: True -> False": _STRICT,
+    "_gradients.py dense: gradient if type(gradient) is Tensor else local_shard(gradient) -> "
+    "local_shard(gradient)": "a plain tensor is its own shard; to ask it takes longer",
+    "_monitor.py gradient_norms: zip(names, norm.tolist(), strict=True) -> "
+    "zip(names, norm.tolist())": _STRICT,
+    "_monitor.py gradient_norms: True -> False": _STRICT,
+    "_monitor.py gradient_norms: zip(names, there, stock.parameters, strict=True) -> "
+    "zip(names, there, stock.parameters)": _STRICT,
+    "_monitor.py gradient_norms: True -> False (2)": _STRICT,
+    "_monitor.py gradient_norms: dist.is_available() and dist.is_initialized() and "
+    "(dist.get_world_size() > 1) -> dist.is_initialized() and dist.get_world_size() > 1": (
+        "only a torch that was built without torch.distributed tells"
+    ),
+    "_missing.py _kinds: 0 -> 1": "elements are looked at where the norm would have been enough",
 }

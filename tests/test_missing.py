@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 
 from modaldummy import DummyLossWrapper, MissingGradientError, ModalDummyError, missing_gradients
 from tests.holding import NAMES, Towers
@@ -157,6 +159,41 @@ def test_a_message_lists_a_few_names() -> None:
     with pytest.raises(MissingGradientError) as caught:
         missing_gradients(wrapper, strict=True)
     assert "'a.2.weight' and 95 more of an active modality" in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 0.0, None])
+def test_zeros_of_an_active_modality_are_never_meant(scale: float | None) -> None:
+    wrapper = towers(scale)
+    model: Any = wrapper._map.model
+    model.towers["T1"].bias.grad.zero_()
+    assert missing_gradients(wrapper) == {"T1": ("towers.T1.bias",)}
+
+
+def test_a_zero_in_a_wrapper_that_is_not_used_is_called_a_zero() -> None:
+    wrapper = Towers().wrapper()
+    for parameter in wrapper._map.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(MissingGradientError) as caught:
+        missing_gradients(wrapper, strict=True)
+    assert "zero everywhere" in str(caught.value)
+    assert "no loss has gone" not in str(caught.value)
+
+
+def test_a_message_lists_five_names_without_a_rest() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(5))})
+    with pytest.raises(MissingGradientError) as caught:
+        missing_gradients(DummyLossWrapper(model, {"a": "a"}), strict=True)
+    assert "'a.4.weight' of an active modality" in str(caught.value)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_no_rank_waits_for_another() -> None:
+    """Of a DTensor the local part is looked at."""
+    mesh = init_device_mesh("cpu", (1,))
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False)})
+    model["a"].weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Partial()]))
+    model["a"].weight.grad = torch.ones_like(model["a"].weight)
+    assert missing_gradients(DummyLossWrapper(model, {"a": "a"})) == {}
 
 
 def test_something_else_than_a_wrapper() -> None:

@@ -25,7 +25,7 @@ from modaldummy import (
     UnsupportedEngineError,
     gradient_norms,
 )
-from modaldummy._gradients import Stock, stock_of
+from modaldummy._gradients import Stock, _factor, stock_of
 from modaldummy._modalities import ModalityKey
 from tests.distributed.ranks import run_on_ranks
 from tests.holding import NAMES, Towers
@@ -249,6 +249,29 @@ def test_scaled_gradients(kind: str) -> None:
     assert gradient_norms(wrapper, scaler=given_scaler) == gradient_norms(step(other, "T1"))
 
 
+def test_a_factor_may_be_small_and_become_zero() -> None:
+    """As that of a scaler that skipped every step: what is divided by it is infinite, or NaN."""
+
+    class Collapsed:
+        def scale(self, tensor: Tensor) -> Tensor:
+            return tensor * 0
+
+    wrapper = step(brain(), "T1", scale=0.0)
+    whole = gradient_norms(wrapper)
+    assert gradient_norms(wrapper, scaler=0.5)["grad_norm/T1"] == 2 * whole["grad_norm/T1"]
+    found = gradient_norms(wrapper, scaler=Collapsed())
+    assert found["grad_norm/T1"] == math.inf
+    assert math.isnan(found["grad_norm/dMRI"])
+
+
+@pytest.mark.parametrize("scaler", [None, 2.0])
+def test_numbers_meet_where_the_first_parameter_is(scaler: float | None) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(1, 1, device="meta"), "b": nn.Linear(1, 1)})
+    assert stock_of(DummyLossWrapper(model, {"a": "a", "b": "b"})).device.type == "meta"
+    assert stock_of(DummyLossWrapper(model, {"b": "b", "a": "a"})).device.type == "cpu"
+    assert _factor(scaler, torch.device("meta")).device.type == "meta"
+
+
 def test_a_scaler_that_has_unscaled_is_refused() -> None:
     """Rather than to divide twice; after its update it is ready again."""
     scaler = torch.amp.GradScaler("cpu")
@@ -384,6 +407,7 @@ def test_the_host_waits_once(with_scaler: bool) -> None:
     [
         ({"prefix": ""}, ValueError, "`prefix` must be a string such as 'grad', got ''"),
         ({"prefix": None}, ValueError, "got None"),
+        ({"prefix": 7}, ValueError, "got 7"),
         ({"active": ["T2"]}, UnknownModalityError, "'T2'"),
         ({"active": [1.5]}, BatchMetadataError, "`active`[0] does not say"),
         ({"scaler": 0}, ValueError, "`scaler` must be a finite number above 0, got 0"),
@@ -453,7 +477,12 @@ def test_sharded_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("placement", [Replicate(), Shard(0)])
 def test_whole_norms_on_one_rank(placement: Placement) -> None:
     wrapper = distributed(placement)
-    found = gradient_norms(wrapper, active=["a"], full=True)
+    reduce = torch.distributed.all_reduce
+    with patch.object(torch.distributed, "all_reduce", wraps=reduce) as reduced:
+        found = gradient_norms(wrapper, active=["a"], full=True)
+    parameter: Any = wrapper.named_parameters("a")["a.weight"]
+    groups = [call.kwargs["group"] for call in reduced.call_args_list]
+    assert groups == ([parameter.device_mesh.get_group(0)] if placement.is_shard() else [])
     assert found == pytest.approx({"grad/[a]/a.weight": 2, "grad_norm/a": 2})
     assert found == gradient_norms(wrapper, active=["a"])
 
