@@ -1,11 +1,11 @@
 """The loss inside whatever a loss function returns."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from modaldummy._containers import with_item
 from modaldummy._errors import describe
 
 
@@ -49,7 +49,7 @@ def replace_loss(result: Any, total: Tensor) -> Any:
     if isinstance(result, Tensor):
         return total
     try:
-        return _with_loss(result, total)
+        return with_item(result, _place_of_loss(result), total)
     except (TypeError, AttributeError) as error:
         raise TypeError(
             f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
@@ -57,18 +57,7 @@ def replace_loss(result: Any, total: Tensor) -> Any:
         ) from error
 
 
-def _with_loss(result: Any, total: Tensor) -> Any:
-    if isinstance(result, tuple) and hasattr(result, "_replace"):
-        first = result._fields[0]  # type: ignore[attr-defined]  # a named tuple
-        return result._replace(**{"loss" if hasattr(result, "loss") else first: total})
-    if isinstance(result, tuple) and not hasattr(result, "loss"):
-        return (total, *result[1:])
-    changed = copy.copy(result)
-    if isinstance(result, Mapping) and "loss" in result:
-        changed["loss"] = total
-    elif hasattr(result, "loss"):
-        # Frozen dataclasses refuse setattr, also on a copy that nobody else has seen.
-        object.__setattr__(changed, "loss", total)
-    else:
-        changed[0] = total
-    return changed
+def _place_of_loss(result: Any) -> str | int:
+    if isinstance(result, tuple) and hasattr(result, "_fields"):  # a named tuple
+        return result._fields.index("loss") if hasattr(result, "loss") else 0
+    return "loss" if hasattr(result, "loss") or isinstance(result, Mapping) else 0
