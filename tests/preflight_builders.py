@@ -60,8 +60,9 @@ def ddp(scale: float | None = 1e-7, **options: Any) -> Arguments:
 
 
 def ddp_below(scale: float | None = 1e-7, **options: Any) -> Arguments:
-    model: Any = torch.compile(DistributedDataParallel(Model(), **options), backend="eager")
-    return {"wrapper": DummyLossWrapper(model, {name: f"towers.{name}" for name in NAMES}, scale)}
+    model = Model()
+    around: Any = torch.compile(DistributedDataParallel(model, **options), backend="eager")
+    return {"wrapper": model.wrapper(scale), "model": around}
 
 
 def ddp_with_loss_inside(**options: Any) -> Arguments:

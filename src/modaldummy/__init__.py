@@ -1,5 +1,6 @@
 """Gradients for the parameters of absent modalities: connect, bound, hold."""
 
+from modaldummy._attach import AttachHandle, attach_to_outputs
 from modaldummy._batch import active_modalities
 from modaldummy._diagnose import diagnose
 from modaldummy._errors import (
@@ -17,9 +18,11 @@ from modaldummy._missing import missing_gradients
 from modaldummy._monitor import gradient_norms
 from modaldummy._preflight import preflight
 from modaldummy._report import StepReport
+from modaldummy._sampler import ModalityBatchSampler
 from modaldummy._wrapper import DummyLossWrapper
 
 __all__ = [
+    "AttachHandle",
     "BatchMetadataError",
     "DummyLossWrapper",
     "Finding",
@@ -27,11 +30,13 @@ __all__ = [
     "HoldHandle",
     "MissingGradientError",
     "ModalDummyError",
+    "ModalityBatchSampler",
     "ParameterMapError",
     "StepReport",
     "UnknownModalityError",
     "UnsupportedEngineError",
     "active_modalities",
+    "attach_to_outputs",
     "diagnose",
     "gradient_norms",
     "hold_inactive",

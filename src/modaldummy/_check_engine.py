@@ -7,6 +7,15 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from modaldummy._attach import is_attached
+from modaldummy._ddp import (
+    TWICE,
+    TWICE_REMEDY,
+    UNREDUCED,
+    UNREDUCED_REMEDY,
+    leaves_unreduced,
+    marks_twice,
+)
 from modaldummy._finding import Finding
 from modaldummy._setup import Setup
 
@@ -28,30 +37,15 @@ def _unused_parameters(setup: Setup, ddp: DistributedDataParallel) -> Iterator[F
         setup.wrapper is value or setup.wrapper is getattr(value, "_modaldummy_wrapper", None)
         for value in values
     )
-    if ddp.find_unused_parameters and not ddp.static_graph and not inside:
-        yield Finding(
-            "MD101",
-            "error",
-            "DDP with find_unused_parameters=True marks absent parameters as ready after forward, "
-            "and stops with 'Expected to mark a variable ready only once' when the dummy term, "
-            "which is added outside of its forward, does so again.",
-            {"model": type(ddp.module).__name__, "find_unused_parameters": True},
-            "Pass find_unused_parameters=False, which the dummy makes unnecessary; or "
-            "static_graph=True, with a scale that is not None; or compute the loss inside of the "
-            "module that DDP wraps, with the wrapper as an attribute of it.",
-        )
+    if marks_twice(ddp) and not inside and not is_attached(setup.wrapper, ddp.module):
+        evidence = {"model": type(ddp.module).__name__, "find_unused_parameters": True}
+        yield Finding("MD101", "error", TWICE, evidence, TWICE_REMEDY)
 
 
 def _unreduced_gradients(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
-    if ddp.static_graph and setup.scale is None:
-        yield Finding(
-            "MD102",
-            "error",
-            "With scale=None, DDP with static_graph=True never reduces the gradients of a modality "
-            "that no rank had at the first step, so that ranks train apart without a word.",
-            {"model": type(ddp.module).__name__, "static_graph": True, "scale": None},
-            "Use scale=0.0.",
-        )
+    if leaves_unreduced(ddp, setup.scale):
+        evidence = {"model": type(ddp.module).__name__, "static_graph": True, "scale": None}
+        yield Finding("MD102", "error", UNREDUCED, evidence, UNREDUCED_REMEDY)
 
 
 def _undefined_sparse_gradients(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:

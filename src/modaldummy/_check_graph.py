@@ -6,7 +6,8 @@ from torch import nn
 
 from modaldummy._finding import Finding
 from modaldummy._graph import reached_by
-from modaldummy._setup import Setup, is_sharded
+from modaldummy._kinds import is_sharded
+from modaldummy._setup import Setup
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:

@@ -3,16 +3,15 @@
 from torch import Tensor
 
 
-def reached_by(loss: Tensor) -> set[int] | None:
-    """`id` of each leaf that backward from `loss` would visit; None where the graph cannot tell.
+def reached_by(*tensors: Tensor) -> set[int] | None:
+    """`id` of each leaf that backward from `tensors` would visit; None where a graph cannot tell.
 
     It cannot where a reentrant checkpoint computes a part of it again during backward. Nothing is
-    computed, and the graph stays as it is.
+    computed, and the graphs stay as they are.
     """
-    if loss.grad_fn is None:
-        return {id(loss)} if loss.requires_grad else set()
-    leaves: set[int] = set()
-    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    leaves = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.is_leaf}
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(waiting)
     while waiting:
         node = waiting.pop()
         if "CheckpointFunction" in type(node).__name__:

@@ -1,6 +1,7 @@
 """Which kinds of parameter a dummy gradient can reach, and through what it reaches them."""
 
 from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,9 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from modaldummy._errors import ParameterMapError
 from modaldummy._paths import Located
+
+# `id` of a parameter to the parameter and a tensor of the same values that leads to it.
+Aliases: TypeAlias = dict[int, tuple[nn.Parameter, Tensor]]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -68,23 +72,36 @@ def is_sparse_table(located: Located) -> bool:
     return parameter is owner._parameters.get("weight")  # not what a subclass adds to it
 
 
-def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank has of a DTensor; any other tensor as it is."""
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor."""
     # By name: the DTensor class is slow to import, and a model without one has no use for it.
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return hasattr(parameter, "to_local")
+
+
+def local_shard(tensor: Any) -> Tensor:
+    """What this rank has of a DTensor; any other tensor as it is."""
+    shard: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return shard
 
 
-def reached(located: Located) -> Tensor:
+def stand_in(parameter: nn.Parameter, aliases: Aliases | None) -> Tensor:
+    """The alias of a parameter, or itself if it has none."""
+    if not aliases:
+        return parameter
+    original, alias = aliases.get(id(parameter), (parameter, parameter))
+    return alias if original is parameter else parameter
+
+
+def reached(located: Located, aliases: Aliases | None = None) -> Tensor:
     """The part of a parameter that the dummy term sums up and hands a gradient.
 
     A DTensor is reached through its local shard, which takes no communication. The table of a
     sparse embedding is reached through a selection of none of its rows: it contributes nothing,
     and its gradient is sparse and empty, as an optimizer such as `torch.optim.SparseAdam` wants
-    it. Anything else is reached as it is.
+    it. Anything else is reached as it is, or through its alias.
     """
     _, parameter, _ = located
-    shard = local_shard(parameter)
+    shard = local_shard(stand_in(parameter, aliases))
     if is_sparse_table(located):
         nothing = torch.empty(0, dtype=torch.long, device=shard.device)
         return nn.functional.embedding(nothing, shard, sparse=True)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from modaldummy._ddp import ddps_around
 from modaldummy._kinds import is_sparse_table
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
@@ -110,8 +111,7 @@ class Setup:
     @cached_property
     def ddps(self) -> list[DistributedDataParallel]:
         """DDP modules around parameters of the map."""
-        found = [module for module in self.modules if isinstance(module, DistributedDataParallel)]
-        return [ddp for ddp in found if any(id(p) in self.towers for p in ddp.parameters())]
+        return list(ddps_around(self.modules, self.towers))
 
     @cached_property
     def sharding(self) -> list[nn.Module]:
@@ -124,11 +124,6 @@ class Setup:
         """`id` of each of `towers` that is inactive in a batch of these modalities."""
         present = set(self.wrapper._map.active_keys(active))
         return {identity for identity in self.towers if present.isdisjoint(self.owners[identity])}
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(parameter, "to_local")
 
 
 def has_values(parameter: Tensor) -> bool:

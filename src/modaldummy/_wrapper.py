@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from modaldummy._batch import Reader
 from modaldummy._call import CallReader, check_names
+from modaldummy._ddp import check_ddps, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
-from modaldummy._kinds import check_readable, reached
+from modaldummy._kinds import Aliases, check_readable, reached, stand_in
 from modaldummy._loss import check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._paths import Located
@@ -60,6 +61,8 @@ class DummyLossWrapper:
         ParameterMapError: The map is empty, a key is no name, or a spec matches nothing in `model`.
         ValueError: `scale` or `max_fraction` is not a finite number >= 0 or None.
         TypeError: `model` is no module, `resolver` not callable, or `gradient_only` no bool.
+        UnsupportedEngineError: `model` is DDP with `find_unused_parameters=True`, or with
+            `static_graph=True` and a `scale` of None. A DDP around `model` is for `preflight`.
 
     Note:
         A dummy gradient connects, it does not teach. SGD moves a parameter by `lr * scale` a step;
@@ -86,7 +89,10 @@ class DummyLossWrapper:
         self._max_fraction = _check_number("max_fraction", max_fraction)
         self._gradient_only = gradient_only
         self._resolver = resolver
+        check_ddps(ddps_around(model.modules(), self._map.owned(self._map.paths)), self._scale)
         self.last: StepReport | None = None
+        # What `attach_to_outputs` has tied to the output of the model.
+        self._aliases: Aliases = {}
         # Told of each loss and of the keys of the map that are active in it.
         self._observers: list[Callable[[list[ModalityKey], Tensor], None]] = []
 
@@ -211,7 +217,7 @@ class DummyLossWrapper:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a model of its own, which nothing that watches this wrapper knows.
-        return vars(self) | {"_observers": []}
+        return vars(self) | {"_observers": [], "_aliases": {}}
 
     def __repr__(self) -> str:
         paths = {key: list(paths) for key, paths in self._map.paths.items()}
@@ -252,12 +258,12 @@ class DummyLossWrapper:
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
         if self._scale is None:
-            return dummy_term([parameter for _, parameter, _ in idle], None, real=real)
+            return dummy_term([stand_in(p, self._aliases) for _, p, _ in idle], None, real=real)
         read = self._scale > 0 and not self._gradient_only
         if read:
             check_readable(idle, (idle[0][1] if real is None else real).device)
         return dummy_term(
-            [reached(located) for located in idle],
+            [reached(located, self._aliases) for located in idle],
             self._scale,
             real=real,
             max_fraction=self._max_fraction,

@@ -1,0 +1,204 @@
+"""Ties the parameters of modalities to what a model returns, inside of DDP."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from modaldummy._containers import with_item
+from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced
+from modaldummy._errors import UnsupportedEngineError, describe
+from modaldummy._graph import reached_by
+from modaldummy._kinds import is_sharded
+from modaldummy._wrapper import DummyLossWrapper
+
+
+def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHandle":
+    """Let DDP see the parameters of all modalities in what its forward returns.
+
+    DDP with `find_unused_parameters=True` walks the graph of its outputs, takes what it does not
+    find for unused, and stops at a dummy term that reaches such parameters after all. From now on,
+    in gradient mode, the output has edges to all of them, and the dummy term of `wrapper.total`
+    goes through these. Value, gradients and report of the term stay as they are, as does the
+    training loop: the loss still has to go through the wrapper.
+
+        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+        >>> model.forward = lambda batch: model["T1"](batch["T1"])
+        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+        >>> handle = attach_to_outputs(wrapper, model)  # or the DDP around it
+        >>> batch = {"T1": torch.ones(3, 4)}
+        >>> wrapper.total(model(batch).square().mean(), batch).backward()
+        >>> model["dMRI"].bias.grad
+        tensor([1.0000e-07, 1.0000e-07])
+
+    Args:
+        wrapper: Made with the module inside of DDP.
+        model: What is called in training: DDP, a compiled DDP, or the module that DDP will wrap.
+            It returns a tensor, or tuples, lists, mappings and dataclasses that hold tensors.
+
+    Returns:
+        A handle whose `remove()`, or end as a context manager, lets the model go.
+
+    Raises:
+        TypeError: `wrapper` or `model` is none.
+        ValueError: `model` has none of the parameters of the map, or several DDPs that do.
+        UnsupportedEngineError: The graph of DDP is static and the scale None. From forward: nothing
+            that the model returned has a graph; parts of it run under reentrant checkpointing; or
+            FSDP2 has sharded the parameters, which asks for nothing of this kind.
+
+    Note:
+        With `scale=None`, DDP leaves the gradients of a modality that no rank had at a step as they
+        are, None for instance, where it looks for unused parameters.
+    """
+    if not isinstance(wrapper, DummyLossWrapper):
+        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
+    owned = wrapper._map.owned(wrapper._map.paths)
+    if owned.keys().isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has none of the parameters of the modalities "
+            f"{', '.join(map(repr, wrapper.modalities))}; pass the model that the wrapper was made "
+            "with, or the DDP around it."
+        )
+    ddps = list(ddps_around(model.modules(), owned))
+    if any(leaves_unreduced(ddp, wrapper._scale) for ddp in ddps):
+        raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
+    if len(ddps) > 1:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has {len(ddps)} DDP modules around parameters of "
+            "the map; put one around the whole model, or pass find_unused_parameters=False."
+        )
+    return AttachHandle(wrapper, ddps[0].module if ddps else model)
+
+
+def is_attached(wrapper: DummyLossWrapper, module: nn.Module) -> bool:
+    """Whether `module`, which DDP calls, ties what `wrapper` adds to its outputs."""
+    handles = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return any(isinstance(h, AttachHandle) and h._wrapper is wrapper for h in handles)
+
+
+class AttachHandle:
+    """What `attach_to_outputs` returns; also a context manager, which removes it at its end."""
+
+    def __init__(self, wrapper: DummyLossWrapper, module: nn.Module) -> None:
+        self._wrapper = wrapper
+        _keep_uncompiled()
+        self._hook = module.register_forward_hook(self._after_forward)
+
+    def remove(self) -> None:
+        """Let the model go; a second call does nothing."""
+        self._hook.remove()
+        self._wrapper._aliases = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _after_forward(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        return _tied_output(self._wrapper, module, output) if torch.is_grad_enabled() else output
+
+
+@functools.cache
+def _keep_uncompiled() -> None:
+    """Have Dynamo leave the hook alone.
+
+    Compiled, one backward would have the gradients of all parameters, and none of them be None.
+    Not done where the hook is defined, since it imports Dynamo, which takes long; DDP does so too.
+    """
+    hook = torch.compiler.disable(AttachHandle._after_forward)
+    AttachHandle._after_forward = hook  # type: ignore[method-assign]
+
+
+def _tied_output(wrapper: DummyLossWrapper, module: nn.Module, output: Any) -> Any:
+    """`output` with edges to the parameters of the map, which `wrapper` then goes through."""
+    parameters = [p for _, p, _ in wrapper._map.inactive_parameters(())]
+    if not parameters:
+        return output
+    if any(map(is_sharded, parameters)):
+        raise UnsupportedEngineError(
+            "`attach_to_outputs` is for DDP, and FSDP2 has sharded the parameters; `remove()` "
+            "the handle, `wrapper.total` needs no help there."
+        )
+    tensors = list(_tensors(output))
+    if reached_by(*tensors) is None:
+        raise UnsupportedEngineError(
+            f"{type(module).__name__} runs parts under reentrant checkpointing, which DDP and "
+            "`attach_to_outputs` would each reduce at another time; pass use_reentrant=False "
+            "to the checkpoint, or find_unused_parameters=False to DDP and `remove()` the "
+            "handle."
+        )
+    if not tensors:
+        raise UnsupportedEngineError(
+            f"Nothing in what {type(module).__name__} returned, {describe(output)}, is a "
+            "tensor with a graph that the dummy term could be attached to; let it return one, "
+            "call it without gradient mode, or `remove()` the handle."
+        )
+    # Two nodes: what is kept until the next forward must not keep the graph of the output.
+    aliases = _Aliases.apply(*parameters)  # type: ignore[no-untyped-call]
+    wrapper._aliases = {
+        id(parameter): (parameter, alias)
+        for parameter, alias in zip(parameters, aliases, strict=True)
+    }
+    tied: Tensor = _Tie.apply(tensors[0], *aliases)  # type: ignore[no-untyped-call]
+    return _replaced(output, tensors[0], tied)
+
+
+class _Aliases(torch.autograd.Function):
+    """The same tensors behind one node, which hands on the gradients that there are."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(parameter.detach() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+
+class _Tie(torch.autograd.Function):
+    """The same tensor, with edges to others that get no gradient from it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *aliases: Tensor) -> Tensor:
+        ctx.num_aliases = len(aliases)
+        # No view, which autograd would not let anyone change in place.
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradient, *[None] * ctx.num_aliases)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors with a graph in `output`, looked for where DDP does."""
+    if isinstance(output, Tensor):
+        yield from [output] if output.requires_grad else []
+    for _, item in _items(output):
+        yield from _tensors(item)
+
+
+def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A copy of `output` with `new` where `old` comes first; None if it does not have it."""
+    if output is old:
+        return new
+    for place, item in _items(output):
+        if (changed := _replaced(item, old, new)) is not None:
+            return with_item(output, place, changed)
+    return None
+
+
+def _items(container: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(container, dict):
+        return container.items()
+    if isinstance(container, (list, tuple)):
+        return enumerate(container)
+    if is_dataclass(container):
+        return [(field.name, getattr(container, field.name)) for field in fields(container)]
+    return ()
