@@ -1,0 +1,196 @@
+"""The engines that the oracle is run on, each made on every rank."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from modaldummy import DummyLossWrapper, attach_to_outputs
+from tests.distributed.oracle import (
+    MAP,
+    NAMES,
+    Make,
+    Model,
+    Outcome,
+    Run,
+    Schedule,
+    held_against_truth,
+)
+
+# So small that a few parameters fill a bucket.
+SMALL: dict[str, Any] = {"bucket_cap_mb": 1e-4}
+
+
+class Checkpointed(Model):
+    """Runs each part again during backward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def run(self, part: nn.Module, data: Tensor) -> Tensor:
+        # A reentrant checkpoint asks for data with a gradient.
+        data = data if data.requires_grad else data.clone().requires_grad_()
+        output: Tensor = checkpoint(part, data, use_reentrant=self.reentrant)
+        return output
+
+
+class DDP(Run):
+    def syncing(self, last: bool) -> AbstractContextManager[Any]:
+        engine: Any = getattr(self.call, "_orig_mod", self.call)
+        return nullcontext() if last else engine.no_sync()
+
+
+class Compressed(DDP):
+    """A dummy of 1e-7 is below the normal numbers of float16."""
+
+    relative, absolute = 2**-9, 2**-23
+
+
+class Rough(DDP):
+    relative = 2**-6
+
+
+class FSDP(Run):
+    def syncing(self, last: bool) -> AbstractContextManager[Any]:
+        model: Any = self.bare
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+class ShardedDummies(FSDP):
+    """The dummy is that of this rank's shard, and no average over ranks."""
+
+    absolute = 1.01e-7
+
+
+class RoughFSDP(FSDP):
+    """Forward and backward run in bfloat16."""
+
+    relative, absolute = 2**-4, 2**-7
+
+
+def ddp(
+    model: Callable[[], Model] = Model,
+    *,
+    kind: type[Run] = DDP,
+    attached: bool = False,
+    compiled: bool = False,
+    hook: Any = None,
+    **options: Any,
+) -> Make:
+    def make(scale: float | None) -> Run:
+        bare = model()
+        engine = DistributedDataParallel(bare, **options)
+        if hook is not None:
+            engine.register_comm_hook(None, hook)
+        wrapper = DummyLossWrapper(bare if attached else engine, MAP, scale)
+        if attached:
+            attach_to_outputs(wrapper, engine)
+        call: Any = torch.compile(engine, backend="aot_eager") if compiled else engine
+        return kind(call, bare, wrapper)
+
+    return make
+
+
+def fsdp(
+    *parts: str, zeros: bool = False, early: bool = False, kind: type[Run] = FSDP, **options: Any
+) -> Make:
+    """`fully_shard` of parts, one by one, and of the whole.
+
+    Args:
+        parts: Paths; none for a single group.
+        zeros: Let FSDP2 reduce zeros for what had no gradient.
+        early: Make the wrapper first.
+        kind: The `Run` that it makes.
+        options: Of `fully_shard` for the whole.
+    """
+
+    def make(scale: float | None) -> Run:
+        model: Any = Model()
+        wrapper = DummyLossWrapper(model, MAP, scale) if early else None
+        for part in parts:
+            fully_shard(model.get_submodule(part))
+        fully_shard(model, **options)
+        if zeros:
+            model.set_reduce_scatter_unused_params(True)
+        return kind(model, model, wrapper or DummyLossWrapper(model, MAP, scale))
+
+    return make
+
+
+def bf16_hook(_: object, bucket: Any) -> Future[Tensor]:
+    """That of torch asks for NCCL."""
+    narrow = bucket.buffer().to(torch.bfloat16) / dist.get_world_size()
+    work: Any = dist.all_reduce(narrow, async_op=True)
+
+    def widened(future: Future[Any]) -> Tensor:
+        wide: Tensor = bucket.buffer().copy_(future.value()[0])
+        return wide
+
+    future: Future[Tensor] = work.get_future().then(widened)
+    return future
+
+
+TOWERS = [f"towers.{name}" for name in NAMES]
+NARROW = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+
+# Under which ranks may differ in what is active.
+DDPS: dict[str, Make] = {
+    "DDP": ddp(),
+    "DDP, several buckets": ddp(**SMALL),
+    "DDP, bucket views": ddp(gradient_as_bucket_view=True, **SMALL),
+    "DDP, static graph": ddp(static_graph=True, **SMALL),
+    "DDP, checkpoints": ddp(lambda: Checkpointed(False), **SMALL),
+    "DDP, reentrant checkpoints": ddp(lambda: Checkpointed(True), **SMALL),
+    "DDP, static graph, reentrant checkpoints": ddp(
+        lambda: Checkpointed(True), static_graph=True, **SMALL
+    ),
+    "DDP, attached": ddp(attached=True, **SMALL),
+    "DDP, unused, attached": ddp(attached=True, find_unused_parameters=True, **SMALL),
+    "DDP, unused, attached, checkpoints": ddp(
+        lambda: Checkpointed(False), attached=True, find_unused_parameters=True, **SMALL
+    ),
+    "DDP, static graph, attached": ddp(attached=True, static_graph=True, **SMALL),
+    "DDP, fp16 hook": ddp(kind=Compressed, hook=default_hooks.fp16_compress_hook, **SMALL),
+    "DDP, bf16 hook": ddp(kind=Rough, hook=bf16_hook, **SMALL),
+    "DDP, compiled": ddp(compiled=True),
+    "DDP, unused, attached, compiled": ddp(
+        compiled=True, attached=True, find_unused_parameters=True
+    ),
+}
+FSDPS: dict[str, Make] = {
+    "FSDP2, root": fsdp(),
+    "FSDP2, root, wrapped early": fsdp(early=True),
+    "FSDP2, root, zeros": fsdp(zeros=True),
+    "FSDP2, root, resharding, zeros": fsdp(
+        zeros=True, kind=ShardedDummies, reshard_after_forward=True
+    ),
+    "FSDP2, root, bfloat16": fsdp(kind=RoughFSDP, mp_policy=NARROW),
+}
+# Under which they have to agree.
+AGREEING: dict[str, Make] = {
+    "FSDP2, root, resharding": fsdp(reshard_after_forward=True),
+    "FSDP2, towers": fsdp(*TOWERS),
+    "FSDP2, towers, wrapped early": fsdp(*TOWERS, early=True),
+    "FSDP2, towers, zeros": fsdp(*TOWERS, zeros=True),
+}
+# Which stop at a term that is added outside of forward.
+UNUSED: dict[str, Make] = {
+    "DDP, unused": ddp(find_unused_parameters=True),
+    "DDP, unused, bucket views": ddp(find_unused_parameters=True, gradient_as_bucket_view=True),
+}
+ENGINES = DDPS | FSDPS | AGREEING | UNUSED
+
+
+def outcome(rank: int, engine: str, scale: float | None, schedule: Schedule) -> Outcome:
+    """What the oracle says of a schedule under an engine."""
+    return held_against_truth(rank, ENGINES[engine], scale, schedule)
