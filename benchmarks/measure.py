@@ -207,7 +207,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def print_environment(row: Mapping[str, Any]) -> None:
     """The first lines of a table: where the rows like `row` were measured, and with what set."""
     print(f"{row['device']}, {row['threads']} threads, torch {row['torch']}")
-    if row["launches"] is None:
+    if row.get("launches") is None:
         print("set for this run:", *(f"{name}={value}" for name, value in ALLOCATOR.items()))
 
 
