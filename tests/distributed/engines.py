@@ -17,6 +17,7 @@ from modaldummy import DummyLossWrapper, attach_to_outputs
 from tests.distributed.oracle import (
     MAP,
     NAMES,
+    Active,
     Make,
     Model,
     Outcome,
@@ -41,6 +42,21 @@ class Checkpointed(Model):
         data = data if data.requires_grad else data.clone().requires_grad_()
         output: Tensor = checkpoint(part, data, use_reentrant=self.reentrant)
         return output
+
+
+class EveryTower(Model):
+    """Runs each part in the same order, whatever the batch holds: absent ones on no samples."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        hidden = batch["text"]
+        for name in NAMES:
+            data = batch.get(name, torch.empty(0, 3))
+            output = self.towers[name](data).tanh()
+            hidden = hidden + (output if name in batch else output.sum())
+        both = {"T1", "dMRI"} <= batch.keys()
+        output = self.fusion(hidden if both else hidden[:0])
+        logits: Tensor = self.trunk(hidden + (output if both else output.sum()))
+        return logits
 
 
 class DDP(Run):
@@ -70,6 +86,11 @@ class ShardedDummies(FSDP):
     """The dummy is that of this rank's shard, and no average over ranks."""
 
     absolute = 1.01e-7
+
+
+class EveryTowerRuns(ShardedDummies):
+    def running(self, active: Active) -> Active:
+        return NAMES
 
 
 class RoughFSDP(FSDP):
@@ -102,12 +123,18 @@ def ddp(
 
 
 def fsdp(
-    *parts: str, zeros: bool = False, early: bool = False, kind: type[Run] = FSDP, **options: Any
+    *parts: str,
+    model: Callable[[], Any] = Model,
+    zeros: bool = False,
+    early: bool = False,
+    kind: type[Run] = FSDP,
+    **options: Any,
 ) -> Make:
     """`fully_shard` of parts, one by one, and of the whole.
 
     Args:
         parts: Paths; none for a single group.
+        model: Makes the model.
         zeros: Let FSDP2 reduce zeros for what had no gradient.
         early: Make the wrapper first.
         kind: The `Run` that it makes.
@@ -115,19 +142,22 @@ def fsdp(
     """
 
     def make(scale: float | None) -> Run:
-        model: Any = Model()
-        wrapper = DummyLossWrapper(model, MAP, scale) if early else None
+        bare = model()
+        wrapper = DummyLossWrapper(bare, MAP, scale) if early else None
         for part in parts:
-            fully_shard(model.get_submodule(part))
-        fully_shard(model, **options)
+            fully_shard(bare.get_submodule(part))
+        fully_shard(bare, **options)
         if zeros:
-            model.set_reduce_scatter_unused_params(True)
-        return kind(model, model, wrapper or DummyLossWrapper(model, MAP, scale))
+            bare.set_reduce_scatter_unused_params(True)
+        return kind(bare, bare, wrapper or DummyLossWrapper(bare, MAP, scale))
 
     return make
 
 
-def bf16_hook(_: object, bucket: Any) -> Future[Tensor]:
+def bf16_hook(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # public, but not in the stubs
+) -> Future[Tensor]:
     """That of torch asks for NCCL."""
     narrow = bucket.buffer().to(torch.bfloat16) / dist.get_world_size()
     work: Any = dist.all_reduce(narrow, async_op=True)
@@ -175,6 +205,9 @@ FSDPS: dict[str, Make] = {
         zeros=True, kind=ShardedDummies, reshard_after_forward=True
     ),
     "FSDP2, root, bfloat16": fsdp(kind=RoughFSDP, mp_policy=NARROW),
+    "FSDP2, towers, every tower runs": fsdp(
+        *TOWERS, "fusion", model=EveryTower, kind=EveryTowerRuns
+    ),
 }
 # Under which they have to agree.
 AGREEING: dict[str, Make] = {
@@ -183,12 +216,15 @@ AGREEING: dict[str, Make] = {
     "FSDP2, towers, wrapped early": fsdp(*TOWERS, early=True),
     "FSDP2, towers, zeros": fsdp(*TOWERS, zeros=True),
 }
-# Which stop at a term that is added outside of forward.
-UNUSED: dict[str, Make] = {
+# Which cannot bear the dummy term.
+REFUSED: dict[str, Make] = {
     "DDP, unused": ddp(find_unused_parameters=True),
     "DDP, unused, bucket views": ddp(find_unused_parameters=True, gradient_as_bucket_view=True),
+    "DDP, unused, attached, reentrant checkpoints": ddp(
+        lambda: Checkpointed(True), attached=True, find_unused_parameters=True
+    ),
 }
-ENGINES = DDPS | FSDPS | AGREEING | UNUSED
+ENGINES = DDPS | FSDPS | AGREEING | REFUSED
 
 
 def outcome(rank: int, engine: str, scale: float | None, schedule: Schedule) -> Outcome:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, check_ranks
 
 NAMES = ("T1", "rsfMRI", "dMRI")
 MAP: dict[Any, str] = {name: f"towers.{name}" for name in NAMES} | {("T1", "dMRI"): "fusion"}
@@ -75,6 +75,10 @@ class Run:
 
     def __init__(self, call: nn.Module, bare: nn.Module, wrapper: DummyLossWrapper) -> None:
         self.call, self.bare, self.wrapper = call, bare, wrapper
+
+    def running(self, active: Active) -> Active:
+        """The modalities whose towers run, which the ranks have to agree on."""
+        return active
 
     def syncing(self, last: bool) -> AbstractContextManager[Any]:
         """What stands around a micro-batch, the last of a step or not."""
@@ -172,9 +176,7 @@ def held_against_truth(
             active = ranks[rank]
             batch = batch_of(active, place, micro, rank)
             if agree:
-                from modaldummy import check_ranks
-
-                check_ranks(run.wrapper, active, model=run.call)
+                check_ranks(run.wrapper, run.running(active), model=run.call)
             with run.syncing(micro == len(step) - 1):
                 real = loss_of(run.call(batch))
                 run.backward(run.wrapper.total(real, active), len(step))
