@@ -1,6 +1,5 @@
 """Ties the parameters of modalities to what a model returns, inside of DDP."""
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Self
@@ -21,9 +20,8 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
 
     DDP with `find_unused_parameters=True` walks the graph of its outputs, takes what it does not
     find for unused, and stops at a dummy term that reaches such parameters after all. From now on,
-    in gradient mode, the output has edges to all of them, and the dummy term of `wrapper.total`
-    goes through these. Value, gradients and report of the term stay as they are, as does the
-    training loop: the loss still has to go through the wrapper.
+    in gradient mode, the output has edges to all of them, by which backward hands them nothing. The
+    dummy term and the training loop stay as they are: the loss has to go through the wrapper.
 
         >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
         >>> model.forward = lambda batch: model["T1"](batch["T1"])
@@ -86,13 +84,11 @@ class AttachHandle:
 
     def __init__(self, wrapper: DummyLossWrapper, module: nn.Module) -> None:
         self._wrapper = wrapper
-        _keep_uncompiled()
         self._hook = module.register_forward_hook(self._after_forward)
 
     def remove(self) -> None:
         """Let the model go; a second call does nothing."""
         self._hook.remove()
-        self._wrapper._aliases = {}
 
     def __enter__(self) -> Self:
         return self
@@ -104,19 +100,8 @@ class AttachHandle:
         return _tied_output(self._wrapper, module, output) if torch.is_grad_enabled() else output
 
 
-@functools.cache
-def _keep_uncompiled() -> None:
-    """Have Dynamo leave the hook alone.
-
-    Compiled, one backward would have the gradients of all parameters, and none of them be None.
-    Not done where the hook is defined, since it imports Dynamo, which takes long; DDP does so too.
-    """
-    hook = torch.compiler.disable(AttachHandle._after_forward)
-    AttachHandle._after_forward = hook  # type: ignore[method-assign]
-
-
 def _tied_output(wrapper: DummyLossWrapper, module: nn.Module, output: Any) -> Any:
-    """`output` with edges to the parameters of the map, which `wrapper` then goes through."""
+    """`output` with edges to the parameters of the map."""
     parameters = [p for _, p, _ in wrapper._map.inactive_parameters(())]
     if not parameters:
         return output
@@ -126,7 +111,8 @@ def _tied_output(wrapper: DummyLossWrapper, module: nn.Module, output: Any) -> A
             "the handle, `wrapper.total` needs no help there."
         )
     tensors = list(_tensors(output))
-    if reached_by(*tensors) is None:
+    # Dynamo traces neither the walk nor what it looks for.
+    if not torch.compiler.is_compiling() and reached_by(*tensors) is None:
         raise UnsupportedEngineError(
             f"{type(module).__name__} runs parts under reentrant checkpointing, which DDP and "
             "`attach_to_outputs` would each reduce at another time; pass use_reentrant=False "
@@ -139,41 +125,22 @@ def _tied_output(wrapper: DummyLossWrapper, module: nn.Module, output: Any) -> A
             "tensor with a graph that the dummy term could be attached to; let it return one, "
             "call it without gradient mode, or `remove()` the handle."
         )
-    # Two nodes: what is kept until the next forward must not keep the graph of the output.
-    aliases = _Aliases.apply(*parameters)  # type: ignore[no-untyped-call]
-    wrapper._aliases = {
-        id(parameter): (parameter, alias)
-        for parameter, alias in zip(parameters, aliases, strict=True)
-    }
-    tied: Tensor = _Tie.apply(tensors[0], *aliases)  # type: ignore[no-untyped-call]
+    tied: Tensor = _Tie.apply(tensors[0], *parameters)  # type: ignore[no-untyped-call]
     return _replaced(output, tensors[0], tied)
 
 
-class _Aliases(torch.autograd.Function):
-    """The same tensors behind one node, which hands on the gradients that there are."""
-
-    @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(parameter.detach() for parameter in parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
-
-
 class _Tie(torch.autograd.Function):
-    """The same tensor, with edges to others that get no gradient from it."""
+    """The same tensor, with edges to parameters, which get no gradient from it."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, *aliases: Tensor) -> Tensor:
-        ctx.num_aliases = len(aliases)
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.num_parameters = len(parameters)
         # No view, which autograd would not let anyone change in place.
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (gradient, *[None] * ctx.num_aliases)
+        return (gradient, *[None] * ctx.num_parameters)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

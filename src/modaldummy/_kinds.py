@@ -1,7 +1,7 @@
 """Which kinds of parameter a dummy gradient can reach, and through what it reaches them."""
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,6 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from modaldummy._errors import ParameterMapError
 from modaldummy._paths import Located
-
-# `id` of a parameter to the parameter and a tensor of the same values that leads to it.
-Aliases: TypeAlias = dict[int, tuple[nn.Parameter, Tensor]]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -84,24 +81,16 @@ def local_shard(tensor: Any) -> Tensor:
     return shard
 
 
-def stand_in(parameter: nn.Parameter, aliases: Aliases | None) -> Tensor:
-    """The alias of a parameter, or itself if it has none."""
-    if not aliases:
-        return parameter
-    original, alias = aliases.get(id(parameter), (parameter, parameter))
-    return alias if original is parameter else parameter
-
-
-def reached(located: Located, aliases: Aliases | None = None) -> Tensor:
+def reached(located: Located) -> Tensor:
     """The part of a parameter that the dummy term sums up and hands a gradient.
 
     A DTensor is reached through its local shard, which takes no communication. The table of a
     sparse embedding is reached through a selection of none of its rows: it contributes nothing,
     and its gradient is sparse and empty, as an optimizer such as `torch.optim.SparseAdam` wants
-    it. Anything else is reached as it is, or through its alias.
+    it. Anything else is reached as it is.
     """
     _, parameter, _ = located
-    shard = local_shard(stand_in(parameter, aliases))
+    shard = local_shard(parameter)
     if is_sparse_table(located):
         nothing = torch.empty(0, dtype=torch.long, device=shard.device)
         return nn.functional.embedding(nothing, shard, sparse=True)

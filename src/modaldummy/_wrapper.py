@@ -14,7 +14,7 @@ from modaldummy._batch import Reader
 from modaldummy._call import CallReader, check_names
 from modaldummy._ddp import check_ddps, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
-from modaldummy._kinds import Aliases, check_readable, reached, stand_in
+from modaldummy._kinds import check_readable, reached
 from modaldummy._loss import check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._paths import Located
@@ -91,8 +91,6 @@ class DummyLossWrapper:
         self._resolver = resolver
         check_ddps(ddps_around(model.modules(), self._map.owned(self._map.paths)), self._scale)
         self.last: StepReport | None = None
-        # What `attach_to_outputs` has tied to the output of the model.
-        self._aliases: Aliases = {}
         # Told of each loss and of the keys of the map that are active in it.
         self._observers: list[Callable[[list[ModalityKey], Tensor], None]] = []
 
@@ -217,7 +215,7 @@ class DummyLossWrapper:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a model of its own, which nothing that watches this wrapper knows.
-        return vars(self) | {"_observers": [], "_aliases": {}}
+        return vars(self) | {"_observers": []}
 
     def __repr__(self) -> str:
         paths = {key: list(paths) for key, paths in self._map.paths.items()}
@@ -258,12 +256,12 @@ class DummyLossWrapper:
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
         if self._scale is None:
-            return dummy_term([stand_in(p, self._aliases) for _, p, _ in idle], None, real=real)
+            return dummy_term([parameter for _, parameter, _ in idle], None, real=real)
         read = self._scale > 0 and not self._gradient_only
         if read:
             check_readable(idle, (idle[0][1] if real is None else real).device)
         return dummy_term(
-            [reached(located, self._aliases) for located in idle],
+            [reached(located) for located in idle],
             self._scale,
             real=real,
             max_fraction=self._max_fraction,
