@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 STEPS ?= 200
 
+DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test test-lowest mutants soak confusion bench bench-hold bench-monitor gpu lint types clean
+.PHONY: demo test test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
+	bench-ddp gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -19,6 +21,10 @@ test: lint types
 # The suite on the oldest torch and numpy that pyproject.toml admits; downloads several GB once.
 test-lowest: $(LOWEST)/.dev
 	$(LOWEST)/bin/python -m pytest
+
+# What needs DeepSpeed, in an environment of its own.
+test-deepspeed: $(DEEPSPEED)/.installed
+	$(DEEPSPEED)/bin/python -m pytest tests/distributed/test_deepspeed.py
 
 # Breaks the core in hundreds of ways and runs its tests on each; about half an hour on 2 cores.
 mutants: $(VENV)/.dev
@@ -46,6 +52,10 @@ bench-hold: $(VENV)/.bench
 bench-monitor: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_monitor.py --rounds 200 --csv
 
+# The tables of docs/explanation/ranks.md; about a quarter of an hour on 2 cores.
+bench-ddp: $(VENV)/.bench
+	$(BIN)/python benchmarks/bench_ddp.py --csv
+
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu:
@@ -59,7 +69,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo-output* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DEEPSPEED) demo-output* ddp-output dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -44,6 +44,8 @@ def test_there_are_snippets() -> None:
         "docs/index.md",
         "docs/explanation/when-not-to-use-it.md",
         "docs/how-to/compile.md",
+        "docs/how-to/ddp.md",
+        "docs/how-to/fsdp.md",
         "docs/how-to/hold.md",
         "docs/how-to/monitor.md",
         "docs/how-to/property-test-your-model.md",
