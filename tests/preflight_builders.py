@@ -21,6 +21,7 @@ from tests.preflight_models import (
     Model,
     Ranks,
     mapped,
+    partition,
     sharded,
     sparse_tables,
     with_head,
@@ -124,9 +125,16 @@ def sharded_after_the_optimizer() -> Arguments:
     return {"wrapper": mapped(model), "optimizer": optimizer}
 
 
-def engine(stage: int) -> Arguments:
+def engine(stage: int, scale: float | None = 1e-7, **options: Any) -> Arguments:
     model = Model()
-    return {"wrapper": model.wrapper(), "model": Engine(model, stage)}
+    return {"wrapper": model.wrapper(scale), "model": Engine(model, stage, **options)}
+
+
+def partitioned(attribute: str) -> Arguments:
+    model = Model()
+    wrapper = model.wrapper()
+    partition(model, attribute)
+    return {"wrapper": wrapper}
 
 
 def compiled(names: Iterable[str], in_place: bool = False) -> Arguments:

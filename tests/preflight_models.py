@@ -44,15 +44,25 @@ class Inside(nn.Module):
 
 
 class Engine(nn.Module):
-    """What of a DeepSpeed engine tells its ZeRO stage."""
+    """What of a DeepSpeed engine tells how it reduces gradients."""
 
-    def __init__(self, module: nn.Module, stage: int) -> None:
+    def __init__(self, module: nn.Module, stage: int, overlap: bool = False) -> None:
         super().__init__()
         self.module = module
         self._stage = stage
+        self._overlap = overlap
 
     def zero_optimization_stage(self) -> int:
         return self._stage
+
+    def zero_overlap_comm(self) -> bool:
+        return self._overlap
+
+
+def partition(model: nn.Module, attribute: str) -> None:
+    """As DeepSpeed leaves parameters: `ds_id` is of ZeRO-3, `_hp_mapping` of ZeRO-1 and 2."""
+    for parameter in model.parameters():
+        setattr(parameter, attribute, None)
 
 
 class Ranks:

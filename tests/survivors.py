@@ -34,9 +34,7 @@ SURVIVORS = {
     "_window.py Window.outcome: zip(self._keys, marks, strict=True) -> "
     "zip(self._keys, marks)": _STRICT,
     "_window.py Window.outcome: True -> False": _STRICT,
-    "_window.py _maximum: dist.is_available() and dist.is_initialized() -> "
-    "dist.is_initialized()": "only a torch that was built without torch.distributed tells",
-    "_window.py _maximum: torch.tensor(numbers, device=_device(group, device)) -> "
+    "_window.py _maximum: torch.tensor(numbers, device=tensor_device(group, device)) -> "
     "torch.tensor(numbers)": "the tests have no backend that takes nothing on the CPU",
     "_holder.py Holder._take: self.identities().difference(*(known for known, _ in outcomes)) if "
     "some else () -> self.identities().difference(*(known for known, _ in outcomes))": (

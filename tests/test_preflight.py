@@ -21,8 +21,8 @@ from tests.preflight_models import Model, mapped
 ROOT = Path(__file__).parent.parent
 SEVERITIES = {
     "error": {
-        *("MD101", "MD102", "MD103", "MD106", "MD111", "MD114", "MD115", "MD120"),
-        *("MD121", "MD136", "MD143"),
+        *("MD101", "MD102", "MD103", "MD105", "MD106", "MD111", "MD114", "MD115"),
+        *("MD120", "MD121", "MD136", "MD143"),
     },
     "warning": {
         *("MD104", "MD105", "MD107", "MD111", "MD112", "MD117", "MD118", "MD121"),
@@ -83,9 +83,21 @@ NAMED: dict[tuple[str, str], list[str]] = {
     ],
     ("static graph without gradients", "MD102"): ["static_graph=True", "scale=0.0"],
     ("sparse table without gradients in DDP", "MD103"): ["towers.dMRI.weight", "scale=0.0"],
-    ("FSDP2, one tower and no root", "MD104"): ["towers.T1.bias", "same modalities", "fully_shard"],
-    ("ZeRO-2", "MD105"): ["Engine", "zero_optimization_stage=2", "ZeRO-1"],
-    ("ZeRO-3", "MD106"): ["Engine", "zero_optimization_stage=3", "ZeRO-1"],
+    ("FSDP2, one tower and no root", "MD104"): [
+        *("towers.T1.bias", "same modalities", "fully_shard", "`ModalityBatchSampler`"),
+        "`check_ranks`",
+    ],
+    ("FSDP2, a root that reshards", "MD104"): [
+        *("towers.dMRI.bias", "back in shards", "set_reduce_scatter_unused_params(True)"),
+    ],
+    ("FSDP2, no gradients", "MD104"): ["towers.dMRI.bias", "scale=None", "scale=0.0"],
+    ("ZeRO-2", "MD105"): ["Engine", "zero_optimization_stage=2", "ZeRO-1", "towers.T1.bias"],
+    ("ZeRO-2, no gradients", "MD105"): ["MD105 error", "first inactive", "scale=0.0"],
+    ("ZeRO-1 that overlaps", "MD105"): ["zero_optimization_stage=1", "`overlap_comm`"],
+    ("ZeRO-1, no gradients", "MD105"): ["zero_optimization_stage=1", "scale=0.0"],
+    ("partitioned by DeepSpeed", "MD105"): ["towers.dMRI.weight", "`model=engine`"],
+    ("ZeRO-3", "MD106"): ["Engine", "zero_optimization_stage=3", "ZeRO-1", "towers.T1.bias"],
+    ("partitioned by ZeRO-3", "MD106"): ["towers.dMRI.weight", "Use ZeRO-1"],
     ("compiled, four modalities", "MD107"): ["15", "after 8", "recompile_limit = 15"],
     ("head that no batch uses", "MD111"): ["head.weight", "head.bias", "tuple of modalities"],
     ("the same in DDP", "MD111"): ["head.weight", "Expected to have finished reduction"],

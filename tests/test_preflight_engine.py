@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -22,9 +24,10 @@ from tests.preflight_builders import (
     ddp_with_loss_inside,
     ddp_with_optimizers,
     engine,
+    partitioned,
     sharded_and_held,
 )
-from tests.preflight_models import FOUR, Inside, Model, mapped, sharded, sparse_tables
+from tests.preflight_models import FOUR, Engine, Inside, Model, mapped, sharded, sparse_tables
 
 
 def train(model: Any, wrapper: DummyLossWrapper, names: Any = NAMES) -> None:
@@ -142,6 +145,41 @@ def test_what_fsdp2_leaves_in_shards_is_named(
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("scale", [1e-7, None])
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": True}], ids=str)
+def test_with_zeros_for_what_got_no_gradient_the_whole_is_in_order(
+    options: dict[str, Any], scale: float | None
+) -> None:
+    """A tower that is sharded by itself is not."""
+    whole: Any = sharded("", **options)
+    if not hasattr(whole, "set_reduce_scatter_unused_params"):
+        pytest.skip("this torch cannot reduce zeros")
+    whole.set_reduce_scatter_unused_params(True)
+    assert codes(wrapper=mapped(whole, scale)) == set()
+    parts: Any = sharded("towers.dMRI", "", **options)
+    parts.set_reduce_scatter_unused_params(True)
+    (finding,) = preflight(mapped(parts, scale))
+    assert finding.evidence["parameters"] == ["towers.dMRI.weight", "towers.dMRI.bias"]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_frozen_towers_are_gathered_too() -> None:
+    model = sharded("towers.T1", "")
+    model.towers["T1"].requires_grad_(False)
+    assert codes(wrapper=mapped(model)) == {"MD104", "MD113"}
+
+
+@pytest.mark.usefixtures("process_group")
+def test_dtensors_of_others_are_for_their_ranks_to_agree_on() -> None:
+    """Those of a mesh see the same batch, as a rule; `check_ranks` can tell, preflight cannot."""
+    model = Model()
+    tower = model.towers["dMRI"]
+    mesh = init_device_mesh("cpu", (1,))
+    tower.weight = nn.Parameter(distribute_tensor(tower.weight, mesh, [Replicate()]))
+    assert codes(wrapper=mapped(model)) == set()
+
+
+@pytest.mark.usefixtures("process_group")
 def test_set_reshard_after_forward_is_seen() -> None:
     model = sharded("")
     model.set_reshard_after_forward(True)  # type: ignore[operator]
@@ -204,6 +242,34 @@ def test_an_optimizer_made_before_sharding_moves_nothing() -> None:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_other_stages_of_zero_are_in_order(stage: int) -> None:
     assert codes(**engine(stage)) == set()
+    assert codes(**engine(0, None, overlap=True)) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "severity"),
+    [
+        (engine(1, None), "warning"),
+        (engine(1, overlap=True), "warning"),
+        (engine(1, None, overlap=True), "error"),
+        (engine(2), "warning"),
+        (engine(2, None), "error"),
+        (engine(3), "error"),
+        (partitioned("_hp_mapping"), "warning"),
+        (partitioned("ds_id"), "error"),
+    ],
+)
+def test_what_stops_in_any_case_is_an_error(arguments: dict[str, Any], severity: str) -> None:
+    """ZeRO-2 and ZeRO-3 with some scales; otherwise it takes ranks that differ."""
+    (finding,) = preflight(**arguments)
+    assert finding.severity == severity
+    assert finding.evidence["parameters"][0] == "towers.T1.weight"
+
+
+def test_the_engine_tells_more_than_what_it_left_on_parameters() -> None:
+    arguments = partitioned("_hp_mapping")
+    for stage, expected in ((0, set()), (1, set()), (2, {"MD105"})):
+        model = Engine(arguments["wrapper"]._map.model, stage)
+        assert codes(**arguments, model=model) == expected
 
 
 # --- torch.compile -------------------------------------------------------------------------------

@@ -28,22 +28,3 @@ def test_the_largest_mark_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", with_another_rank)
     assert _window._maximum([0, 2, 1], None, CPU) == [1, 2, 1]
     assert operators == [dist.ReduceOp.MAX]
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize(
-    ("config", "parameters", "expected"),
-    [
-        ("", "cpu", "cpu"),
-        ("cpu:gloo,cuda:nccl", "cuda:1", "cpu"),
-        ("cuda:nccl", "cuda:1", "cuda:1"),
-        ("cuda:nccl", "cpu", "cuda"),
-    ],
-)
-def test_marks_live_where_the_backend_takes_them(
-    monkeypatch: pytest.MonkeyPatch, config: str, parameters: str, expected: str
-) -> None:
-    """On the device of the parameters, which need not be the current one."""
-    if config:
-        monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
-    assert _window._device(None, torch.device(parameters)) == torch.device(expected)

@@ -9,6 +9,7 @@ from modaldummy._errors import (
     MissingGradientError,
     ModalDummyError,
     ParameterMapError,
+    RankDisagreementError,
     UnknownModalityError,
     UnsupportedEngineError,
 )
@@ -17,6 +18,7 @@ from modaldummy._hold import HoldHandle, hold_inactive
 from modaldummy._missing import missing_gradients
 from modaldummy._monitor import gradient_norms
 from modaldummy._preflight import preflight
+from modaldummy._ranks import check_ranks
 from modaldummy._report import StepReport
 from modaldummy._sampler import ModalityBatchSampler
 from modaldummy._wrapper import DummyLossWrapper
@@ -32,11 +34,13 @@ __all__ = [
     "ModalDummyError",
     "ModalityBatchSampler",
     "ParameterMapError",
+    "RankDisagreementError",
     "StepReport",
     "UnknownModalityError",
     "UnsupportedEngineError",
     "active_modalities",
     "attach_to_outputs",
+    "check_ranks",
     "diagnose",
     "gradient_norms",
     "hold_inactive",

@@ -97,36 +97,34 @@ class AttachHandle:
         self.remove()
 
     def _after_forward(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        return _tied_output(self._wrapper, module, output) if torch.is_grad_enabled() else output
-
-
-def _tied_output(wrapper: DummyLossWrapper, module: nn.Module, output: Any) -> Any:
-    """`output` with edges to the parameters of the map."""
-    parameters = [p for _, p, _ in wrapper._map.inactive_parameters(())]
-    if not parameters:
-        return output
-    if any(map(is_sharded, parameters)):
-        raise UnsupportedEngineError(
-            "`attach_to_outputs` is for DDP, and FSDP2 has sharded the parameters; `remove()` "
-            "the handle, `wrapper.total` needs no help there."
-        )
-    tensors = list(_tensors(output))
-    # Dynamo traces neither the walk nor what it looks for.
-    if not torch.compiler.is_compiling() and reached_by(*tensors) is None:
-        raise UnsupportedEngineError(
-            f"{type(module).__name__} runs parts under reentrant checkpointing, which DDP and "
-            "`attach_to_outputs` would each reduce at another time; pass use_reentrant=False "
-            "to the checkpoint, or find_unused_parameters=False to DDP and `remove()` the "
-            "handle."
-        )
-    if not tensors:
-        raise UnsupportedEngineError(
-            f"Nothing in what {type(module).__name__} returned, {describe(output)}, is a "
-            "tensor with a graph that the dummy term could be attached to; let it return one, "
-            "call it without gradient mode, or `remove()` the handle."
-        )
-    tied: Tensor = _Tie.apply(tensors[0], *parameters)  # type: ignore[no-untyped-call]
-    return _replaced(output, tensors[0], tied)
+        """`output` with edges to the parameters of the map; None to leave it as it is."""
+        if not torch.is_grad_enabled():
+            return None
+        parameters = [p for _, p, _ in self._wrapper._map.inactive_parameters(())]
+        if not parameters:
+            return None
+        if any(map(is_sharded, parameters)):
+            raise UnsupportedEngineError(
+                "`attach_to_outputs` is for DDP, and FSDP2 has sharded the parameters; `remove()` "
+                "the handle, `wrapper.total` needs no help there."
+            )
+        tensors = list(_tensors(output))
+        # Dynamo traces neither the walk nor what it looks for.
+        if not torch.compiler.is_compiling() and reached_by(*tensors) is None:
+            raise UnsupportedEngineError(
+                f"{type(module).__name__} runs parts under reentrant checkpointing, which DDP and "
+                "`attach_to_outputs` would each reduce at another time; pass use_reentrant=False "
+                "to the checkpoint, or find_unused_parameters=False to DDP and `remove()` the "
+                "handle."
+            )
+        if not tensors:
+            raise UnsupportedEngineError(
+                f"Nothing in what {type(module).__name__} returned, {describe(output)}, is a "
+                "tensor with a graph that the dummy term could be attached to; let it return one, "
+                "call it without gradient mode, or `remove()` the handle."
+            )
+        tied: Tensor = _Tie.apply(tensors[0], *parameters)  # type: ignore[no-untyped-call]
+        return _replaced(output, tensors[0], tied)
 
 
 class _Tie(torch.autograd.Function):

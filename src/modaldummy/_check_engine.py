@@ -1,6 +1,5 @@
 """Checks of what is around the model: DDP, FSDP2, DeepSpeed, torch.compile."""
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +15,31 @@ from modaldummy._ddp import (
     leaves_unreduced,
     marks_twice,
 )
-from modaldummy._finding import Finding
+from modaldummy._finding import Finding, Severity
+from modaldummy._limits import (
+    BY_ARRIVAL,
+    GATHERED,
+    LEFT_OUT,
+    RESHARDED,
+    SKIPPED,
+    STOPPING,
+    UNTOLD,
+    ZERO_3,
+    Limit,
+)
 from modaldummy._setup import Setup
+from modaldummy._sharding import limits, stage_of
+
+_LIMITS: dict[Limit, tuple[str, Severity]] = {
+    GATHERED: ("MD104", "warning"),
+    RESHARDED: ("MD104", "warning"),
+    SKIPPED: ("MD104", "warning"),
+    BY_ARRIVAL: ("MD105", "warning"),
+    STOPPING: ("MD105", "error"),
+    LEFT_OUT: ("MD105", "warning"),
+    UNTOLD: ("MD105", "warning"),
+    ZERO_3: ("MD106", "error"),
+}
 
 
 def check_engine(setup: Setup) -> Iterator[Finding]:
@@ -26,8 +48,7 @@ def check_engine(setup: Setup) -> Iterator[Finding]:
         yield from _unused_parameters(setup, ddp)
         yield from _unreduced_gradients(setup, ddp)
         yield from _undefined_sparse_gradients(setup, ddp)
-    yield from _sharded_towers(setup)
-    yield from _sharded_by_deepspeed(setup)
+    yield from _limits(setup)
     yield from _too_many_graphs(setup)
 
 
@@ -62,74 +83,17 @@ def _undefined_sparse_gradients(setup: Setup, ddp: DistributedDataParallel) -> I
         )
 
 
-def _sharded_towers(setup: Setup) -> Iterator[Finding]:
-    # The outermost module manages what no other within it does.
-    depth = Counter(below for module in setup.sharding for below in module.modules())
-    whole = {
-        below
-        for module in setup.sharding
-        if not _reshards(module)
-        for below in _if_around_all(module, setup)
-        if depth[below] == 1
-    }
-    sharded = [
-        name for name, _, owner in setup.towers.values() if depth[owner] and owner not in whole
-    ]
-    if sharded:
-        yield Finding(
-            "MD104",
-            "warning",
-            "FSDP2 has these modality parameters in shards when the dummy term is computed, and "
-            "ranks with different modalities then get wrong gradients, or stop.",
-            {"parameters": sharded},
-            "Give all ranks the same modalities at each step; or call `fully_shard` on the whole "
-            "model alone, with its default of `reshard_after_forward`.",
-        )
-
-
-def _if_around_all(module: nn.Module, setup: Setup) -> set[nn.Module]:
-    """All of `module`, if it has all the modalities, so that it runs whichever of them is there."""
-    inside = set(module.modules())
-    return inside if all(owner in inside for _, _, owner in setup.towers.values()) else set()
-
-
-def _reshards(module: Any) -> bool:
-    """Whether an outermost FSDP2 module puts its parameters back into shards after forward.
-
-    No public attribute tells, so that without the private ones the default is assumed.
-    """
-    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
-    if getattr(state, "_auto_reshard_after_forward", True):
-        return False
-    # The singular is that of torch 2.8.
-    groups = getattr(state, "_fsdp_param_groups", None) or [
-        getattr(state, "_fsdp_param_group", None)
-    ]
-    return any(getattr(group, "post_forward_mesh_info", None) is not None for group in groups)
-
-
-def _sharded_by_deepspeed(setup: Setup) -> Iterator[Finding]:
-    for module in setup.modules:
-        stage = getattr(module, "zero_optimization_stage", None)
-        number = int(stage()) if callable(stage) else 0
-        if number == 2:
-            yield Finding(
-                "MD105",
-                "warning",
-                "ZeRO-2 fills its buckets in the order in which gradients arrive, so that ranks "
-                "with different modalities mix gradients of different parameters without a word.",
-                {"engine": type(module).__name__, "zero_optimization_stage": number},
-                "Give all ranks the same modalities at each step, or use ZeRO-1.",
-            )
-        if number == 3:
-            yield Finding(
-                "MD106",
-                "error",
-                "ZeRO-3 leaves parameters empty outside of forward, and backward stops at a dummy "
-                "term that is added there.",
-                {"engine": type(module).__name__, "zero_optimization_stage": number},
-                "Use ZeRO-1; or ZeRO-2 with the same modalities on all ranks at each step.",
-            )
+def _limits(setup: Setup) -> Iterator[Finding]:
+    for found in limits(setup.wrapper, setup.model):
+        if found.limit not in _LIMITS:
+            continue
+        code, severity = _LIMITS[found.limit]
+        evidence: dict[str, Any] = {"parameters": [name for name, _, _ in found.parameters]}
+        if found.engine is not None:
+            stage = stage_of(found.engine)
+            engine = {"engine": type(found.engine).__name__, "zero_optimization_stage": stage}
+            evidence = engine | evidence
+        yield Finding(code, severity, found.limit.message, evidence, found.limit.remedy)
 
 
 def _too_many_graphs(setup: Setup) -> Iterator[Finding]:

@@ -28,6 +28,10 @@ class MissingGradientError(ModalDummyError, RuntimeError):
     """After a backward pass, parameters of the map have no gradient that an optimizer can use."""
 
 
+class RankDisagreementError(ModalDummyError, RuntimeError):
+    """Ranks hold different modalities in a batch, and their engine cannot bear that."""
+
+
 class HistoryError(ModalDummyError, ValueError):
     """A file of logged metrics cannot be read."""
 

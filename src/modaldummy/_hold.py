@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from modaldummy._errors import UnsupportedEngineError, describe
+from modaldummy._group import check_group
 from modaldummy._holder import holder_of
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
@@ -75,11 +76,7 @@ def hold_inactive(
             f"`optimizer` must be a torch.optim.Optimizer, got {describe(optimizer)}; call "
             "`hold_inactive` once for each optimizer."
         )
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            "`group` must be a torch.distributed.ProcessGroup that this rank belongs to, or None "
-            f"for all ranks, got {describe(group)}."
-        )
+    check_group(group)
     _check_optimizer(optimizer)
     return HoldHandle(wrapper, optimizer, group)
 

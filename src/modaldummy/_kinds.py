@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from modaldummy._errors import ParameterMapError
+from modaldummy._errors import ParameterMapError, UnsupportedEngineError
 from modaldummy._paths import Located
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -58,6 +58,24 @@ def check_readable(parameters: Iterable[Located], device: torch.device) -> None:
                 f"The parameter {name!r} of an inactive modality is on the meta device and has no "
                 f"values to add to a loss on {device}; load the model before training, or pass "
                 "`gradient_only=True`, which reads none."
+            )
+
+
+def check_gathered(parameters: Iterable[Located]) -> None:
+    """Refuse parameters that ZeRO-3 has emptied, so that no gradient can have their shape.
+
+    Raises:
+        UnsupportedEngineError: A parameter has no elements now, and DeepSpeed knows of some.
+    """
+    for name, parameter, _ in parameters:
+        if not parameter.numel() and getattr(parameter, "ds_numel", 0):
+            raise UnsupportedEngineError(
+                f"ZeRO-3 keeps the parameter {name!r} of an inactive modality in parts, so that no "
+                "dummy gradient can have its shape. Where all ranks hold the same modalities, "
+                "compute the total and backward inside of "
+                "`with deepspeed.zero.GatheredParameters(parameters):`, given the parameters of "
+                "all modalities. Or run every tower on every rank, absent ones on an empty batch, "
+                "and pass `wrapper.modalities` as the batch. Or use ZeRO-1."
             )
 
 

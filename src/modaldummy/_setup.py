@@ -1,6 +1,5 @@
 """What the checks before training look at: what they were given, and what follows from it."""
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from modaldummy._ddp import ddps_around
 from modaldummy._kinds import is_sparse_table
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
+from modaldummy._sharding import is_unit
 from modaldummy._wrapper import DummyLossWrapper
 
 
@@ -116,9 +116,7 @@ class Setup:
     @cached_property
     def sharding(self) -> list[nn.Module]:
         """Modules that FSDP2's `fully_shard` was called on."""
-        # Who shards has imported it; importing it here would take long.
-        kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-        return [module for module in self.modules if isinstance(module, kind)]
+        return [module for module in self.modules if is_unit(module)]
 
     def inactive(self, active: Collection[str]) -> set[int]:
         """`id` of each of `towers` that is inactive in a batch of these modalities."""

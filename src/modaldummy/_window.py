@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modaldummy._errors import UnsupportedEngineError
+from modaldummy._group import num_ranks, tensor_device
 from modaldummy._modalities import ModalityKey
 
 # What the ranks tell each other of a key; the largest number wins.
@@ -141,21 +142,9 @@ def _maximum(
         group: None for all ranks.
         device: Where parameters are.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if num_ranks(group) == 1:
         return numbers
-    tensor = torch.tensor(numbers, device=_device(group, device))
+    tensor = torch.tensor(numbers, device=tensor_device(group, device))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     agreed: list[int] = tensor.tolist()
     return agreed
-
-
-def _device(group: "dist.ProcessGroup | None", device: torch.device) -> torch.device:
-    """Where the backend of `group` takes tensors: on the CPU if it can, since nothing waits there.
-
-    Else on the `device` of the parameters, which need not be the current one of its type.
-    """
-    # Such as "cpu:gloo,cuda:nccl".
-    types = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
-    if "cpu" in types:
-        return torch.device("cpu")
-    return device if device.type in types else torch.device(types[0])

@@ -14,7 +14,7 @@ from modaldummy._batch import Reader
 from modaldummy._call import CallReader, check_names
 from modaldummy._ddp import check_ddps, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
-from modaldummy._kinds import check_readable, reached
+from modaldummy._kinds import check_gathered, check_readable, reached
 from modaldummy._loss import check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._paths import Located
@@ -255,6 +255,7 @@ class DummyLossWrapper:
         return self._observed(active, real + connected.to(dtype))
 
     def _term(self, idle: list[Located], real: Tensor | None) -> Term:
+        check_gathered(idle)
         if self._scale is None:
             return dummy_term([parameter for _, parameter, _ in idle], None, real=real)
         read = self._scale > 0 and not self._gradient_only

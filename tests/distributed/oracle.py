@@ -84,6 +84,14 @@ class Run:
         """What stands around a micro-batch, the last of a step or not."""
         return nullcontext()
 
+    def values(self) -> dict[str, Tensor]:
+        """Whole parameters by name, in float64."""
+        return {name: whole(p).detach().double() for name, p in self.bare.named_parameters()}
+
+    def learn(self, real: Tensor, active: Active, count: int) -> None:
+        """Add the dummy term and backward, for one of `count` micro-batches."""
+        self.backward(self.wrapper.total(real, active), count)
+
     def backward(self, total: Tensor, count: int) -> None:
         """Backward for one of `count` micro-batches."""
         (total / count).backward()
@@ -171,15 +179,15 @@ def held_against_truth(
     run = make(scale)
     found = Outcome()
     for place, step in enumerate(schedule):
-        values = {name: whole(p).detach().double() for name, p in run.bare.named_parameters()}
+        values = run.values()
         for micro, ranks in enumerate(step):
             active = ranks[rank]
             batch = batch_of(active, place, micro, rank)
-            if agree:
-                check_ranks(run.wrapper, run.running(active), model=run.call)
             with run.syncing(micro == len(step) - 1):
+                if agree:
+                    check_ranks(run.wrapper, run.running(active), model=run.call)
                 real = loss_of(run.call(batch))
-                run.backward(run.wrapper.total(real, active), len(step))
+                run.learn(real, active, len(step))
         _compare(found, run, truth(values, run.wrapper._scale, step, place), place)
         run.step()
     return found

@@ -1,15 +1,16 @@
 """What preflight says of ranks, on one of them, is what happens between two and four."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from modaldummy import preflight
+from modaldummy import RankDisagreementError, check_ranks, preflight
 from tests.distributed.ranks import run_on_ranks
 from tests.holding import NAMES
 from tests.preflight_models import Model, mapped
@@ -42,27 +43,77 @@ def static_graph(rank: int, scale: float | None) -> dict[str, Any]:
     return {"codes": codes(wrapper=wrapper, model=ddp), "gradients": gradients(model)}
 
 
+ZEROS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+# Parts that are sharded by themselves before the whole is, and how.
 SHARDED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "towers": ([f"towers.{name}" for name in NAMES], {}),
+    "towers that stay whole": (
+        [f"towers.{name}" for name in NAMES],
+        {"reshard_after_forward": False},
+    ),
     "root, resharding": ([], {"reshard_after_forward": True}),
     "root": ([], {}),
 }
+FORMS = [
+    *((form, zeros, False) for form in SHARDED for zeros in (False, *[True] * ZEROS)),
+    ("towers", False, True),
+    ("root", False, True),
+]
+BATCHES = (["T1", "dMRI"], ["T1", "T1"])
 
 
-def sharded(rank: int, form: str, names: list[str]) -> dict[str, Any]:
-    """Each rank has the modality that `names` gives it."""
-    model = Model()
+def sharded(
+    rank: int, form: str, zeros: bool, frozen: bool, scale: float | None, names: list[str]
+) -> dict[str, Any]:
+    """Each rank has the modality that `names` gives it.
+
+    Args:
+        rank: The rank.
+        form: Of `SHARDED`.
+        zeros: Reduce zeros for what got no gradient.
+        frozen: Train the trunk and rsfMRI alone.
+        scale: Of the wrapper.
+        names: One for each rank.
+
+    Returns:
+        What preflight finds, what `check_ranks` says, and the largest error of a gradient.
+    """
+    model: Any = Model()
     parts, options = SHARDED[form]
     for part in parts:
-        fully_shard(model.get_submodule(part))
-    fully_shard(model, **options)
-    wrapper = mapped(model, 0.0)
+        fully_shard(model.get_submodule(part), **options)
+    fully_shard(model, **({} if parts else options))
+    for name in ("T1", "dMRI") if frozen else ():
+        model.towers[name].requires_grad_(False)
+    if zeros:
+        model.set_reduce_scatter_unused_params(True)
+    wrapper = mapped(model, scale)
     found = codes(wrapper=wrapper)
+    try:
+        check_ranks(wrapper, names[rank])
+        refusal = ""
+    except RankDisagreementError as error:
+        refusal = str(error)
     wrapper.total(model([names[rank]]), names[rank]).backward()
-    return {"codes": found, "gradients": gradients(model)}
+    right = {n: None if g is None else g * unwrapped() for n, g in alone(names).items()}
+    errors = [
+        error_of(parameter, right[name], rank)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return {"codes": found, "refusal": refusal, "error": max(errors)}
 
 
-def unwrapped(rank: int) -> float:
+def error_of(parameter: Any, right: Tensor | None, rank: int) -> float:
+    """Of the gradient of this rank's half; None stands for zero."""
+    half = torch.zeros_like(parameter.to_local())
+    expected = half if right is None else right.chunk(2)[rank]
+    actual = half if parameter.grad is None else parameter.grad.to_local()
+    return float((actual - expected).abs().max())
+
+
+@functools.cache
+def unwrapped() -> float:
     """FSDP2 averages over ranks, but between gloo ranks of torch 2.8 it only adds up."""
     model = Model()
     fully_shard(model)
@@ -100,10 +151,10 @@ AVERAGES = [(steps, once) for steps in (1, 4) for once in (False, True)]
 
 def on_two(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"static {scale}": static_graph(rank, scale) for scale in (None, 0.0)}
-    found["factor"] = unwrapped(rank)
-    for form in SHARDED:
-        for names in (["T1", "dMRI"], ["T1", "T1"]):
-            found[f"{form} {names}"] = sharded(rank, form, names)
+    for form in FORMS:
+        for scale in (0.0, None):
+            for names in BATCHES:
+                found[f"{form} {scale} {names}"] = sharded(rank, *form, scale, names)
     return found | on_four(rank)
 
 
@@ -139,21 +190,35 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         assert torch.allclose(actual[name], other, atol=1e-6), name
 
 
-@pytest.mark.parametrize("form", SHARDED)
-@pytest.mark.parametrize("names", [["T1", "dMRI"], ["T1", "T1"]], ids=["different", "the same"])
-def test_shards_at_the_time_of_the_dummy_make_gradients_wrong(
-    two: list[dict[str, Any]], form: str, names: list[str]
+@pytest.mark.parametrize(("form", "zeros", "frozen"), FORMS)
+@pytest.mark.parametrize("scale", [0.0, None])
+@pytest.mark.parametrize("names", BATCHES, ids=["different", "the same"])
+def test_what_is_refused_is_wrong_and_nothing_else_is(
+    two: list[dict[str, Any]],
+    form: str,
+    zeros: bool,
+    frozen: bool,
+    scale: float | None,
+    names: list[str],
 ) -> None:
-    """Where ranks have different modalities; otherwise, and with a root that is gathered, not."""
+    """Ranks may differ in what one unit gathers, if parameters without a gradient are reduced too.
+
+    Either by a dummy, which needs the parameters as a whole and a scale, or by zeros.
+    """
+    alike = form.startswith("root")
+    reduced = zeros or (form == "root" and scale is not None)
+    wrong = names[0] != names[1] and not (alike and (reduced or frozen))
+    expected = {"MD113"} if frozen else set()
+    expected |= {"MD131"} if scale == 0.0 else set()
+    expected |= set() if alike and reduced else {"MD104"}
+    refusals = set()
     for found in two:
-        result = found[f"{form} {names}"]
-        right = {n: g if g is None else g * found["factor"] for n, g in alone(names).items()}
-        assert result["codes"] == ({"MD131"} if form == "root" else {"MD104", "MD131"})
-        if names == ["T1", "T1"] or form == "root":
-            assert_close(result["gradients"], right)
-        else:
-            with pytest.raises(AssertionError):
-                assert_close(result["gradients"], right)
+        result = found[f"{(form, zeros, frozen)} {scale} {names}"]
+        assert result["codes"] == expected
+        assert (result["error"] > 1e-3) == wrong, result
+        refusals.add(result["refusal"])
+    (refusal,) = refusals
+    assert bool(refusal) == wrong
 
 
 @pytest.mark.parametrize(("steps", "once"), AVERAGES)

@@ -1,0 +1,316 @@
+"""Gradients under DeepSpeed are those of one process, or what goes wrong is said."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim import AdamW
+
+from modaldummy import (
+    DummyLossWrapper,
+    MissingGradientError,
+    RankDisagreementError,
+    UnsupportedEngineError,
+    gradient_norms,
+    hold_inactive,
+    missing_gradients,
+    preflight,
+)
+from tests.distributed.fleet import Fleet
+from tests.distributed.oracle import (
+    MAP,
+    NAMES,
+    Model,
+    Run,
+    Schedule,
+    batch_of,
+    held_against_truth,
+    loss_of,
+)
+from tests.distributed.schedules import schedules
+from tests.distributed.test_table import AGREE, DIFFER, SCALES, rows
+
+if find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed: `make test-deepspeed`", allow_module_level=True)
+
+from tests.distributed.deepspeed_engines import (
+    AGREEING,
+    COMPLETE,
+    DIFFERING,
+    ENGINES,
+    LR,
+    deepspeed_on_cpus,
+    num_micros,
+    outcome,
+)
+
+PAGE = Path(__file__).parents[2] / "docs/how-to/deepspeed.md"
+# Towers of one shape, so that what is mixed up fits.
+TOWERS: Schedule = (((("T1",), ("rsfMRI",)),),)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ZeRO-3"])
+def test_gradients_are_read_right(two: Fleet, engine: str) -> None:
+    """Nothing is inactive here, so that the wrapper adds nothing."""
+    _, micros = num_micros(engine)
+    schedule: Schedule = (((NAMES,) * 2,) * micros,) * 2
+    for found in two.ask(outcome, engine, 1e-7, schedule):
+        assert found.worst <= 1, found
+
+
+@pytest.mark.parametrize("engine", DIFFERING)
+def test_gradients_are_the_average_over_ranks(fleet: Fleet, engine: str) -> None:
+    check_schedules(fleet, engine, (1e-7, 0.0))
+
+
+@pytest.mark.parametrize("engine", COMPLETE)
+def test_gradients_are_the_average_where_all_towers_count(fleet: Fleet, engine: str) -> None:
+    """There is no dummy term then."""
+    check_schedules(fleet, engine, (0.0,), agree=True)
+
+
+@pytest.mark.parametrize("engine", AGREEING)
+def test_gradients_are_the_average_over_ranks_that_agree(fleet: Fleet, engine: str) -> None:
+    check_schedules(fleet, engine, (1e-7, 0.0), agreeing=True, agree=True)
+
+
+def check_schedules(
+    fleet: Fleet,
+    engine: str,
+    scales: tuple[float | None, ...],
+    agreeing: bool = False,
+    agree: bool = False,
+) -> None:
+    least, most = num_micros(engine)
+    some = schedules(fleet.world_size, min_micros=least, max_micros=most, agreeing=agreeing)
+
+    @settings(max_examples=10)
+    @given(some, st.sampled_from(scales))
+    def check(schedule: Schedule, scale: float | None) -> None:
+        for found in fleet.ask(outcome, engine, scale, schedule, agree):
+            assert found.worst <= 1, found
+            assert not found.missing, found
+
+    check()
+
+
+REFUSED = [
+    ("ZeRO-1", None, "Use scale=0.0"),
+    ("ZeRO-1, overlapping", 1e-7, "use ZeRO-1 without `overlap_comm`"),
+    ("ZeRO-2", 1e-7, "use ZeRO-1 without `overlap_comm`"),
+    ("ZeRO-2, overlapping", 0.0, "use ZeRO-1 without `overlap_comm`"),
+    ("ZeRO-3", 1e-7, "Use ZeRO-1"),
+]
+
+
+@pytest.mark.parametrize(("engine", "scale", "remedy"), REFUSED)
+def test_ranks_that_differ_are_refused_on_all_of_them(
+    fleet: Fleet, engine: str, scale: float | None, remedy: str
+) -> None:
+    """With the same words, before anything is sent that could pair up."""
+    schedule: Schedule = ((tuple(("T1",) if r else ("dMRI",) for r in range(fleet.world_size)),),)
+    first, *others = fleet.ask(refusal, engine, scale, schedule)
+    assert remedy in first
+    assert others == [first] * (fleet.world_size - 1)
+
+
+def refusal(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
+    with pytest.raises(RankDisagreementError) as caught:
+        outcome(rank, engine, scale, schedule, agree=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "scale"), [("ZeRO-1", None), ("ZeRO-1, overlapping", 1e-7), ("ZeRO-2", 1e-7)]
+)
+def test_what_is_refused_would_be_wrong(two: Fleet, engine: str, scale: float | None) -> None:
+    for found in two.ask(outcome, engine, scale, TOWERS):
+        assert found.worst > 1000, found
+        assert found.error > 0.1 * found.largest
+
+
+@pytest.mark.parametrize(
+    ("engine", "schedule", "scale", "words"),
+    [
+        ("ZeRO-1, overlapping", AGREE, None, "has no attribute 'view'"),
+        ("ZeRO-2", AGREE, None, "has no attribute 'view'"),
+        ("ZeRO-3, gathered", AGREE, None, "has no attribute 'numel'"),
+    ],
+)
+def test_upstream_stops_where_a_parameter_gets_no_gradient(
+    two: Fleet, engine: str, schedule: Schedule, scale: float | None, words: str
+) -> None:
+    for text in two.ask(ending, engine, scale, schedule):
+        assert words in text
+
+
+def ending(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
+    """The error in which a schedule ends."""
+    try:
+        return f"finished: {outcome(rank, engine, scale, schedule)}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_zero_3_refuses_a_dummy_for_what_it_has_in_parts(two: Fleet) -> None:
+    for text in two.ask(ending, "ZeRO-3", 1e-7, AGREE):
+        assert text.startswith("UnsupportedEngineError: ZeRO-3 keeps the parameter 'module.towers.")
+        assert "with deepspeed.zero.GatheredParameters(parameters):" in text
+
+
+def backward(run: Run, name: str, rank: int, place: int = 0, dummy: bool = True) -> None:
+    real = loss_of(run.call(batch_of((name,), place, 0, rank)))
+    run.backward(run.wrapper.total(real, name) if dummy else real, 1)
+
+
+def absent(rank: int) -> list[tuple[float, float]]:
+    """Gradient and step of a tower at a step that has it, and at one that has not."""
+    run = ENGINES["ZeRO-3"](1e-7)
+    name, found = "towers.T1.weight", []
+    for place, active in enumerate(("T1", "dMRI")):
+        before = run.values()[name]
+        backward(run, active, rank, place, dummy=False)
+        gradient = run.gradients()[name]
+        assert gradient is not None
+        run.step()
+        moved = (run.values()[name] - before).abs().max()
+        found.append((float(gradient.abs().max()), float(moved)))
+    return found
+
+
+def test_upstream_steps_an_absent_tower_by_its_last_gradient(two: Fleet) -> None:
+    """ZeRO-3 without a dummy."""
+    for (gradient, moved), (last_gradient, last_moved) in two.ask(absent):
+        assert last_gradient == gradient > 0.1
+        assert last_moved == pytest.approx(moved, rel=1e-5)
+        assert moved == pytest.approx(LR * gradient, rel=1e-5)
+
+
+def codes(rank: int, engine: str, scale: float | None) -> dict[str, list[str]]:
+    run = ENGINES[engine](scale)
+    call: Any = run.call
+    made = {
+        "engine": preflight(DummyLossWrapper(call, MAP, scale), model=call),
+        "engine alone": preflight(DummyLossWrapper(call, MAP, scale)),
+        "module": preflight(DummyLossWrapper(call.module, MAP, scale), model=call),
+    }
+    return {how: [finding.code for finding in found] for how, found in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("engine", "scale", "expected"),
+    [
+        ("ZeRO-1", 1e-7, []),
+        ("ZeRO-1", None, ["MD105"]),
+        ("ZeRO-1, overlapping", 1e-7, ["MD105"]),
+        ("ZeRO-2", 1e-7, ["MD105"]),
+        ("ZeRO-3", 1e-7, ["MD106"]),
+    ],
+)
+def test_preflight_knows_the_engine(
+    two: Fleet, engine: str, scale: float | None, expected: list[str]
+) -> None:
+    for found in two.ask(codes, engine, scale):
+        assert found == dict.fromkeys(("engine", "engine alone", "module"), expected)
+
+
+def holds(rank: int, engine: str) -> list[str]:
+    run = ENGINES[engine](1e-7)
+    call: Any = run.call
+    with pytest.raises(TypeError) as of_the_engine:
+        hold_inactive(run.wrapper, call.optimizer)
+    with pytest.raises(ValueError, match="`optimizer`") as inside:
+        hold_inactive(run.wrapper, call.optimizer.optimizer)
+    return [str(of_the_engine.value), str(inside.value)]
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_hold_refuses_the_optimizers_of_deepspeed(two: Fleet, engine: str) -> None:
+    for of_the_engine, inside in two.ask(holds, engine):
+        assert "must be a torch.optim.Optimizer, got" in of_the_engine
+        assert "has no parameter of the modalities 'T1', 'rsfMRI', 'dMRI'" in inside
+        assert "the model's own parameters" in inside
+
+
+def still(rank: int, scale: float) -> dict[str, float]:
+    """How far towers get from where they start, with what AdamW does under the default config."""
+    model = Model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine, *_ = deepspeed_on_cpus().initialize(
+        model=model,
+        optimizer=AdamW(model.parameters(), LR, weight_decay=0.0),
+        config={"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}},
+    )
+    run = Run(engine, model, DummyLossWrapper(engine, MAP, scale))
+    for place in range(3):
+        real = loss_of(engine(batch_of(("T1",), place, 0, rank)))
+        engine.backward(run.wrapper.total(real, "T1"))
+        engine.step()
+    moved = {n: float((p - before[n]).abs().max()) for n, p in model.named_parameters()}
+    return {name: moved[f"towers.{name}.weight"] for name in NAMES}
+
+
+def test_a_scale_of_zero_keeps_adam_from_moving_what_was_never_there(two: Fleet) -> None:
+    for moved in two.ask(still, 0.0):
+        assert moved["T1"] > LR
+        assert moved["rsfMRI"] == moved["dMRI"] == 0
+    for moved in two.ask(still, 1e-7):
+        assert moved["rsfMRI"] > LR
+
+
+def gradients_in_sight(rank: int, engine: str) -> dict[str, Any]:
+    run = ENGINES[engine](1e-7)
+    backward(run, "T1", rank)
+    with pytest.raises(MissingGradientError) as caught:
+        missing_gradients(run.wrapper, strict=True)
+    return {
+        "norms": [key for key in gradient_norms(run.wrapper) if key.startswith("grad/")],
+        "missing": missing_gradients(run.wrapper),
+        "message": str(caught.value),
+    }
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2"])
+def test_deepspeed_keeps_gradients_out_of_sight(two: Fleet, engine: str) -> None:
+    """They are None, so that what looks for them finds none rather than parts of some."""
+    for found in two.ask(gradients_in_sight, engine):
+        assert found["norms"] == []
+        assert list(found["missing"]) == [*NAMES, "T1-dMRI"]
+        assert "8 of 8 trainable parameters" in found["message"]
+
+
+def snippets(rank: int, code: list[str]) -> None:
+    """As a reader would type them, where the launcher has started two of them."""
+    deepspeed_on_cpus()
+    torch.manual_seed(rank)
+    namespace: dict[str, Any] = {"__name__": "snippet"}
+    for block in code:
+        exec(compile(block, str(PAGE), "exec"), namespace)
+
+
+def test_snippets_of_the_page_run(two: Fleet) -> None:
+    code = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    assert len(code) == 6
+    two.ask(snippets, code)
+
+
+def verdict(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
+    try:
+        found = held_against_truth(rank, ENGINES[engine], scale, schedule, agree=True)
+    except (RankDisagreementError, UnsupportedEngineError):
+        return "refused"
+    except AttributeError:
+        return "stops"
+    return "correct" if found.worst <= 1 else f"wrong: {found}"
+
+
+@pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" in engine])
+def test_what_the_table_says_is_what_happens(two: Fleet, engine: str) -> None:
+    cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
+    for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
+        assert two.ask(verdict, engine, scale, schedule) == [said] * 2

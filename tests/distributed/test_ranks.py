@@ -1,0 +1,158 @@
+"""Ranks agree to go on or to stop: the same words on all of them, and nobody is left to wait."""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from modaldummy import DummyLossWrapper, ModalDummyError, check_ranks
+from tests.distributed.fleet import Fleet, RankError
+from tests.holding import NAMES
+from tests.preflight_models import Model, mapped
+
+TIMEOUT = 4  # seconds
+
+
+def split() -> DummyLossWrapper:
+    """Each tower but that of T1 is sharded by itself."""
+    model = Model()
+    for name in NAMES[1:]:
+        fully_shard(model.towers[name])
+    return mapped(model)
+
+
+def outcome(wrapper: DummyLossWrapper, batch: Any, **options: Any) -> str:
+    """The error of `check_ranks`, or nothing."""
+    try:
+        check_ranks(wrapper, batch, **options)
+    except ModalDummyError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def in_turn(rank: int, steps: list[list[Any]]) -> list[str]:
+    """What a rank is told at each of the steps, of which `steps` says what each rank holds."""
+    wrapper = split()
+    return [outcome(wrapper, batches[rank % len(batches)]) for batches in steps]
+
+
+def test_all_ranks_hear_the_same_or_nothing(fleet: Fleet) -> None:
+    """And go on with the next step, if they like."""
+    steps = [[["T1"], ["rsfMRI"]], [["T1"], []], [["dMRI"], ["dMRI"]], [["T1"], ["dMRI", "T1"]]]
+    first, *others = fleet.ask(in_turn, steps)
+    assert all(told == first for told in others)
+    size = fleet.world_size
+    even, odd = ("rank 0", "rank 1") if size == 2 else ("ranks 0, 2", "ranks 1, 3")
+    assert first[1] == first[2] == ""
+    assert f"{even}: T1; {odd}: rsfMRI. FSDP2 gathers" in first[0]
+    assert "Concerned: rsfMRI (towers.rsfMRI.weight, towers.rsfMRI.bias)." in first[0]
+    assert f"{even}: T1; {odd}: T1, dMRI. FSDP2 gathers" in first[3]
+
+
+def test_a_rank_that_cannot_read_its_batch_stops_all_at_once(fleet: Fleet) -> None:
+    """It says why, and the others say who; then all go on."""
+    steps = [[["T1"], "PET"], [["T1"], ["T1"]], [["T1"], ["rsfMRI"]]]
+    begin = time.monotonic()
+    for rank, (first, second, third) in enumerate(fleet.ask(in_turn, steps)):
+        if rank % 2:
+            assert "UnknownModalityError" in first
+            assert "'PET'" in first
+        else:
+            who = "rank 1;" if fleet.world_size == 2 else "ranks 1, 3;"
+            assert first.startswith("RankDisagreementError: The batch could not be read on")
+            assert who in first
+        assert second == ""
+        assert third.startswith("RankDisagreementError: Ranks hold different modalities")
+    assert time.monotonic() - begin < 60
+
+
+def counted(rank: int) -> list[tuple[int, int]]:
+    """How many ranks and bytes each collective of a call takes."""
+    sizes = []
+    gather = dist.all_gather
+
+    def count(everyone: list[Any], own: Any, group: Any) -> None:
+        sizes.append((len(everyone), own.numel() * own.element_size()))
+        gather(everyone, own, group=group)
+
+    wrapper = split()
+    with patch.object(dist, "all_gather", count):
+        check_ranks(wrapper, ["T1"])
+        outcome(wrapper, NAMES[rank % 2])
+    return sizes
+
+
+def test_a_call_takes_one_gather_of_a_few_bytes(fleet: Fleet) -> None:
+    for sizes in fleet.ask(counted):
+        assert sizes == [(fleet.world_size, len(NAMES) + 1)] * 2
+
+
+def in_pairs(rank: int) -> tuple[str, str]:
+    """Ranks 0 and 3, and ranks 1 and 2, agree with each other; then with the neighbour."""
+    pairs = [[0, 3], [1, 2]], [[0, 1], [2, 3]]
+    wrapper = split()
+    told = []
+    for groups in pairs:
+        made = [dist.new_group(ranks) for ranks in groups]
+        (group,) = (g for g, ranks in zip(made, groups, strict=True) if rank in ranks)
+        told.append(outcome(wrapper, ["T1"] if rank in (0, 3) else ["rsfMRI"], group=group))
+    return told[0], told[1]
+
+
+@pytest.fixture
+def four(fleets: Any) -> Fleet:
+    fleet: Fleet = fleets(4)
+    return fleet
+
+
+def test_a_group_agrees_without_the_others(four: Fleet) -> None:
+    """Ranks are named as they are in the whole."""
+    for rank, (first, second) in enumerate(four.ask(in_pairs)):
+        assert first == ""
+        held = "rank 0: T1; rank 1: rsfMRI" if rank < 2 else "rank 2: rsfMRI; rank 3: T1"
+        assert f": {held}. FSDP2" in second
+
+
+# --- ranks that do not come ----------------------------------------------------------------------
+
+
+def ending(rank: int, fault: str) -> tuple[str, str, float]:
+    """The error of a rank whose neighbour does not come, its cause, and how long it took."""
+    wrapper = split()
+    check_ranks(wrapper, ["T1"])
+    if rank == 1 and fault == "dies":
+        os._exit(1)
+    if rank == 1 and fault == "hangs":
+        time.sleep(2 * TIMEOUT)
+    begin = time.monotonic()
+    try:
+        check_ranks(wrapper, ["T1"])
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        return told, type(error.__cause__).__name__, time.monotonic() - begin
+    return "", "", 0.0
+
+
+@pytest.fixture
+def hasty() -> Iterator[Fleet]:
+    """Ranks that wait only a little; one that has ended spoils the others."""
+    with Fleet(2, timeout=TIMEOUT) as fleet:
+        yield fleet
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_the_others_wait_no_longer_than_their_group(hasty: Fleet, fault: str) -> None:
+    (told, cause, elapsed), other = hasty.answers(ending, fault)
+    assert told.startswith("RankDisagreementError: Not all ranks took part in `check_ranks`")
+    assert cause in ("RuntimeError", "DistBackendError", "DistNetworkError")
+    assert elapsed < 2 * TIMEOUT
+    if fault == "dies":
+        assert isinstance(other, RankError)
+        assert other.kind == "gone"
+    else:
+        assert other[0].startswith("RankDisagreementError: Not all ranks took part")

@@ -1,0 +1,57 @@
+"""The table of engines in the documentation: what each cell says is what happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from modaldummy import RankDisagreementError, UnsupportedEngineError
+from tests.distributed.engines import ENGINES
+from tests.distributed.fleet import Fleet
+from tests.distributed.oracle import Schedule, held_against_truth
+
+PAGE = Path(__file__).parents[2] / "docs/explanation/ranks.md"
+HEADER = ["differ, 1e-7", "differ, 0.0", "differ, None", "agree, 1e-7", "agree, 0.0", "agree, None"]
+SCALES = (1e-7, 0.0, None)
+
+# What two ranks hold at each step: one modality each; several; nothing on one of them; the same.
+DIFFER: Schedule = (
+    ((("T1",), ("dMRI",)),),
+    ((("rsfMRI",), ("T1", "dMRI")),),
+    (((), ("T1", "rsfMRI")),),
+    ((("dMRI",), ("dMRI",)),),
+)
+AGREE: Schedule = tuple(tuple((first, first) for first, _ in step) for step in DIFFER)
+
+
+def rows() -> dict[str, list[str]]:
+    """Engine to what the page says of it."""
+    header, *cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\|[^-].*\|$", PAGE.read_text(), re.M)
+    ]
+    assert header == ["engine", *HEADER]
+    return {engine: said for engine, *said in cells}
+
+
+def verdict(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
+    try:
+        found = held_against_truth(rank, ENGINES[engine], scale, schedule, agree=True)
+    except (RankDisagreementError, UnsupportedEngineError):
+        return "refused"
+    return "correct" if found.worst <= 1 else f"wrong: {found}"
+
+
+@pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" not in engine])
+def test_what_the_page_says_is_what_happens(two: Fleet, engine: str) -> None:
+    cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
+    for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
+        assert two.ask(verdict, engine, scale, schedule) == [said] * 2
+
+
+def test_no_engine_is_missing() -> None:
+    """Variants of a row that a table need not tell apart are tested elsewhere."""
+    variants = {"DDP, attached", "FSDP2, root, wrapped early", "FSDP2, towers, wrapped early"}
+    assert rows().keys() >= {e for e in ENGINES if "compiled" not in e} - variants - {
+        "DDP, unused, bucket views"
+    }

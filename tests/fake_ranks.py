@@ -1,0 +1,58 @@
+"""Other ranks, for a process that has none: what they say to the first one is made up."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from modaldummy import DummyLossWrapper, RankDisagreementError, check_ranks
+
+# A batch that the other rank could not read.
+UNREADABLE: Any = object()
+
+Gather = Callable[[list[Tensor], Tensor], None]
+
+
+def said(wrapper: DummyLossWrapper, batch: Any) -> Tensor:
+    """The bytes of a rank: whether it could read its batch, and which keys are active."""
+    active = [] if batch is UNREADABLE else wrapper._map.active_keys(batch)
+    marks = [key in active for key in wrapper._map.paths]
+    return torch.tensor([batch is not UNREADABLE, *marks], dtype=torch.uint8)
+
+
+def check(
+    wrapper: DummyLossWrapper,
+    *batches: Any,
+    model: nn.Module | None = None,
+    watch: Gather | None = None,
+    backend: str = "cpu:gloo",
+) -> None:
+    """`check_ranks` on the first of several ranks, each of which has one of the `batches`.
+
+    `watch` sees what was gathered, and what this rank said.
+    """
+
+    def all_gather(everyone: list[Tensor], own: Tensor, group: Any) -> None:
+        everyone[0].copy_(own)
+        for place, batch in zip(everyone[1:], batches[1:], strict=True):
+            place.copy_(said(wrapper, batch))
+        if watch is not None:
+            watch(everyone, own)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        patch.setattr(dist, "get_world_size", lambda group: len(batches))
+        patch.setattr(dist, "get_process_group_ranks", lambda group: range(len(batches)))
+        patch.setattr(dist, "get_backend_config", lambda group: backend)
+        patch.setattr(dist, "all_gather", all_gather)
+        check_ranks(wrapper, batches[0], model=model)
+
+
+def refusal(wrapper: DummyLossWrapper, *batches: Any, model: nn.Module | None = None) -> str:
+    """What the first rank says when it refuses the batches."""
+    with pytest.raises(RankDisagreementError) as caught:
+        check(wrapper, *batches, model=model)
+    return str(caught.value)
