@@ -300,6 +300,12 @@ SIZE = "dummy gradients have their size"
         (healthy(), None, SIZE, "the scale is 0 or None"),
         (healthy(), 0.0, SIZE, "the scale is 0 or None"),
         (healthy(grad_ranks=lambda n: 8.0), 1, SIZE, "gradients are averages over ranks"),
+        (
+            healthy(grad_ranks=lambda n: 8.0),
+            1,
+            "real gradients outweigh dummy ones",
+            "gradients are averages over ranks",
+        ),
         (healthy(12), 1, "loss is steady", "12 losses are too few; 20 are needed"),
         ([{"active/T1": 1.0}] * 20, 1, "batches mix modalities", "which modalities were active"),
         (

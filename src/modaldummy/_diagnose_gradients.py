@@ -9,6 +9,7 @@ from modaldummy._finding import Finding
 from modaldummy._signals import Column
 
 _NO_NORMS = "gradient norms are not logged: `gradient_norms(wrapper)`"
+_AVERAGED = "gradients are averages over ranks, labels are of one rank"
 _CONSTANT = 0.02  # distance of binary logarithms from whole numbers
 
 
@@ -50,12 +51,17 @@ def there(evidence: Evidence) -> Outcome:
     return Sign(f"there at all {missing.seen:,} steps", {"steps": missing.seen})
 
 
+def _averaged(evidence: Evidence) -> bool:
+    """Whether what is inactive on the rank of the labels may have real gradients of others."""
+    return bool((evidence.column("grad/ranks") > 1).any())
+
+
 def sized(evidence: Evidence) -> Outcome:
     """MD214, MD215 and MD216: dummy gradients that are not `scale * sqrt(elements)`."""
     if not evidence.scale:
         return Unchecked("the scale is 0 or None")
-    if (evidence.column("grad/ranks") > 1).any():
-        return Unchecked("gradients are averages over ranks, labels are of one rank")
+    if _averaged(evidence):
+        return Unchecked(_AVERAGED)
     norms, elements = evidence.column("dummy_norm"), evidence.column("report/num_elements")
     told = np.isfinite(norms) & (norms > 0) & (elements > 0)
     if not told.any():
@@ -191,6 +197,8 @@ def small(evidence: Evidence) -> Outcome:
 
 def ratio(evidence: Evidence) -> Outcome:
     """MD224: real gradients are not much larger than dummy ones."""
+    if _averaged(evidence):
+        return Unchecked(_AVERAGED)
     reals, dummies = evidence.column("real_norm"), evidence.column("dummy_norm")
     told = np.isfinite(reals) & np.isfinite(dummies) & (dummies > 0)
     if not told.any():

@@ -43,7 +43,7 @@ class MaskedAutoencoder(nn.Module):
         return {name: self._error(name, samples, generator) for name, samples in batch.items()}
 
     def _error(self, name: str, samples: Tensor, generator: torch.Generator) -> Tensor:
-        masked = torch.rand(samples.shape, generator=generator) < MASKED
+        masked = torch.rand(samples.shape, generator=generator, device=samples.device) < MASKED
         visible = torch.cat([samples.masked_fill(masked, 0.0), (~masked).to(samples.dtype)], dim=1)
         output = self.heads[name](self.trunk(self.vision_tower[f"{name}_patch_embed"](visible)))
         squared: Tensor = (output - samples).square()
