@@ -14,6 +14,7 @@ from modaldummy import (
     ModalDummyError,
     RankDisagreementError,
     UnknownModalityError,
+    UnsupportedEngineError,
     check_ranks,
 )
 from tests.fake_ranks import UNREADABLE, check, refusal, said
@@ -104,7 +105,7 @@ def test_a_rank_says_in_a_byte_each_which_keys_are_active(
 
 def test_it_says_so_where_the_backend_listens() -> None:
     """Nothing can be read back from there, so that nothing more is asked of it here."""
-    seen = []
+    seen: list[str] = []
 
     def watch(everyone: list[Tensor], own: Tensor) -> None:
         seen.extend(tensor.device.type for tensor in (*everyone, own))
@@ -228,6 +229,12 @@ def test_with_many_ranks_it_stays_short(batches: list[list[str]], parts: list[st
     assert len(text) < 1000
 
 
+def test_few_are_listed_whole() -> None:
+    model = Model(MANY)
+    text = refusal(mapped(model), MANY[:6], [], model=Engine(model, 2))
+    assert "rank 0: m0, m1, m2, m3, m4, m5; rank 1: nothing." in text
+
+
 def test_sets_that_read_the_same_in_short_are_told_apart() -> None:
     model = Model(MANY)
     text = refusal(mapped(model), MANY[:10], [*MANY[:9], "m63"], model=Engine(model, 2))
@@ -248,3 +255,15 @@ def test_a_model_that_has_nothing_of_the_wrapper_is_refused() -> None:
     """Where it would be asked, which is where ranks differ."""
     with pytest.raises(ValueError, match=r"`model` \(Engine\) shares no parameter .* \(Model\)"):
         check(mapped(Model()), ["T1"], ["dMRI"], model=Engine(Model(), 2))
+
+
+def test_zero_2_without_gradients_is_refused_where_no_rank_holds_a_modality() -> None:
+    """Though ranks agree: its backward would stop, in words of its own."""
+    model = Model()
+    without, zeros = mapped(model, None), mapped(model, 0.0)
+    engine = Engine(model, 2)
+    with pytest.raises(UnsupportedEngineError, match=r"With scale=None.*Use scale=0\.0"):
+        check(without, ["T1"], ["T1"], model=engine)
+    check(without, NAMES, NAMES, model=engine)
+    check(without, ["T1"], ["T1"], model=Engine(model, 1))
+    check(zeros, ["T1"], ["T1"], model=engine)

@@ -68,7 +68,7 @@ def check_gathered(parameters: Iterable[Located]) -> None:
         UnsupportedEngineError: A parameter has no elements now, and DeepSpeed knows of some.
     """
     for name, parameter, _ in parameters:
-        if not parameter.numel() and getattr(parameter, "ds_numel", 0):
+        if not parameter.numel() and getattr(parameter, "ds_numel", False):
             raise UnsupportedEngineError(
                 f"ZeRO-3 keeps the parameter {name!r} of an inactive modality in parts, so that no "
                 "dummy gradient can have its shape. Where all ranks hold the same modalities, "

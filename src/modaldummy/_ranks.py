@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modaldummy._errors import RankDisagreementError, describe
+from modaldummy._errors import RankDisagreementError, UnsupportedEngineError, describe
 from modaldummy._group import check_group, num_ranks, tensor_device
+from modaldummy._limits import STOPPING
 from modaldummy._modalities import ModalityKey, text_of
 from modaldummy._sharding import limits
 from modaldummy._wrapper import DummyLossWrapper
@@ -54,6 +55,8 @@ def check_ranks(
             of `group`.
         BatchMetadataError: The batch of this rank does not say which modalities it holds.
         UnknownModalityError: The batch of this rank names a modality that the map does not have.
+        UnsupportedEngineError: ZeRO-2 would stop at a modality that no rank holds, with a scale of
+            None.
         TypeError: `wrapper`, `model` or `group` is none.
         ValueError: `model` shares no parameter with the model of the wrapper.
     """
@@ -116,11 +119,15 @@ def _check_agreement(
 ) -> None:
     """Raise where ranks differ in a key that has a parameter which cannot bear it."""
     keys = list(wrapper._map.paths)
-    columns = zip(keys, zip(*marks, strict=True), strict=True)
-    differing = [key for key, column in columns if len(set(column)) > 1]
-    if not differing:
+    columns = dict(zip(keys, zip(*marks, strict=True), strict=True))
+    differing = [key for key, column in columns.items() if len(set(column)) > 1]
+    absent = [key for key, column in columns.items() if not any(column)]
+    if not differing and (wrapper._scale is not None or not absent):
         return
     called = _check_model(wrapper, model)
+    for found in limits(wrapper, called, absent):
+        if found.limit is STOPPING:
+            raise UnsupportedEngineError(f"{STOPPING.message} {STOPPING.remedy}")
     problems = []
     for found in limits(wrapper, called, differing):
         own = {id(parameter) for _, parameter, _ in found.parameters}
