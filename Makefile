@@ -79,6 +79,12 @@ $(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
 	touch $@
 
+# DeepSpeed builds nothing here: its operators for GPUs are not what is tested.
+$(DEEPSPEED)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(DEEPSPEED)
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[deepspeed,testing]'
+	touch $@
+
 # The everyday pins, but for the floors.
 $(LOWEST)/.dev: pyproject.toml $(CONSTRAINTS) $(LOWEST_PINS)
 	$(PYTHON) -m venv $(LOWEST)
