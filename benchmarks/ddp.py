@@ -52,7 +52,7 @@ class Shape:
 
 
 SHAPES = {
-    "vit": Shape(lambda: blocks(2, 768), "2 layers of a ViT-B", (2, 64, 768), 10),
+    "vit": Shape(lambda: blocks(2, 768), "2 layers of a ViT-B", (2, 16, 768), 10),
     "norms": Shape(layer_norms, "150 LayerNorms of width 768", (2, 4, 768), 24),
     "tiny": Shape(lambda: blocks(1, 24), "1 layer of width 24", (2, 4, 24), 1),
 }

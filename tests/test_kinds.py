@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from modaldummy import DummyLossWrapper, ParameterMapError
+from modaldummy import DummyLossWrapper, ParameterMapError, UnsupportedEngineError
 from tests.asserts import assert_connected, assert_same_bits
 from tests.zoo import Pair, holder
 
@@ -170,6 +170,22 @@ def test_a_dummy_alone_may_live_on_meta() -> None:
     mixed = Pair(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
     with pytest.raises(ParameterMapError, match=r"'b.1.weight' .* meta device"):
         mixed.wrapper().dummy("a")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_parameter_that_zero_3_has_emptied_is_refused(scale: float | None) -> None:
+    """DeepSpeed notes on it how many elements it has once it is gathered."""
+    model = Pair(nn.Linear(3, 2))
+    wrapper = model.wrapper(scale)
+    weight = model.b.weight
+    weight.ds_numel = weight.numel()
+    model.step(wrapper)  # gathered
+    weight.grad, weight.data = None, torch.empty(0)
+    wrapper.total(model(), ["a", "b"])
+    with pytest.raises(UnsupportedEngineError, match=r"'b\.weight' .*GatheredParameters"):
+        wrapper.total(model(), "a")
+    del weight.ds_numel
+    model.step(wrapper)  # one that never had any elements
 
 
 def test_a_lazy_parameter_needs_a_shape_once_it_is_inactive() -> None:

@@ -52,11 +52,27 @@ def test_stages_of_zero(stage: int, overlap: bool, scale: float | None, part: st
     paths = dict(zip(NAMES, in_towers(*NAMES), strict=True))
     outer = DummyLossWrapper(engine, paths, scale)
     for wrapper, given in ((mapped(model, scale), engine), (outer, None)):
-        check(wrapper, ["T1"], ["T1"], model=given)
+        check(wrapper, NAMES, NAMES, model=given)
         if part:
-            assert part in refusal(wrapper, ["T1"], [], model=given)
+            assert part in refusal(wrapper, NAMES, [], model=given)
         else:
-            check(wrapper, ["T1"], [], model=given)
+            check(wrapper, NAMES, [], model=given)
+
+
+class WithoutOverlap(nn.Module):
+    """An engine that does not say whether it overlaps."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def zero_optimization_stage(self) -> int:
+        return 1
+
+
+def test_an_engine_that_does_not_say_so_does_not_overlap() -> None:
+    model = Model()
+    check(mapped(model), ["T1"], ["dMRI"], model=WithoutOverlap(model))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -243,6 +259,22 @@ def test_a_unit_around_all_modalities(reshard: bool, beside: bool) -> None:
     else:
         text = refusal(wrapper, ["T1"], [])
         assert (RESHARDED if beside else GATHERED) in text
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_unit_around_some_modalities_and_something_else() -> None:
+    """It need not run where only the others are there."""
+    model = Model()
+    model.towers = Encoder(model.towers)
+    model.towers.register_parameter("bias", nn.Parameter(torch.ones(4)))
+    model.other = model.towers._modules.pop("dMRI")
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model.towers, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    paths = {"T1": "towers.T1", "rsfMRI": "towers.rsfMRI", "dMRI": "other"}
+    wrapper = DummyLossWrapper(model, paths)
+    check(wrapper, ["T1"], ["T1", "dMRI"])
+    assert GATHERED in refusal(wrapper, ["T1"], ["dMRI"])
 
 
 @pytest.mark.usefixtures("process_group")

@@ -121,11 +121,13 @@ def _check_agreement(
     keys = list(wrapper._map.paths)
     columns = dict(zip(keys, zip(*marks, strict=True), strict=True))
     differing = [key for key, column in columns.items() if len(set(column)) > 1]
-    absent = [key for key, column in columns.items() if not any(column)]
-    if not differing and (wrapper._scale is not None or not absent):
+    # With a scale, nothing stops where ranks agree.
+    idle = () if wrapper._scale is not None else columns.items()
+    absent = [key for key, column in idle if not any(column)]
+    if not differing and not absent:
         return
     called = _check_model(wrapper, model)
-    for found in limits(wrapper, called, absent):
+    for found in limits(wrapper, called, absent) if absent else ():
         if found.limit is STOPPING:
             raise UnsupportedEngineError(f"{STOPPING.message} {STOPPING.remedy}")
     problems = []

@@ -250,8 +250,12 @@ AGREEING: dict[str, Make] = {
     ),
     "ZeRO-3, gathered, bfloat16": zero(3, kind=RoughGathered, model=Narrow, config=BF16),
 }
-OTHERS: dict[str, Make] = {"ZeRO-3": zero(3)}
-ENGINES = DIFFERING | COMPLETE | AGREEING | OTHERS
+# Which stop where modalities come and go.
+STOPPING: dict[str, Make] = {
+    "ZeRO-1, overlapping, two micro-batches": zero(1, config=TWICE, overlap_comm=True),
+    "ZeRO-3": zero(3),
+}
+ENGINES = DIFFERING | COMPLETE | AGREEING | STOPPING
 
 
 def num_micros(engine: str) -> tuple[int, int]:

@@ -19,12 +19,12 @@ from tests.distributed.schedules import schedules
 
 @pytest.mark.parametrize("engine", [name for name in DDPS if "compiled" not in name])
 def test_gradients_are_the_average_over_ranks(fleet: Fleet, engine: str) -> None:
-    check_schedules(fleet, engine, num_examples=20)
+    check_schedules(fleet, engine, num_examples=10)
 
 
 @pytest.mark.parametrize("engine", [name for name in DDPS if "compiled" in name])
 def test_gradients_of_compiled_ddp_are_the_average_over_ranks(two: Fleet, engine: str) -> None:
-    check_schedules(two, engine, num_examples=8)
+    check_schedules(two, engine, num_examples=4)
 
 
 def check_schedules(fleet: Fleet, engine: str, num_examples: int) -> None:

@@ -28,7 +28,7 @@ def test_gradients_are_the_average_over_ranks_that_agree(fleet: Fleet, engine: s
 def check_schedules(
     fleet: Fleet, engine: str, scales: tuple[float | None, ...], agreeing: bool = False
 ) -> None:
-    @settings(max_examples=10)
+    @settings(max_examples=6)
     @given(schedules(fleet.world_size, agreeing=agreeing), st.sampled_from(scales))
     def check(schedule: Schedule, scale: float | None) -> None:
         for found in fleet.ask(outcome, engine, scale, schedule):

@@ -28,7 +28,7 @@ def rows() -> dict[str, list[str]]:
     """Engine to what the page says of it."""
     header, *cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in re.findall(r"^\|[^-].*\|$", PAGE.read_text(), re.M)
+        for line in re.findall(r"^\|[^-].*\|$", PAGE.read_text().partition("\n## ")[0], re.M)
     ]
     assert header == ["engine", *HEADER]
     return {engine: said for engine, *said in cells}
