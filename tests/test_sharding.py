@@ -290,7 +290,7 @@ def test_without_private_attributes_the_default_is_assumed(
     wrapper = DummyLossWrapper(model, {name: f"towers.{name}" for name in NAMES})
     kind = type(model.towers)
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "_get_fsdp_state", lambda _: None)
+        patch.delattr(FSDPModule, "_get_fsdp_state")
         check(wrapper, ["T1"], [])
     fully_shard(model, mesh=mesh)
     check(wrapper, ["T1"], [])
