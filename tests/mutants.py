@@ -36,8 +36,6 @@ TESTS = {
     "_monitor.py": ["monitor"],
     "_missing.py": ["missing"],
     "_attach.py": ["attach"],
-    "_ddp.py": ["ddp", "attach"],
-    "_containers.py": ["attach", "loss"],
 }
 GOAL = 0.95
 TIMEOUT_S = 300
