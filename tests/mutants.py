@@ -143,6 +143,10 @@ def _replacements(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Return(ast.Constant(None))
         case ast.Expr(value=ast.Call() | ast.YieldFrom()) | ast.Raise() | ast.AugAssign():
             yield ast.Pass()
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript(), *_]):
+            yield ast.Pass()
+        case ast.comprehension(target=target, iter=source, ifs=[_, *_]):
+            yield ast.comprehension(target, source, [], 0)
         case ast.Continue():
             yield ast.Pass()
 

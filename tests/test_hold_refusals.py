@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW
 
 from modaldummy import ModalDummyError, UnsupportedEngineError, hold_inactive
-from tests.holding import Towers
+from tests.holding import NAMES, Towers
 
 MODEL = Towers()
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
@@ -115,4 +115,22 @@ def test_why_fused_sgd_with_momentum_is_refused() -> None:
     optimizer.step()
     second.grad = torch.ones(2)
     with pytest.raises(TypeError, match="NoneType"):
+        optimizer.step()
+
+
+def test_an_optimizer_that_lost_all_parameters_of_the_map_says_so() -> None:
+    """As where an engine puts flat copies in their place."""
+    model = Towers()
+    wrapper, optimizer = model.wrapper(), AdamW(model.parameters())
+    hold_inactive(wrapper, optimizer)
+    (group,) = optimizer.param_groups
+    group["params"] = list(model.trunk.parameters())
+
+    def loss() -> Tensor:
+        return model.trunk(model.towers["T1"](torch.ones(2, 3))).square().mean()  # type: ignore[no-any-return]
+
+    wrapper.total(loss(), NAMES).backward()
+    optimizer.step()  # where all modalities are there, nothing is to be held
+    wrapper.total(loss(), "T1").backward()
+    with pytest.raises(UnsupportedEngineError, match="no parameter of the modalities any more"):
         optimizer.step()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from modaldummy import DummyLossWrapper, MissingGradientError, ModalDummyError, missing_gradients
 from tests.holding import NAMES, Towers
+from tests.preflight_models import Model, mapped, partition
 from tests.zoo import ZOO, brain, holder
 
 
@@ -199,3 +200,13 @@ def test_no_rank_waits_for_another() -> None:
 def test_something_else_than_a_wrapper() -> None:
     with pytest.raises(TypeError, match="`wrapper` must be a DummyLossWrapper, got None"):
         missing_gradients(None)  # type: ignore[arg-type]
+
+
+def test_deepspeed_is_named_where_it_keeps_gradients_to_itself() -> None:
+    """Its parameters have none after backward."""
+    model = Model()
+    wrapper = mapped(model)
+    wrapper.total(model(["T1"]), "T1")
+    partition(model, "_hp_mapping")
+    with pytest.raises(MissingGradientError, match=r"safe_get_full_grad\(parameter\)"):
+        missing_gradients(wrapper, strict=True)

@@ -11,7 +11,7 @@ from modaldummy import hold_inactive, preflight
 from tests.findings import codes
 from tests.holding import NAMES, Towers, train
 from tests.preflight_builders import left_out, one_optimizer, optimizer_for_each_tower
-from tests.preflight_models import Around, Model, mapped, sparse_tables
+from tests.preflight_models import Around, Model, mapped, partition, sparse_tables
 
 
 def test_what_no_optimizer_has_does_not_move() -> None:
@@ -144,3 +144,12 @@ def test_a_batch_without_a_modality_counts_where_the_trunk_can_learn_from_it() -
     assert (finding.code, finding.evidence["active"]) == ("MD143", [])
     model.trunk.requires_grad_(False)
     assert preflight(**arguments | {"optimizer": optimizers}) == []
+
+
+@pytest.mark.parametrize("attribute", ["_hp_mapping", "ds_id"])
+def test_parameters_of_which_deepspeed_steps_copies_are_not_missed(attribute: str) -> None:
+    model = Model()
+    optimizer = SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
+    assert "MD112" in codes(wrapper=mapped(model), optimizer=optimizer)
+    partition(model, attribute)
+    assert "MD112" not in codes(wrapper=mapped(model), optimizer=optimizer)

@@ -181,7 +181,8 @@ def test_the_error_names_ranks_parameters_and_remedies() -> None:
         "gradients arrive, so that ranks with different modalities mix gradients of different "
         "parameters without a word. Concerned: T1, rsfMRI, dMRI (towers.T1.weight, "
         "towers.T1.bias, towers.rsfMRI.weight, and 3 more). Give all ranks the same modalities at "
-        "each step, as `ModalityBatchSampler` does; or use ZeRO-1 without `overlap_comm`."
+        "each step, as `ModalityBatchSampler` does; or use ZeRO-1 without `overlap_comm`; or call "
+        "`check_ranks`, forward and backward inside of `with engine.coalesce_grad_reduction():`."
     )
 
 

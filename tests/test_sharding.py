@@ -1,5 +1,6 @@
 """Which engines bear ranks that differ, and which parameters are why others do not."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,19 @@ def test_stages_of_zero(stage: int, overlap: bool, scale: float | None, part: st
             assert part in refusal(wrapper, NAMES, [], model=given)
         else:
             check(wrapper, NAMES, [], model=given)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_where_deepspeed_reduces_once_ranks_may_differ(stage: int) -> None:
+    """With a scale that is a number, and inside of `coalesce_grad_reduction()` alone."""
+    model = Model()
+    engine: Any = Engine(model, stage, overlap=True)
+    engine.optimizer = SimpleNamespace(_coalesce_grad_reduction=True)
+    check(mapped(model), ["T1"], ["dMRI"], model=engine)
+    check(mapped(model, None), ["T1"], ["T1"], model=engine)
+    assert "leaves inactive" in refusal(mapped(model, None), ["T1"], ["dMRI"], model=engine)
+    engine.optimizer._coalesce_grad_reduction = False
+    assert "gradients arrive" in refusal(mapped(model), ["T1"], ["dMRI"], model=engine)
 
 
 class WithoutOverlap(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from modaldummy._arguments import check_wrapper
 from modaldummy._containers import with_item
 from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced
 from modaldummy._errors import UnsupportedEngineError, describe
@@ -51,8 +52,7 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
         With `scale=None`, DDP leaves the gradients of a modality that no rank had at a step as they
         are, None for instance, where it looks for unused parameters.
     """
-    if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+    check_wrapper(wrapper)
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
     owned = wrapper._map.owned(wrapper._map.paths)

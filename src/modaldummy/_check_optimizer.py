@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from modaldummy._drift import expected_drift
 from modaldummy._finding import Finding
-from modaldummy._kinds import is_sharded
+from modaldummy._kinds import is_partitioned, is_sharded
 from modaldummy._modalities import text_of
 from modaldummy._setup import Setup
 from modaldummy._wrapper import DummyLossWrapper
@@ -51,7 +51,11 @@ def _is_of_shards(setup: Setup, optimizer: Optimizer) -> bool:
 
 def _left_out(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Finding]:
     known = {identity for optimizer in optimizers for identity in _identities(optimizer)}
-    trainable = {i: name for i, (name, p) in setup.named.items() if p.requires_grad}
+    trainable = {
+        identity: name
+        for identity, (name, parameter) in setup.named.items()
+        if parameter.requires_grad and not is_partitioned(parameter)
+    }
     missing = [name for identity, name in trainable.items() if identity not in known]
     if missing:
         yield Finding(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from modaldummy._arguments import check_wrapper
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._group import check_group
 from modaldummy._holder import holder_of
@@ -67,14 +68,14 @@ def hold_inactive(
             From `step()`, once it is over: it has changed a held parameter, of which torch's
             version counter tells, but not if it wrote to `parameter.data`; or it has computed a
             loss other than by its closure. From a loss and `step()`: a CUDA graph is being
-            captured.
+            captured; or the optimizer has lost all parameters of the map to copies.
     """
-    if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+    check_wrapper(wrapper)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, got {describe(optimizer)}; call "
-            "`hold_inactive` once for each optimizer."
+            "`hold_inactive` once for each optimizer, and not for those of DeepSpeed's ZeRO, which "
+            "step copies of the parameters."
         )
     check_group(group)
     _check_optimizer(optimizer)
@@ -125,7 +126,8 @@ class HoldHandle:
             raise ValueError(
                 f"`optimizer` ({type(optimizer).__name__}) has no parameter of the "
                 f"modalities {', '.join(map(repr, wrapper.modalities))}; pass the one that has "
-                "the model's own parameters, made after the model was moved or sharded."
+                "the model's own parameters, made after the model was moved or sharded; under "
+                "DeepSpeed's ZeRO none has: use scale=0.0 there."
             )
         wrapper._observers.append(self._observe)
         holder.handles.append(self)
@@ -157,6 +159,15 @@ class HoldHandle:
         # Of several handles any may hold what this one knows to be taught.
         known = self._map.owned(taught) if inactive or len(self._holder.handles) > 1 else {}
         return known.keys() | self._shared, {} if self._removed else self._map.owned(inactive)
+
+    def _check_has_any(self, identities: Collection[int]) -> None:
+        """Raise if none of the parameters, by `id`, that the optimizer has now is of the map."""
+        if self._map.owned(self._map.paths).keys().isdisjoint(identities):
+            raise UnsupportedEngineError(
+                "The optimizer has no parameter of the modalities any more, so that none can be "
+                "held: its parameters were replaced after `hold_inactive`, as DeepSpeed's ZeRO "
+                "does; `remove()` the handle, and use scale=0.0."
+            )
 
     def _has_learned(self, key: ModalityKey, taught: Collection[ModalityKey]) -> bool:
         """Whether gradients of parameters that are `key`'s alone are more than those of dummies."""

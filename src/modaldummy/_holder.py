@@ -104,6 +104,8 @@ class Holder:
         held: dict[int, Located] = {}
         for handle, (_, inactive) in zip(self.handles, outcomes, strict=True):
             own = {identity: inactive[identity] for identity in inactive if identity in untaught}
+            if inactive and not own:
+                handle._check_has_any(self.identities())
             handle.held = tuple(name for name, _, _ in own.values())
             held |= own
         self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]

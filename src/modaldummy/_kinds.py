@@ -93,6 +93,12 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "to_local")
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO steps a copy of it, and keeps its gradient to itself."""
+    # What stage 3, and stages 1 and 2, leave on parameters.
+    return not vars(parameter).keys().isdisjoint(("ds_id", "_hp_mapping"))
+
+
 def local_shard(tensor: Any) -> Tensor:
     """What this rank has of a DTensor; any other tensor as it is."""
     shard: Tensor = tensor.to_local() if is_sharded(tensor) else tensor

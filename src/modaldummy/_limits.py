@@ -13,6 +13,9 @@ class Limit:
 
 _SAME = "all ranks the same modalities at each step, as `ModalityBatchSampler` does"
 _WHOLE = "call `fully_shard` on the whole model alone, with its default of `reshard_after_forward`"
+_ONCE = (
+    "call `check_ranks`, forward and backward inside of `with engine.coalesce_grad_reduction():`"
+)
 _ZEROS = "call `set_reduce_scatter_unused_params(True)`, which torch 2.13 has"
 _MIXED = "ranks with different modalities mix gradients of different parameters"
 
@@ -36,7 +39,7 @@ SKIPPED = Limit(
 BY_ARRIVAL = Limit(
     "ZeRO-2, like ZeRO-1 with `overlap_comm`, fills its buckets in the order in which gradients "
     f"arrive, so that {_MIXED} without a word.",
-    f"Give {_SAME}; or use ZeRO-1 without `overlap_comm`.",
+    f"Give {_SAME}; or use ZeRO-1 without `overlap_comm`; or {_ONCE}.",
 )
 STOPPING = Limit(
     "With scale=None, backward under ZeRO-2, as under ZeRO-1 with `overlap_comm`, stops at the "
@@ -57,8 +60,10 @@ ZERO_3 = Limit(
     "ZeRO-3 gathers parameters as forward comes to them, which pairs up different ones where ranks "
     "have different modalities, and leaves them empty outside of forward, where backward stops at "
     "a dummy term.",
-    "Use ZeRO-1; or ZeRO-2 with the same modalities on all ranks at each step, as "
-    "`ModalityBatchSampler` draws them.",
+    f"Use ZeRO-1; or give {_SAME}, and compute the total and backward inside of "
+    "`with deepspeed.zero.GatheredParameters(parameters):`, given the parameters of all "
+    "modalities; or run all towers on every rank, absent ones on an empty batch, and pass "
+    "`wrapper.modalities` as the batch.",
 )
 SPLIT = Limit(
     "These modality parameters are DTensors, on whose parts the ranks of a mesh work together, so "

@@ -6,8 +6,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from modaldummy._errors import MissingGradientError, describe
+from modaldummy._arguments import check_wrapper
+from modaldummy._errors import MissingGradientError
 from modaldummy._gradients import Stock, dense, stock_of
+from modaldummy._kinds import is_partitioned
 from modaldummy._modalities import text_of
 from modaldummy._wrapper import DummyLossWrapper
 
@@ -20,6 +22,10 @@ _WORDS: dict[Kind, str] = {
 }
 _NOT_WRAPPED = (
     "no loss has gone through the wrapper; backward what `wrapper.total(loss, batch)` returns"
+)
+_PARTITIONED = (
+    "DeepSpeed keeps gradients to itself; after `engine.backward` ask all ranks for "
+    "`deepspeed.utils.safe_get_full_grad(parameter)`"
 )
 _NO_BACKWARD = "`backward()` has not run, or `zero_grad()` has run since"
 _CAUSES: dict[tuple[Kind, bool], str] = {
@@ -76,8 +82,7 @@ def missing_gradients(
     Raises:
         MissingGradientError: `strict`, and there are any; it names them and the likely cause.
     """
-    if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+    check_wrapper(wrapper)
     stock = stock_of(wrapper)
     kinds = _kinds(wrapper, stock)
     found: dict[str, tuple[str, ...]] = {}
@@ -129,6 +134,8 @@ def _message(
         kind, active = group
         if kind == "none" and wrapper.last is None:
             cause = _NOT_WRAPPED
+        elif kind == "none" and any(map(is_partitioned, stock.parameters)):
+            cause = _PARTITIONED
         elif kind == "none" and len(kinds) == trainable:
             cause = _NO_BACKWARD
         shown = ", ".join(map(repr, names[:_SHOWN]))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from modaldummy._arguments import check_wrapper
 from modaldummy._errors import describe
 from modaldummy._gradients import Mask, Places, stock_of
 from modaldummy._modalities import text_of
@@ -80,8 +81,7 @@ def gradient_norms(
         is coalesced first, for which a GPU makes the host wait once more. Elements whose squares
         float32 cannot hold, below 1e-22, count as 0; `missing_gradients` looks at these too.
     """
-    if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+    check_wrapper(wrapper)
     if not isinstance(prefix, str) or not prefix:
         raise ValueError(f"`prefix` must be a string such as 'grad', got {describe(prefix)}.")
     present = _active(wrapper, active)

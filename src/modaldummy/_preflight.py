@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modaldummy._arguments import called_model, check_model, check_wrapper
 from modaldummy._check_engine import check_engine
 from modaldummy._check_graph import check_graph
 from modaldummy._check_optimizer import check_optimizers
@@ -68,14 +69,14 @@ def preflight(
         ParameterMapError: A path of the map matches nothing in the model any more, or no gradient
             can reach what it matches, such as the parameter of a lazy module before its first use.
     """
-    if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+    check_wrapper(wrapper)
+    check_model(model)
     if loss is not None:
         check_loss(loss, "`loss`")
     factor, grad_scaler = _check_scaler(scaler)
     setup = Setup(
         wrapper=wrapper,
-        model=_check_model(model, wrapper),
+        model=called_model(wrapper, model),
         optimizers=_check_optimizers(optimizer),
         loss=loss,
         factor=factor,
@@ -87,21 +88,6 @@ def preflight(
     devices = {p.device for _, p in setup.named.values() if p.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
         return by_severity(finding for check in _CHECKS for finding in check(setup))
-
-
-def _check_model(model: Any, wrapper: DummyLossWrapper) -> nn.Module:
-    own = wrapper._map.model
-    if model is None:
-        return own
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module or None, got {describe(model)}.")
-    if {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in own.parameters()):
-        raise ValueError(
-            f"`model` ({type(model).__name__}) shares no parameter with the model of the wrapper "
-            f"({type(own).__name__}); pass the one that was wrapped, sharded or compiled from it, "
-            "or make the wrapper with the model that is trained."
-        )
-    return model
 
 
 def _check_optimizers(optimizer: Any) -> tuple[Optimizer, ...] | None:

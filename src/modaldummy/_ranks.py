@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modaldummy._errors import RankDisagreementError, UnsupportedEngineError, describe
+from modaldummy._arguments import called_model, check_model, check_wrapper
+from modaldummy._errors import RankDisagreementError, UnsupportedEngineError
 from modaldummy._group import check_group, num_ranks, tensor_device
 from modaldummy._limits import STOPPING
 from modaldummy._modalities import ModalityKey, text_of
@@ -60,10 +61,8 @@ def check_ranks(
         TypeError: `wrapper`, `model` or `group` is none.
         ValueError: `model` shares no parameter with the model of the wrapper.
     """
-    if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module or None, got {describe(model)}.")
+    check_wrapper(wrapper)
+    check_model(model)
     check_group(group)
     if num_ranks(group) == 1:
         wrapper._active(batch)
@@ -79,7 +78,9 @@ def check_ranks(
     told = _gather(wrapper, [_READ] + [int(key in active) for key in keys], group)
     ranks = dist.get_process_group_ranks(group)
     _check_all_read(ranks, [said[0] for said in told])
-    _check_agreement(wrapper, model, ranks, [said[1:] for said in told])
+    marks = [said[1:] for said in told]
+    _check_absent(wrapper, model, marks)
+    _check_agreement(wrapper, model, ranks, marks)
 
 
 def _gather(
@@ -111,6 +112,20 @@ def _check_all_read(ranks: Sequence[int], marks: Sequence[int]) -> None:
         )
 
 
+def _check_absent(
+    wrapper: DummyLossWrapper, model: nn.Module | None, marks: Sequence[Sequence[int]]
+) -> None:
+    """Raise where backward would stop at a modality that no rank holds, as it has no gradient."""
+    if wrapper._scale is not None:
+        return
+    columns = zip(wrapper._map.paths, zip(*marks, strict=True), strict=True)
+    absent = [key for key, column in columns if not any(column)]
+    if absent and any(
+        found.limit is STOPPING for found in limits(wrapper, called_model(wrapper, model), absent)
+    ):
+        raise UnsupportedEngineError(f"{STOPPING.message} {STOPPING.remedy}")
+
+
 def _check_agreement(
     wrapper: DummyLossWrapper,
     model: nn.Module | None,
@@ -119,19 +134,12 @@ def _check_agreement(
 ) -> None:
     """Raise where ranks differ in a key that has a parameter which cannot bear it."""
     keys = list(wrapper._map.paths)
-    columns = dict(zip(keys, zip(*marks, strict=True), strict=True))
-    differing = [key for key, column in columns.items() if len(set(column)) > 1]
-    # With a scale, nothing stops where ranks agree.
-    idle = () if wrapper._scale is not None else columns.items()
-    absent = [key for key, column in idle if not any(column)]
-    if not differing and not absent:
+    columns = zip(keys, zip(*marks, strict=True), strict=True)
+    differing = [key for key, column in columns if len(set(column)) > 1]
+    if not differing:
         return
-    called = _check_model(wrapper, model)
-    for found in limits(wrapper, called, absent) if absent else ():
-        if found.limit is STOPPING:
-            raise UnsupportedEngineError(f"{STOPPING.message} {STOPPING.remedy}")
     problems = []
-    for found in limits(wrapper, called, differing):
+    for found in limits(wrapper, called_model(wrapper, model), differing):
         own = {id(parameter) for _, parameter, _ in found.parameters}
         split = [key for key in differing if not own.isdisjoint(wrapper._map.owned([key]))]
         names = _some((name for name, _, _ in found.parameters), 3)
@@ -142,18 +150,6 @@ def _check_agreement(
             f"Ranks hold different modalities: {_holdings(keys, ranks, marks)}. "
             f"{' '.join(problems)}"
         )
-
-
-def _check_model(wrapper: DummyLossWrapper, model: nn.Module | None) -> nn.Module:
-    own = wrapper._map.model
-    if model is None or model is own:
-        return own
-    if {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in own.parameters()):
-        raise ValueError(
-            f"`model` ({type(model).__name__}) shares no parameter with the model of the wrapper "
-            f"({type(own).__name__}); pass the one that was wrapped or sharded from it."
-        )
-    return model
 
 
 def _holdings(

@@ -140,13 +140,22 @@ def _zero_limit(engine: Any, trainable: bool, scale: float | None) -> Limit | No
         return ZERO_3
     if stage == 0 or not trainable:
         return None
-    if stage == 2 or _overlaps(engine):
+    if (stage == 2 or _overlaps(engine)) and not _reduces_once(engine):
         return BY_ARRIVAL if scale is not None else STOPPING
     return LEFT_OUT if scale is None else None
 
 
 def _overlaps(engine: Any) -> bool:
     return hasattr(engine, "zero_overlap_comm") and bool(engine.zero_overlap_comm())
+
+
+def _reduces_once(engine: Any) -> bool:
+    """Whether this is inside of `with engine.coalesce_grad_reduction():`.
+
+    All gradients are then reduced at its end, in the order of the parameters.
+    """
+    optimizer = getattr(engine, "optimizer", None)
+    return bool(getattr(optimizer, "_coalesce_grad_reduction", False))
 
 
 def _fsdp2_limit(

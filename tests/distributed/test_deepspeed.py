@@ -65,7 +65,7 @@ def test_gradients_are_read_right(two: Fleet, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", DIFFERING)
 def test_gradients_are_the_average_over_ranks(fleet: Fleet, engine: str) -> None:
-    check_schedules(fleet, engine, (1e-7, 0.0))
+    check_schedules(fleet, engine, (1e-7, 0.0), agree=True)
 
 
 @pytest.mark.parametrize("engine", COMPLETE)
@@ -204,6 +204,9 @@ def codes(rank: int, engine: str, scale: float | None) -> dict[str, list[str]]:
         "engine": preflight(DummyLossWrapper(call, MAP, scale), model=call),
         "engine alone": preflight(DummyLossWrapper(call, MAP, scale)),
         "module": preflight(DummyLossWrapper(call.module, MAP, scale), model=call),
+        "optimizer": preflight(
+            DummyLossWrapper(call, MAP, scale), call.optimizer.optimizer, model=call
+        ),
     }
     return {how: [finding.code for finding in found] for how, found in made.items()}
 
@@ -222,7 +225,7 @@ def test_preflight_knows_the_engine(
     two: Fleet, engine: str, scale: float | None, expected: list[str]
 ) -> None:
     for found in two.ask(codes, engine, scale):
-        assert found == dict.fromkeys(("engine", "engine alone", "module"), expected)
+        assert found == dict.fromkeys(("engine", "engine alone", "module", "optimizer"), expected)
 
 
 def holds(rank: int, engine: str) -> list[str]:
@@ -241,6 +244,26 @@ def test_hold_refuses_the_optimizers_of_deepspeed(two: Fleet, engine: str) -> No
         assert "must be a torch.optim.Optimizer, got" in of_the_engine
         assert "has no parameter of the modalities 'T1', 'rsfMRI', 'dMRI'" in inside
         assert "the model's own parameters" in inside
+
+
+def held_early(rank: int) -> str:
+    model = Model()
+    wrapper, optimizer = DummyLossWrapper(model, MAP), AdamW(model.parameters(), LR)
+    hold_inactive(wrapper, optimizer)
+    engine, *_ = deepspeed_on_cpus().initialize(
+        model=model,
+        optimizer=optimizer,
+        config={"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}},
+    )
+    engine.backward(wrapper.total(loss_of(engine(batch_of(("T1",), 0, 0, rank))), "T1"))
+    with pytest.raises(UnsupportedEngineError) as caught:
+        engine.step()
+    return str(caught.value)
+
+
+def test_a_hold_that_deepspeed_takes_the_parameters_from_says_so(two: Fleet) -> None:
+    for message in two.ask(held_early):
+        assert "were replaced after `hold_inactive`" in message
 
 
 def still(rank: int, scale: float) -> dict[str, float]:
@@ -288,6 +311,7 @@ def test_deepspeed_keeps_gradients_out_of_sight(two: Fleet, engine: str) -> None
         assert found["norms"] == []
         assert list(found["missing"]) == [*NAMES, "T1-dMRI"]
         assert "8 of 8 trainable parameters" in found["message"]
+        assert "safe_get_full_grad" in found["message"]
 
 
 def snippets(rank: int, code: list[str]) -> None:
