@@ -26,7 +26,6 @@ measured.
 """
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ import torch
 
 from bench_step import interval
 from ddp import FIND_UNUSED, NAIVE, NAMES, SHAPES, WAYS, Model, check, trainings
+from fleet import Fleet, rank_device
 from measure import (
     ALLOCATOR,
     Times,
@@ -52,10 +52,10 @@ from measure import (
     take_turns,
     write_csv,
 )
-from ranks import run_on_ranks
 from targets import verdict
 
 USUAL = ("vit", "norms")
+LIMIT = 3600  # seconds for all rounds of a shape
 # Those that hand out 1e-7, the value read or not.
 OURS = ("ours", "ours, gradient_only")
 
@@ -108,7 +108,8 @@ def enough(num_ranks: int, device: torch.device) -> bool:
 def measure(num_ranks: int, shape: str, rounds: int, device: torch.device, memory: bool) -> Rows:
     """One row for each contender."""
     print(f"{num_ranks} ranks, {shape}", file=sys.stderr)
-    seconds = run_on_ranks(functools.partial(timed, shape, rounds), num_ranks, device)
+    with Fleet(num_ranks, device.type, limit=LIMIT) as fleet:
+        seconds = fleet.ask(timed, shape, rounds, device.type)
     slowest = {name: np.max([found[name] for found in seconds], axis=0) for name in WAYS}
     times = {name: Times(each, np.zeros_like(each)) for name, each in slowest.items()}
     with torch.device("meta"):
@@ -131,8 +132,9 @@ def measure(num_ranks: int, shape: str, rounds: int, device: torch.device, memor
     return rows
 
 
-def timed(shape: str, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def timed(rank: int, shape: str, rounds: int, kind: str) -> dict[str, list[float]]:
     """Seconds of each round on this rank, once the contenders have proved to be right."""
+    device = rank_device(kind, rank)
     found = trainings(tuple(WAYS), SHAPES[shape], device)
     check(found)
     times = take_turns({name: one.contender for name, one in found.items()}, rounds, device)
@@ -142,13 +144,14 @@ def timed(shape: str, rounds: int, device: torch.device) -> dict[str, list[float
 def peak(num_ranks: int, shape: str, name: str, device: torch.device) -> float | None:
     """Megabytes that steps need on the rank that needs most, None where that is not known."""
     plain = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
-    with patch.dict(os.environ, plain, clear=True):
-        found = run_on_ranks(functools.partial(held, shape, name), num_ranks, device)
+    with patch.dict(os.environ, plain, clear=True), Fleet(num_ranks, device.type) as fleet:
+        found = fleet.ask(held, shape, name, device.type)
     return None if None in found else max(found) / 1e6
 
 
-def held(shape: str, name: str, device: torch.device) -> int | None:
+def held(rank: int, shape: str, name: str, kind: str) -> int | None:
     """Bytes that this rank has at its highest, beyond those before the first step."""
+    device = rank_device(kind, rank)
     (training,) = trainings((name,), SHAPES[shape], device).values()
     cuda = device.type == "cuda"
     if cuda:

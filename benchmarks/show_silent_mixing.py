@@ -21,22 +21,15 @@ All takes some minutes: each case that ends a process is followed by new ones.
 import argparse
 import itertools
 import math
-import multiprocessing
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from fleet import Fleet, RankError
 from measure import environment, result_path, write_csv
 from mixing import ENGINES, HOLDINGS, STEPS, TOWERS, WAYS, measured
 from modaldummy import ModalDummyError
@@ -62,12 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as each rank, for the rows
     rows: Rows = []
-    with Ranks(arguments.ranks) as ranks:
+    # DeepSpeed logs a lot, and what gloo prints as it ends a process is told anyway.
+    with Fleet(arguments.ranks, timeout=TIMEOUT, limit=LIMIT, quiet=True) as fleet:
         for engine in arguments.engines:
             if engine.startswith("ZeRO") and find_spec("deepspeed") is None:
                 print(f"{engine}: not measured, DeepSpeed is not installed.")
             else:
-                rows += measure(ranks, engine)
+                rows += measure(fleet, engine)
     if not rows:
         sys.exit("Nothing was measured.")
     print_table(rows)
@@ -77,7 +71,7 @@ def main() -> None:
 
 
 def measure(
-    ranks: "Ranks",
+    fleet: Fleet,
     engine: str,
     towers: Sequence[str] = tuple(TOWERS),
     holdings: Sequence[str] = tuple(HOLDINGS),
@@ -88,8 +82,8 @@ def measure(
     surroundings["deepspeed"] = version("deepspeed") if engine.startswith("ZeRO") else None
     rows: Rows = []
     for way, shape, holding in itertools.product(WAYS, towers, holdings):
-        found = ranks.measure(engine, way, shape, holding)
-        row: dict[str, Any] = {"what": "gradients", "engine": engine, "ranks": ranks.number}
+        found = ending_of(fleet, engine, way, shape, holding)
+        row: dict[str, Any] = {"what": "gradients", "engine": engine, "ranks": fleet.num_ranks}
         row |= {"way": way, "towers": shape, "ranks_hold": holding, "steps": STEPS}
         if isinstance(found, str):
             row |= {"error": None, "largest_gradient": None, "ending": found}
@@ -128,92 +122,34 @@ def cell(rows: Rows) -> str:
     return "; ".join(parts)
 
 
-class Ranks:
-    """Processes that measure one case after the other; new ones once a case has ended them."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._ranks: list[tuple[SpawnProcess, Connection]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def measure(self, *case: str) -> tuple[float, float] | str:
-        """Largest error and largest gradient over all ranks; or how it ended."""
-        if not self._ranks:
-            self._start()
-        for _, connection in self._ranks:
-            connection.send(case)
-        answers = [self._receive(connection) for _, connection in self._ranks]
-        endings = [answer for answer in answers if isinstance(answer, str)]
-        if not endings:
-            errors, sizes = zip(*answers, strict=True)
-            # Of the built-in `max` a NaN may go unseen.
-            return float(torch.tensor(errors).max()), max(sizes)
-        if not all(str(answer).startswith("refused") for answer in answers):
-            self.close()  # the ranks may be out of step
-        # Where one has gone, the others say that they wait or were left.
-        order = ("refused", "process ended", "stops", "hangs")
-        return min(endings, key=lambda ending: order.index(ending.partition(":")[0]))
-
-    def close(self) -> None:
-        """End all ranks."""
-        for process, connection in self._ranks:
-            connection.close()
-            process.kill()
-            process.join()
-        self._ranks = []
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        for rank in range(self.number):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, self._folder.name, rank, self.number)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
-
-    def _receive(self, connection: Connection) -> Any:
-        try:
-            return connection.recv() if connection.poll(LIMIT) else "hangs"
-        except (EOFError, ConnectionResetError):
-            return "process ended"
+def ending_of(fleet: Fleet, *case: str) -> tuple[float, float] | str:
+    """Largest error and largest gradient over all ranks; or how it ended."""
+    answers = [_ending(answer) for answer in fleet.answers(tried, fleet.num_ranks, *case)]
+    endings = [answer for answer in answers if isinstance(answer, str)]
+    if not endings:
+        errors, sizes = zip(*answers, strict=True)
+        # Of the built-in `max` a NaN may go unseen.
+        return float(torch.tensor(errors).max()), max(sizes)
+    # Where one has gone, the others say that they wait or were left.
+    order = ("refused", "process ended", "stops", "hangs")
+    return min(endings, key=lambda ending: order.index(ending.partition(":")[0]))
 
 
-def _serve(connection: Connection, folder: str, rank: int, num_ranks: int) -> None:
-    torch.set_num_threads(1)
-    # DeepSpeed logs a lot, and what gloo prints as it ends a process is told anyway.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(Path(folder) / "store"), num_ranks),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
-    while True:
-        try:
-            case = connection.recv()
-        except EOFError:
-            sys.exit()
-        try:
-            answer: Any = measured(rank, num_ranks, *case)
-        except ModalDummyError as error:
-            answer = f"refused: {type(error).__name__}"
-        except Exception as error:
-            waited = any(words in str(error) for words in ("Timed out", "Connection"))
-            answer = "hangs" if waited else f"stops: {' '.join(str(error).split()[:6])}"
-        connection.send(answer)
+def tried(rank: int, *case: Any) -> tuple[float, float] | str:
+    """What was measured; or which error of ours it was, after which all ranks can go on."""
+    try:
+        return measured(rank, *case)
+    except ModalDummyError as error:
+        return f"refused: {type(error).__name__}"
+
+
+def _ending(answer: Any) -> Any:
+    if not isinstance(answer, RankError):
+        return answer
+    if answer.kind == "gone":
+        return "process ended"
+    waited = any(words in answer.message for words in ("Timed out", "Connection", "no answer"))
+    return "hangs" if waited else f"stops: {' '.join(answer.message.split()[:6])}"
 
 
 if __name__ == "__main__":

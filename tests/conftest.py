@@ -1,12 +1,14 @@
 """Hypothesis profiles, quick while developing and larger in CI, and shared fixtures."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
+
+from fleet import Fleet
 
 if not torch.cuda.is_available():
     # Triton's own functions look at it too, so it must be there before anything imports Triton.
@@ -51,3 +53,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def fleets() -> Iterator[Callable[[int], Fleet]]:
+    """So many ranks; those of one test serve the next."""
+    made: dict[int, Fleet] = {}
+
+    def of(num_ranks: int) -> Fleet:
+        return made.setdefault(num_ranks, Fleet(num_ranks))
+
+    yield of
+    for fleet in made.values():
+        fleet.close()
+
+
+@pytest.fixture(scope="session", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def fleet(fleets: Callable[[int], Fleet], request: pytest.FixtureRequest) -> Fleet:
+    return fleets(request.param)
+
+
+@pytest.fixture(scope="session")
+def two(fleets: Callable[[int], Fleet]) -> Fleet:
+    return fleets(2)

@@ -1,21 +1,19 @@
 """The benchmark of DDP: its contenders are right or it stops, and no rank is waited for in vain."""
 
 import csv
-import os
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import bench_ddp
 import ddp
-from ranks import run_on_ranks
+from fleet import Fleet
 
 CPU = torch.device("cpu")
 
@@ -47,28 +45,16 @@ def test_rows_and_table(tmp_path: Path) -> None:
     assert "2 ranks, tiny, scale=None / naive  0.90" in done.stdout
 
 
-def wrong(device: torch.device) -> Any:
-    ddp.WAYS["ours"] = ddp.Way(ddp.line(2 * ddp.SCALE).make)
-    return bench_ddp.timed("tiny", 1, device)
+def wrong(rank: int) -> Any:
+    with patch.dict(ddp.WAYS, {"ours": ddp.Way(ddp.line(2 * ddp.SCALE).make)}):
+        return bench_ddp.timed(rank, "tiny", 1, "cpu")
 
 
 def test_a_wrong_gradient_stops_the_benchmark() -> None:
     """Twice the dummy that was announced is found before anything is timed."""
-    with pytest.raises(RuntimeError, match="with `ours` is off by") as raised:
-        run_on_ranks(wrong, 1, CPU)
+    with Fleet(1) as one, pytest.raises(RuntimeError, match="with `ours` is off by") as raised:
+        one.ask(wrong)
     assert "`towers." in str(raised.value)
-
-
-def lost(device: torch.device) -> None:
-    if dist.get_rank() == 1:
-        os._exit(3)
-    time.sleep(600)
-
-
-def test_a_rank_that_dies_ends_the_others() -> None:
-    """At once, or by the connection that it loses."""
-    with pytest.raises(RuntimeError, match=r"exit codes of the ranks: \[(-9|1), 3\]"):
-        run_on_ranks(lost, 2, CPU)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak is known here")

@@ -5,7 +5,6 @@ import copy
 import gc
 import math
 import weakref
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from fleet import Fleet
 from modaldummy import (
     BatchMetadataError,
     DummyLossWrapper,
@@ -27,7 +27,6 @@ from modaldummy import (
 )
 from modaldummy._gradients import Stock, _factor, stock_of
 from modaldummy._modalities import ModalityKey
-from tests.distributed.ranks import run_on_ranks
 from tests.holding import NAMES, Towers
 from tests.test_host_sync import CountSyncs
 from tests.zoo import ZOO, Case, brain, is_active
@@ -453,13 +452,13 @@ def sharded(rank: int) -> dict[str, Any]:
     return {"local": local, "whole": whole, "one": gradient_norms(wrapper, full=True)}
 
 
-def test_sharded_gradients(tmp_path: Path) -> None:
+def test_sharded_gradients(two: Fleet) -> None:
     """Local norms take no communication; whole ones are those of one process."""
     model = Towers()
     wrapper = model.wrapper()
     wrapper.total(model.loss(["T1"]), ["T1"]).backward()
     expected = gradient_norms(wrapper)
-    results = run_on_ranks(sharded, tmp_path)
+    results = two.ask(sharded)
     for result in results:
         assert result["whole"].pop("grad_ranks") == 2
         assert result["whole"] == pytest.approx(expected, rel=1e-5)

@@ -1,26 +1,20 @@
 """What is shown of wrong gradients is what happens between two ranks."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from fleet import Fleet
 from mixing import CHECKED, ENGINES, TOTAL, WAYS, WITHOUT
-from show_silent_mixing import FINISHED, Ranks, cell, measure, print_table
+from show_silent_mixing import FINISHED, cell, measure, print_table
 
 # Of a dummy of 1e-7 and of rounding.
 SMALL = 1e-6
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(2) as started:
-        yield started
-
-
-def rows_of(ranks: Ranks, engine: str) -> dict[str, dict[str, Any]]:
+def rows_of(two: Fleet, engine: str) -> dict[str, dict[str, Any]]:
     """By way, of the case in which all that is mixed up fits."""
-    rows = measure(ranks, engine, ["one shape"], ["one each"])
+    rows = measure(two, engine, ["one shape"], ["one each"])
     assert [row["way"] for row in rows] == list(WAYS)
     return {row["way"]: row for row in rows}
 
@@ -35,23 +29,23 @@ def assert_wrong(row: dict[str, Any]) -> None:
     assert row["error"] > 0.1 * row["largest_gradient"] > 0.01
 
 
-def test_ddp_stops_without_a_dummy_and_is_right_with_one(ranks: Ranks) -> None:
-    rows = rows_of(ranks, "DDP")
+def test_ddp_stops_without_a_dummy_and_is_right_with_one(two: Fleet) -> None:
+    rows = rows_of(two, "DDP")
     assert rows[WITHOUT]["ending"].startswith("stops: Expected to have finished reduction")
     assert_right(rows[TOTAL])
     assert_right(rows[CHECKED])
 
 
-def test_fsdp2_for_the_whole_is_right_with_a_dummy_alone(ranks: Ranks) -> None:
-    rows = rows_of(ranks, "FSDP2, the whole")
+def test_fsdp2_for_the_whole_is_right_with_a_dummy_alone(two: Fleet) -> None:
+    rows = rows_of(two, "FSDP2, the whole")
     assert_wrong(rows[WITHOUT])
     assert_right(rows[TOTAL])
     assert_right(rows[CHECKED])
 
 
 @pytest.mark.parametrize("engine", ["FSDP2, towers one by one", "FSDP2, the whole, resharding"])
-def test_what_a_dummy_cannot_mend_is_refused(ranks: Ranks, engine: str) -> None:
-    rows = rows_of(ranks, engine)
+def test_what_a_dummy_cannot_mend_is_refused(two: Fleet, engine: str) -> None:
+    rows = rows_of(two, engine)
     assert_wrong(rows[WITHOUT])
     assert_wrong(rows[TOTAL])
     assert rows[CHECKED]["ending"] == "refused: RankDisagreementError"

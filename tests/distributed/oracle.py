@@ -9,7 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from modaldummy import DummyLossWrapper, check_ranks
+from modaldummy import (
+    DummyLossWrapper,
+    RankDisagreementError,
+    UnsupportedEngineError,
+    check_ranks,
+)
 
 NAMES = ("T1", "rsfMRI", "dMRI")
 MAP: dict[Any, str] = {name: f"towers.{name}" for name in NAMES} | {("T1", "dMRI"): "fusion"}
@@ -191,6 +196,15 @@ def held_against_truth(
         _compare(found, run, truth(values, run.wrapper._scale, step, place), place)
         run.step()
     return found
+
+
+def verdict(rank: int, make: Make, scale: float | None, schedule: Schedule) -> str:
+    """What a table may say: "correct" or "refused"."""
+    try:
+        found = held_against_truth(rank, make, scale, schedule, agree=True)
+    except (RankDisagreementError, UnsupportedEngineError):
+        return "refused"
+    return "correct" if found.worst <= 1 else f"wrong: {found}"
 
 
 def _compare(found: Outcome, run: Run, expected: dict[str, Tensor], place: int) -> None:

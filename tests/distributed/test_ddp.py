@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fleet import Fleet
 from modaldummy import DummyLossWrapper, UnsupportedEngineError
 from tests.distributed.engines import DDPS, REFUSED, outcome
-from tests.distributed.fleet import Fleet
 from tests.distributed.oracle import MAP, Model, Schedule, batch_of, loss_of, truth
 from tests.distributed.schedules import schedules
 
@@ -31,7 +31,7 @@ def check_schedules(fleet: Fleet, engine: str, num_examples: int) -> None:
     static = "static" in engine
     scales = (1e-7, 0.0) if static else (1e-7, 0.0, None)
     # Upstream limit: `no_sync` at the first step of a static graph fails an assertion of PyTorch.
-    some = schedules(fleet.world_size, max_micros=1 if static else 2)
+    some = schedules(fleet.num_ranks, max_micros=1 if static else 2)
 
     @settings(max_examples=num_examples)
     @given(some, st.sampled_from(scales))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import AdamW
 
+from fleet import Fleet
 from modaldummy import (
     DummyLossWrapper,
     MissingGradientError,
@@ -21,7 +22,6 @@ from modaldummy import (
     missing_gradients,
     preflight,
 )
-from tests.distributed.fleet import Fleet
 from tests.distributed.oracle import (
     MAP,
     NAMES,
@@ -29,8 +29,8 @@ from tests.distributed.oracle import (
     Run,
     Schedule,
     batch_of,
-    held_against_truth,
     loss_of,
+    verdict,
 )
 from tests.distributed.schedules import schedules
 from tests.distributed.test_table import AGREE, DIFFER, SCALES, rows
@@ -87,9 +87,9 @@ def check_schedules(
     agree: bool = False,
 ) -> None:
     least, most = num_micros(engine)
-    some = schedules(fleet.world_size, min_micros=least, max_micros=most, agreeing=agreeing)
+    some = schedules(fleet.num_ranks, min_micros=least, max_micros=most, agreeing=agreeing)
 
-    @settings(max_examples=20 // fleet.world_size)
+    @settings(max_examples=20 // fleet.num_ranks)
     @given(some, st.sampled_from(scales))
     def check(schedule: Schedule, scale: float | None) -> None:
         for found in fleet.ask(outcome, engine, scale, schedule, agree):
@@ -113,10 +113,10 @@ def test_ranks_that_differ_are_refused_on_all_of_them(
     fleet: Fleet, engine: str, scale: float | None, remedy: str
 ) -> None:
     """With the same words, before anything is sent that could pair up."""
-    schedule: Schedule = ((tuple(("T1",) if r else ("dMRI",) for r in range(fleet.world_size)),),)
+    schedule: Schedule = ((tuple(("T1",) if r else ("dMRI",) for r in range(fleet.num_ranks)),),)
     first, *others = fleet.ask(refusal, engine, scale, schedule)
     assert remedy in first
-    assert others == [first] * (fleet.world_size - 1)
+    assert others == [first] * (fleet.num_ranks - 1)
 
 
 def refusal(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
@@ -329,16 +329,12 @@ def test_snippets_of_the_page_run(two: Fleet) -> None:
     two.ask(snippets, code)
 
 
-def verdict(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
-    try:
-        found = held_against_truth(rank, ENGINES[engine], scale, schedule, agree=True)
-    except (RankDisagreementError, UnsupportedEngineError):
-        return "refused"
-    return "correct" if found.worst <= 1 else f"wrong: {found}"
+def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
+    return verdict(rank, ENGINES[engine], scale, schedule)
 
 
 @pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" in engine])
 def test_what_the_table_says_is_what_happens(two: Fleet, engine: str) -> None:
     cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
     for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
-        assert two.ask(verdict, engine, scale, schedule) == [said] * 2
+        assert two.ask(verdict_of, engine, scale, schedule) == [said] * 2

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from fleet import Fleet, RankError
 from modaldummy import DummyLossWrapper, check_ranks
-from tests.distributed.fleet import Fleet, RankError
 from tests.distributed.oracle import MAP, Model, batch_of, loss_of
 
 TIMEOUT = 4  # seconds

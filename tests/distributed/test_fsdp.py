@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleet import Fleet
 from tests.distributed.engines import AGREEING, FSDPS, outcome
-from tests.distributed.fleet import Fleet
 from tests.distributed.oracle import Schedule
 from tests.distributed.schedules import schedules
 
@@ -29,7 +29,7 @@ def check_schedules(
     fleet: Fleet, engine: str, scales: tuple[float | None, ...], agreeing: bool = False
 ) -> None:
     @settings(max_examples=6)
-    @given(schedules(fleet.world_size, agreeing=agreeing), st.sampled_from(scales))
+    @given(schedules(fleet.num_ranks, agreeing=agreeing), st.sampled_from(scales))
     def check(schedule: Schedule, scale: float | None) -> None:
         for found in fleet.ask(outcome, engine, scale, schedule):
             assert found.worst <= 1, found

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from fleet import Fleet
 from modaldummy import DummyLossWrapper, hold_inactive
-from tests.distributed.ranks import run_on_ranks
 from tests.holding import NAMES, Towers
 
 # What each rank has at each step, in one micro-batch after the other.
@@ -144,8 +144,8 @@ def everything(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(everything, tmp_path_factory.mktemp("ranks"))
+def ranks(two: Fleet) -> list[dict[str, Any]]:
+    return two.ask(everything)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,7 +1,7 @@
 """What preflight says of ranks, on one of them, is what happens between two and four."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fleet import Fleet
 from modaldummy import RankDisagreementError, check_ranks, preflight
-from tests.distributed.ranks import run_on_ranks
 from tests.holding import NAMES
 from tests.preflight_models import Model, mapped
 
@@ -163,13 +163,13 @@ def on_four(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(on_two, tmp_path_factory.mktemp("two"))
+def two(fleets: Callable[[int], Fleet]) -> list[dict[str, Any]]:
+    return fleets(2).ask(on_two)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(on_four, tmp_path_factory.mktemp("four"), 4)
+def four(fleets: Callable[[int], Fleet]) -> list[dict[str, Any]]:
+    return fleets(4).ask(on_four)
 
 
 def test_a_static_graph_leaves_gradients_of_none_unreduced(two: list[dict[str, Any]]) -> None:

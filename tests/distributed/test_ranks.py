@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from fleet import Fleet, RankError
 from modaldummy import DummyLossWrapper, ModalDummyError, check_ranks
-from tests.distributed.fleet import Fleet, RankError
 from tests.holding import NAMES
 from tests.preflight_models import Model, mapped
 
@@ -46,7 +46,7 @@ def test_all_ranks_hear_the_same_or_nothing(fleet: Fleet) -> None:
     steps = [[["T1"], ["rsfMRI"]], [["T1"], []], [["dMRI"], ["dMRI"]], [["T1"], ["dMRI", "T1"]]]
     first, *others = fleet.ask(in_turn, steps)
     assert all(told == first for told in others)
-    size = fleet.world_size
+    size = fleet.num_ranks
     even, odd = ("rank 0", "rank 1") if size == 2 else ("ranks 0, 2", "ranks 1, 3")
     assert first[1] == first[2] == ""
     assert f"{even}: T1; {odd}: rsfMRI. FSDP2 gathers" in first[0]
@@ -63,7 +63,7 @@ def test_a_rank_that_cannot_read_its_batch_stops_all_at_once(fleet: Fleet) -> No
             assert "UnknownModalityError" in first
             assert "'PET'" in first
         else:
-            who = "rank 1;" if fleet.world_size == 2 else "ranks 1, 3;"
+            who = "rank 1;" if fleet.num_ranks == 2 else "ranks 1, 3;"
             assert first.startswith("RankDisagreementError: The batch could not be read on")
             assert who in first
         assert second == ""
@@ -89,7 +89,7 @@ def counted(rank: int) -> list[tuple[int, int]]:
 
 def test_a_call_takes_one_gather_of_a_few_bytes(fleet: Fleet) -> None:
     for sizes in fleet.ask(counted):
-        assert sizes == [(fleet.world_size, len(NAMES) + 1)] * 2
+        assert sizes == [(fleet.num_ranks, len(NAMES) + 1)] * 2
 
 
 def in_pairs(rank: int) -> tuple[str, str]:

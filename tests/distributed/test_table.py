@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from modaldummy import RankDisagreementError, UnsupportedEngineError
+from fleet import Fleet
 from tests.distributed.engines import ENGINES
-from tests.distributed.fleet import Fleet
-from tests.distributed.oracle import Schedule, held_against_truth
+from tests.distributed.oracle import Schedule, verdict
 
 PAGE = Path(__file__).parents[2] / "docs/explanation/ranks.md"
 HEADER = ["differ, 1e-7", "differ, 0.0", "differ, None", "agree, 1e-7", "agree, 0.0", "agree, None"]
@@ -34,19 +33,15 @@ def rows() -> dict[str, list[str]]:
     return {engine: said for engine, *said in cells}
 
 
-def verdict(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
-    try:
-        found = held_against_truth(rank, ENGINES[engine], scale, schedule, agree=True)
-    except (RankDisagreementError, UnsupportedEngineError):
-        return "refused"
-    return "correct" if found.worst <= 1 else f"wrong: {found}"
+def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
+    return verdict(rank, ENGINES[engine], scale, schedule)
 
 
 @pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" not in engine])
 def test_what_the_page_says_is_what_happens(two: Fleet, engine: str) -> None:
     cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
     for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
-        assert two.ask(verdict, engine, scale, schedule) == [said] * 2
+        assert two.ask(verdict_of, engine, scale, schedule) == [said] * 2
 
 
 def test_no_engine_is_missing() -> None:
