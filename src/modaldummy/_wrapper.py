@@ -236,14 +236,14 @@ class DummyLossWrapper:
             )
         return check_names(names, self._reader)
 
-    def _add(self, real: Tensor, active: set[str]) -> Tensor:
+    def _add(self, real: Tensor, active: set[str], weight: float = 1.0) -> Tensor:
         idle = self._map.inactive_parameters(active)
         if not idle:
             seen = magnitude(real, accumulation_dtype([real.dtype]))
             zero = torch.zeros_like(seen)
             self._report(active, idle, Term(zero, zero, zero, seen, 0))
             return self._observed(active, real)
-        term = self._term(idle, real)
+        term = self._term(idle, real, weight)
         self._report(active, idle, term)
         # An integer loss is promoted: it could not carry the gradient.
         dtype = real.dtype if real.is_floating_point() else term.connected.dtype
@@ -254,7 +254,7 @@ class DummyLossWrapper:
             connected = connected.expand(real.shape)
         return self._observed(active, real + connected.to(dtype))
 
-    def _term(self, idle: list[Located], real: Tensor | None) -> Term:
+    def _term(self, idle: list[Located], real: Tensor | None, weight: float = 1.0) -> Term:
         check_gathered(idle)
         if self._scale is None:
             return dummy_term([parameter for _, parameter, _ in idle], None, real=real)
@@ -263,7 +263,7 @@ class DummyLossWrapper:
             check_readable(idle, (idle[0][1] if real is None else real).device)
         return dummy_term(
             [reached(located) for located in idle],
-            self._scale,
+            self._scale * weight,
             real=real,
             max_fraction=self._max_fraction,
             read=read,

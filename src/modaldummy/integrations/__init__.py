@@ -1,0 +1,1 @@
+"""Adapters for training frameworks; each module needs the framework that it is called after."""

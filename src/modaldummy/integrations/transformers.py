@@ -1,0 +1,244 @@
+"""For Hugging Face's Trainer: the dummy term in `compute_loss`, gradient norms in `log`."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+from modaldummy._arguments import called_model
+from modaldummy._attach import attach_to_outputs, is_attached
+from modaldummy._batch import EXPLICIT_KEYS
+from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced, marks_twice
+from modaldummy._errors import BatchMetadataError, UnsupportedEngineError, describe
+from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._preflight import preflight
+from modaldummy._ranks import check_ranks
+from modaldummy._wrapper import DummyLossWrapper
+from modaldummy.integrations._trainer_norms import GradientNormCallback
+
+__all__ = ["DummyLossMixin", "GradientNormCallback"]
+
+WrapperOrFactory: TypeAlias = DummyLossWrapper | Callable[[nn.Module], DummyLossWrapper]
+
+if TYPE_CHECKING:
+    _TrainerMethods = Trainer
+else:
+    _TrainerMethods = object
+_logger = logging.getLogger(__name__)
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
+_LOST = (
+    "The Trainer's default collators drop strings: pass a `data_collator` that keeps the names of "
+    "modalities, or write their places in the map, integers, into a column 'modality'. With "
+    "`remove_unused_columns=True` a column is dropped as well that is neither an argument of the "
+    "model's `forward` nor in `metadata_columns`."
+)
+
+
+class DummyLossMixin(_TrainerMethods):
+    """Sends the training loss of a Trainer through a `DummyLossWrapper`. Comes before the Trainer.
+
+        class MyTrainer(DummyLossMixin, Trainer): ...
+
+        trainer = MyTrainer(model, args, wrapper=wrapper, callbacks=[GradientNormCallback()], ...)
+
+    The modalities are read from the Trainer's inputs before forward, in any form of
+    `active_modalities`. What is logged in training carries the wrapper's report. Losses of
+    evaluation and prediction are the real ones. Whatever the number of accumulated batches, and
+    whether the Trainer or the model normalises the loss, an inactive parameter gets `scale` per
+    element at a step. Where training starts, `preflight` is logged. The loss may be multiplied,
+    smoothed or computed by `compute_loss_func`, the model compiled, adapted by PEFT, checkpointed
+    or under DDP, also where the Trainer has DDP look for unused parameters.
+
+    Args:
+        wrapper: The wrapper, or a function that makes one from a model, which a Trainer with
+            `model_init` needs.
+        hold: Whether the optimizer is held by `hold_inactive`.
+        metadata_columns: Which columns are kept for the wrapper, and kept from a model whose
+            `forward` does not name them.
+
+    Attributes:
+        wrapper: The wrapper that is in use.
+
+    Raises:
+        TypeError: The mixin comes after the Trainer; or `wrapper` is neither a wrapper nor a
+            function that makes one.
+        ValueError: The model of the wrapper is not that of the Trainer.
+        BatchMetadataError: From a step: the inputs do not say which modalities they hold.
+        UnsupportedEngineError: From a step: the engine cannot bear what the wrapper does.
+        RankDisagreementError: From a step: ranks hold different modalities under FSDP or DeepSpeed
+            where these cannot bear that.
+        RuntimeError: From a step: a subclass computes the loss without this `compute_loss`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(DummyLossMixin):
+            raise TypeError(
+                f"`{cls.__name__}` has the Trainer before the mixin, which then changes nothing; "
+                f"write `class {cls.__name__}(DummyLossMixin, Trainer)`."
+            )
+
+    def __init__(
+        self,
+        *args: Any,
+        wrapper: WrapperOrFactory,
+        hold: bool = False,
+        metadata_columns: Sequence[str] = EXPLICIT_KEYS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._make_wrapper = wrapper
+        self._hold = hold
+        self._metadata_columns = tuple(metadata_columns)
+        self._handle: HoldHandle | None = None
+        self._started: tuple[Any, ...] = ()
+        self._use_wrapper()
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; gradient norms are measured after it."""
+        self._start(model)
+        before = self.wrapper.last
+        loss: Tensor = super().training_step(model, *args, **kwargs)
+        if self.wrapper.last is before:
+            raise RuntimeError(
+                f"The loss of `{type(self).__name__}` did not go through the wrapper; have its "
+                "`compute_loss` call `super().compute_loss(...)`, or `self.wrapper.total(...)`."
+            )
+        if self.accelerator.sync_gradients:
+            for callback in self._callbacks():
+                callback.measure(self.args, self.state, self.accelerator.scaler)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's, plus the dummy term where gradients are computed."""
+        active = self._read(model, inputs) if torch.is_grad_enabled() else None
+        result = super().compute_loss(
+            model,
+            self._for_model(inputs),
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if active is None:
+            return result
+        real, *outputs = result if return_outputs else (result,)
+        weight = 1 / self._divisor(num_items_in_batch)
+        total = self.wrapper._add(real, active, weight)
+        return (total, *outputs) if return_outputs else total
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's."""
+        return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; what training logs gets the report and the gradient norms."""
+        if "loss" in logs and self.wrapper.last is not None:
+            logs |= self.wrapper.last.as_dict()
+            for callback in self._callbacks():
+                logs |= callback.metrics
+        super().log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        known = self._signature_columns is not None
+        super()._set_signature_columns_if_needed()
+        if not known:
+            self._accepted = set(self._signature_columns)
+            self._signature_columns += [
+                name for name in self._metadata_columns if name not in self._accepted
+            ]
+
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs without metadata that the model's `forward` does not name."""
+        self._set_signature_columns_if_needed()
+        kept = {
+            name: value
+            for name, value in inputs.items()
+            if name in self._accepted or name not in self._metadata_columns
+        }
+        return inputs if len(kept) == len(inputs) else kept
+
+    def _read(self, model: nn.Module, inputs: dict[str, Any]) -> set[str]:
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            check_ranks(self.wrapper, inputs, model=model)
+        try:
+            return self.wrapper._active(inputs)
+        except BatchMetadataError as error:
+            error.add_note(_LOST)
+            raise
+
+    def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
+        """By how much less the loss of one of several batches counts than that of a single one."""
+        done: bool | None = self.loss_is_scaled_for_ga
+        if done is None:
+            done = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+        # Otherwise the Trainer divides loss and dummy alike.
+        return self.current_gradient_accumulation_steps if done else 1
+
+    def _callbacks(self) -> list[GradientNormCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, GradientNormCallback)]
+
+    def _use_wrapper(self) -> None:
+        """Have a wrapper of the model as it is now."""
+        made = self._make_wrapper
+        if callable(made) and not isinstance(made, DummyLossWrapper):
+            made = made(self.model)
+        if not isinstance(made, DummyLossWrapper):
+            raise TypeError(
+                "`wrapper` must be a DummyLossWrapper, or a function that makes one from the "
+                f"model, got {describe(made)}."
+            )
+        called_model(made, self.model)
+        self.wrapper = made
+
+    def _start(self, model: nn.Module) -> None:
+        """Once for each model and optimizer that is trained: connect, hold, and log findings."""
+        if self._started == (model, self.optimizer):
+            return
+        if self._started:  # a function `model_init` may have made another model since
+            self._use_wrapper()
+        for callback in self._callbacks():
+            callback.watch(self.wrapper)
+        self._connect(model)
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if self._hold:
+            if self._handle is not None:
+                self._handle.remove()
+            self._handle = hold_inactive(self.wrapper, optimizer)
+        findings = preflight(
+            self.wrapper,
+            optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
+            model,
+            scaler=self.accelerator.scaler,
+            max_norm=self.args.max_grad_norm or None,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+        )
+        for finding in findings if self.is_world_process_zero() else ():
+            _logger.log(_LEVELS[finding.severity], "%s", finding)
+        self._started = (model, self.optimizer)
+
+    def _connect(self, model: nn.Module) -> None:
+        """Make DDP bear the dummy, or refuse it."""
+        scale = self.wrapper._scale
+        owned = self.wrapper._map.owned(self.wrapper._map.paths)
+        for ddp in ddps_around(model.modules(), owned):
+            if leaves_unreduced(ddp, scale):
+                raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
+            if marks_twice(ddp) and not is_attached(self.wrapper, ddp.module):
+                attach_to_outputs(self.wrapper, ddp)
