@@ -152,13 +152,11 @@ class DummyLossMixin(_TrainerMethods):
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        known = self._signature_columns is not None
-        super()._set_signature_columns_if_needed()
-        if not known:
-            self._accepted = set(self._signature_columns)
-            self._signature_columns += [
-                name for name in self._metadata_columns if name not in self._accepted
-            ]
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            self._accepted = set(columns)
+            columns += [name for name in self._metadata_columns if name not in self._accepted]
 
     def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without metadata that the model's `forward` does not name."""
@@ -194,15 +192,16 @@ class DummyLossMixin(_TrainerMethods):
 
     def _use_wrapper(self) -> None:
         """Have a wrapper of the model as it is now."""
+        model: Any = self.model
         made = self._make_wrapper
         if callable(made) and not isinstance(made, DummyLossWrapper):
-            made = made(self.model)
+            made = made(model)
         if not isinstance(made, DummyLossWrapper):
             raise TypeError(
                 "`wrapper` must be a DummyLossWrapper, or a function that makes one from the "
                 f"model, got {describe(made)}."
             )
-        called_model(made, self.model)
+        called_model(made, model)
         self.wrapper = made
 
     def _start(self, model: nn.Module) -> None:
@@ -214,7 +213,7 @@ class DummyLossMixin(_TrainerMethods):
         for callback in self._callbacks():
             callback.watch(self.wrapper)
         self._connect(model)
-        optimizer = self.optimizer
+        optimizer: Any = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if self._hold:
