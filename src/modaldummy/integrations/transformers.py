@@ -124,7 +124,7 @@ class DummyLossMixin(_TrainerMethods):
     ) -> Any:
         """As the Trainer's, plus the dummy term where gradients are computed."""
         active = self._read(model, inputs) if torch.is_grad_enabled() else None
-        result = super().compute_loss(
+        result: Any = super().compute_loss(
             model,
             self._for_model(inputs),
             return_outputs=return_outputs,
