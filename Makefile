@@ -9,7 +9,7 @@ DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
+.PHONY: demo test test-integrations test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
 	bench-ddp gpu lint types clean
 
 demo: $(VENV)/.demo
@@ -17,6 +17,10 @@ demo: $(VENV)/.demo
 
 test: lint types
 	$(BIN)/python -m pytest --cov
+
+# All tests of the integrations, with every library that they know; about ten minutes on 2 cores.
+test-integrations: $(VENV)/.dev $(VENV)/.integrations
+	$(BIN)/python -m pytest tests/integrations -m "long or not long"
 
 # The suite on the oldest torch and numpy that pyproject.toml admits; downloads several GB once.
 test-lowest: $(LOWEST)/.dev
