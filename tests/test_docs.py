@@ -112,6 +112,37 @@ def test_the_table_of_silent_mixing_is_that_of_the_results() -> None:
     assert found == expected
 
 
+def test_the_table_of_steps_under_ddp_is_that_of_the_results() -> None:
+    """Medians of ratios and their intervals, and what the text says of them."""
+    with (ROOT / "benchmarks/results/bench_ddp-cpu.csv").open(newline="") as file:
+        rows = {(row["contender"], row["shape"], row["ranks"]): row for row in csv.DictReader(file)}
+
+    def ratios(contender: str, base: str) -> list[float]:
+        columns = [(shape, ranks) for shape in ("vit", "norms") for ranks in "24"]
+        return [float(rows[contender, *column][base]) for column in columns]
+
+    page = (ROOT / "docs/explanation/ranks.md").read_text()
+    table = page.partition("| contender |")[2].partition("\n\n")[0]
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
+    assert [name for name, *_ in found] == list(dict.fromkeys(name for name, _, _ in rows))
+    for name, *cells in found:
+        numbers = [re.findall(r"\d+\.?\d*", cell) for cell in cells]
+        for key, place in {"": 0, "_low": 1, "_high": 2}.items():
+            own = [float(three[min(place, len(three) - 1)]) for three in numbers]
+            assert own == pytest.approx(ratios(name, f"to_find_unused{key}"), abs=0.0051), name
+    ours = (
+        ratios("ours", "to_find_unused")[:2] + ratios("ours, gradient_only", "to_find_unused")[:2]
+    )
+    assert [f"{ratio:.2f}" for ratio in ours] == ["1.14", "1.07", "1.07", "1.04"]
+    to_naive = ratios("ours, scale=None", "to_naive")
+    assert [f"{ratio:.2f}" for ratio in to_naive] == ["0.93", "0.94", "0.81", "0.79"]
+    peaks = {n: float(rows[n, "vit", "2"]["peak_MB"]) for n, shape, _ in rows if shape == "vit"}
+    assert round(peaks.pop("find_unused_parameters")) == 423
+    assert (round(min(peaks.values())), round(max(peaks.values()))) == (483, 490)
+
+
 def test_the_drift_table_is_that_of_the_results() -> None:
     """Displacements after the most steps, as the benchmark wrote them; with hold all are zero."""
     with (ROOT / "benchmarks/results/bench_drift-cpu.csv").open(newline="") as file:
