@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
 
 test: lint types
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov
 
 # All tests of the integrations, with every library that they know; about ten minutes on 2 cores.
 test-integrations: $(VENV)/.dev $(VENV)/.integrations

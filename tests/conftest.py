@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from fleet import Fleet
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores
+
 if not torch.cuda.is_available():
     # Triton's own functions look at it too, so it must be there before anything imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,8 +32,12 @@ settings.register_profile("mutants", max_examples=50, deadline=None, derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no GPU, and keep together what shares a fixture."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            ranks = {"fleet", "fleets", "two"} & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
