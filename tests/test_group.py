@@ -16,7 +16,9 @@ def test_a_group_or_none_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", [0, "world", object(), dist.GroupMember.NON_GROUP_MEMBER], ids=str
+    "group",
+    [0, "world", object(), dist.GroupMember.NON_GROUP_MEMBER],
+    ids=["a number", "a name", "an object", "none of this rank's"],
 )
 def test_anything_else_is_refused(group: Any) -> None:
     """Such as what `new_group` returns on a rank that is not in it."""
