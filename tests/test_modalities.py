@@ -176,6 +176,14 @@ def test_what_an_active_modality_shares_gets_no_dummy() -> None:
     assert connected(wrapper, ["T1"]) == {"trunk.bias"}
 
 
+def test_only_what_the_trunk_names_too_is_shared_with_it() -> None:
+    model = nn.ModuleDict({"T1": nn.Linear(3, 2), "head": nn.Linear(3, 2)})
+    wrapper = DummyLossWrapper(model, {"T1": "T1"})
+    assert wrapper._map.shared_with_trunk() == set()
+    model["head"].weight = model["T1"].weight
+    assert wrapper._map.shared_with_trunk() == {id(model["T1"].weight)}
+
+
 def test_freezing_is_read_at_each_call() -> None:
     wrapper = brain().wrapper()
     bias = wrapper.named_parameters("rsfMRI")["vision_tower.rsfMRI_patch_embed.bias"]

@@ -35,7 +35,9 @@ def test_modalities_may_have_the_names_of_other_keys(data: st.DataObject, names:
     assert set(active_modalities(data.draw(batches(names, active)), names)) == active
 
 
-@pytest.mark.parametrize("wanted", [set(), {"T1"}, {"T1", "dMRI"}, set(NAMES)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [set(), {"T1"}, {"T1", "dMRI"}, set(NAMES)], ids=["none", "T1", "two", "all"]
+)
 def test_every_active_set_can_be_drawn(wanted: set[str]) -> None:
     assert find(active_sets(NAMES), lambda drawn: drawn == wanted, settings=QUICK) == wanted
 
