@@ -10,6 +10,8 @@ _KEPT = "how many sets of names are kept decides how often they are made, and no
 
 _NO_OTHER_DEVICE = "only a tensor on another device has to be forced to the host"
 
+_SEES_NOTHING = "a removed handle sees and holds nothing; not to ask it at each step"
+
 SURVIVORS = {
     "_term.py connect: by_layout(params) if groups is None else groups -> "
     "by_layout(params)": _FASTER,
@@ -24,6 +26,21 @@ SURVIVORS = {
         "forward has kept nothing then, except where backward alone is compiled"
     ),
     "_term.py dummy_term: {} if scale is None else by_layout(params) -> by_layout(params)": _FASTER,
+    "_term.py _Connect.backward:  for key, param in samples.items() if param.is_leaf and "
+    "param.grad is None ->  for key, param in samples.items()": (
+        "where gradients are there already a buffer costs more than an expanded number does"
+    ),
+    "_modalities.py ModalityMap.inactive_parameters:  for key in self.paths if key not in present "
+    "->  for key in self.paths": (
+        "what active keys own is taught, and left out for that; not to look it up once more"
+    ),
+    "_holder.py Holder._give_back: self._taken = [] -> pass": (
+        "the next step replaces it before it is read; not to keep gradients until then"
+    ),
+    "_holder.py Holder._after_step: self.handles = [handle for handle in self.handles if not "
+    "handle._removed] -> pass": _SEES_NOTHING,
+    "_holder.py Holder._after_step:  for handle in self.handles if not handle._removed ->  for "
+    "handle in self.handles": _SEES_NOTHING,
     "_term.py _clip: 2 -> 3": "a little more room below the largest number than is needed",
     "_term.py _clip: real.numel() > 1 -> real.numel() >= 1": "of one number the mean is the peak",
     "_term.py _clip: limit >= torch.finfo(limit.dtype).tiny -> "

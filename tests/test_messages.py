@@ -183,7 +183,7 @@ def _endless() -> Any:
     return batch
 
 
-@pytest.mark.parametrize(("spec", "number"), [("*.", 0), ("[.", 0), ("patch_embed", 3)])
+@pytest.mark.parametrize(("spec", "number"), [("*.", 0), ("[.", 0), ("", 0), ("patch_embed", 3)])
 def test_at_most_three_paths_are_suggested(spec: str, number: int) -> None:
     """Those that look like the last word of the path, if there is one."""
     with pytest.raises(ParameterMapError) as error:
