@@ -70,6 +70,11 @@ SURVIVORS = {
     "_batch.py Reader._read_array: zip(self.modalities, columns, strict=True) -> "
     "zip(self.modalities, columns)": _STRICT,
     "_batch.py Reader._read_array: True -> False (2)": _STRICT,
+    "_drift.py _samples:  for p in eligible if p.numel() <= _SMALL and p is not least[p.ndim] -> "
+    " for p in eligible": "more parameters say the same, later",
+    "_drift.py _drifts:  for name in group if name != 'params' ->  for name in group": (
+        "the copies are replaced in the next lines; not to copy a whole model"
+    ),
     "_gradients.py Stock.__init__: functools.lru_cache(maxsize=32) -> functools.lru_cache()": _KEPT,
     "_gradients.py Stock.__init__: 32 -> 33": _KEPT,
     "_gradients.py Stock.measure: torch.cat([lengths, factor.reshape(1)]).numpy(force=True) -> "

@@ -63,6 +63,17 @@ def test_of_a_tower_of_several_kinds_the_largest_counts(
         assert drift.rates == pytest.approx(moved, rel=1e-6 if small else 0.2), kind
 
 
+def test_a_large_matrix_is_not_told_from_a_vector() -> None:
+    """Weight decay moves a matrix, and leaves a bias of zeros alone."""
+    tower = nn.Linear(80, 80)
+    nn.init.zeros_(tower.bias)
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2), "dMRI": tower})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    drift = expected_drift(wrapper, optimizer, steps=1)["dMRI"]
+    assert drift.rates == pytest.approx(0.1 * rms(tower.weight.detach()), rel=1e-3)
+
+
 def test_an_optimizer_around_another_is_refused() -> None:
     """A copy of it would step the real one."""
     model = Towers()

@@ -175,6 +175,15 @@ def test_gradients_that_were_put_aside_and_came_back_count() -> None:
     assert training.step() == {"rsfMRI", "dMRI"}
 
 
+def test_of_gradients_that_came_back_a_frozen_parameter_has_none() -> None:
+    training = Training()
+    training.model.towers["dMRI"].bias.requires_grad_(False)
+    put_aside(training, "dMRI")
+    training.total("T1").backward()
+    training.model.towers["dMRI"].weight.grad = torch.rand(4, 3)
+    assert training.step() == {"rsfMRI"}
+
+
 @pytest.mark.parametrize(("size", "held"), [(1, ()), (2, ("dMRI",))])
 def test_of_single_elements_that_came_back_nobody_can_tell(size: int, held: tuple[str]) -> None:
     """One number is a dummy's as well as any other; so they get their step. Of two one can tell."""
