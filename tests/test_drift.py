@@ -63,7 +63,7 @@ def test_of_a_tower_of_several_kinds_the_largest_counts(
         assert drift.rates == pytest.approx(moved, rel=1e-6 if small else 0.2), kind
 
 
-def test_a_large_matrix_is_not_told_from_a_vector() -> None:
+def test_a_large_matrix_is_carried_out_beside_a_small_vector() -> None:
     """Weight decay moves a matrix, and leaves a bias of zeros alone."""
     tower = nn.Linear(80, 80)
     nn.init.zeros_(tower.bias)

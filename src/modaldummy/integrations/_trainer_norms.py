@@ -1,12 +1,16 @@
-"""Gradient norms of the steps that Hugging Face's Trainer logs."""
+"""Gradient norms and reports of the steps that Hugging Face's Trainer logs."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from modaldummy._arguments import check_wrapper
+from modaldummy._kinds import reached
 from modaldummy._monitor import gradient_norms
+from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 
 
@@ -27,6 +31,7 @@ class GradientNormCallback(TrainerCallback):
 
     Note:
         With `logging_strategy="epoch"` each step is measured: no callback knows which is the last.
+        A step that another callback has the Trainer log in between has no norms.
     """
 
     def __init__(
@@ -36,7 +41,7 @@ class GradientNormCallback(TrainerCallback):
         self._label, self._prefix = label, prefix
         self._wrapper: DummyLossWrapper | None = None
         self._active: set[str] = set()
-        self._measured = -1  # the step that `metrics` are of
+        self._measured = -2  # how many steps were made before the one that `metrics` are of
         if wrapper is not None:
             check_wrapper(wrapper)
             self.watch(wrapper)
@@ -72,9 +77,13 @@ class GradientNormCallback(TrainerCallback):
         )
         self._measured = state.global_step
 
+    def metrics_of(self, state: TrainerState) -> dict[str, float]:
+        """`metrics` if they are of the step that was just made, else nothing."""
+        return self.metrics if self._measured == state.global_step - 1 else {}
+
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Forget an earlier training."""
-        self._measured = -1
+        self._measured = -2
         self.metrics = {}
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -82,21 +91,48 @@ class GradientNormCallback(TrainerCallback):
         self._active.clear()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
         """Measure what no mixin has measured before clipping."""
-        clipped = args.max_grad_norm > 0  # before that the Trainer unscales the gradients
-        scaler = None if clipped else getattr(kwargs.get("optimizer"), "scaler", None)
-        self.measure(args, state, scaler)
+        self.measure(args, state)  # the Trainer has unscaled the gradients
 
     def _observe(self, _: Any, __: Any) -> None:
         if self._wrapper is not None and self._wrapper.last is not None:
             self._active.update(self._wrapper.last.active)
 
 
+def summed(
+    wrapper: DummyLossWrapper, reports: Sequence[tuple[StepReport, float]]
+) -> dict[str, float]:
+    """`StepReport.as_dict` of all batches that were accumulated for a step.
+
+    Losses and dummies are added up, so that they are those of the loss that is logged; active is
+    what any batch held, and what is counted are the parameters that were inactive in all.
+
+    Args:
+        wrapper: Whose reports they are.
+        reports: One for each batch, with its share of the loss of the step.
+    """
+    (last, _), rows = reports[-1], [(report.as_dict(), share) for report, share in reports]
+    found = last.as_dict()
+    for name in ("real", "dummy", "uncapped"):
+        key = f"modaldummy/{name}"
+        found[key] = sum(row[key] * share for row, share in rows)
+    active = {name for report, _ in reports for name in report.active}
+    idle = wrapper._map.inactive_parameters(active)
+    found["modaldummy/fraction"] = max(
+        (row["modaldummy/fraction"] for row, _ in rows), key=lambda f: (math.isnan(f), f)
+    )
+    found["modaldummy/num_params"] = float(len(idle))
+    found["modaldummy/num_elements"] = float(sum(reached(one).numel() for one in idle))
+    return found | {f"modaldummy/active/{name}": 1.0 for name in active}
+
+
 def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether the Trainer will log the step that is being made, or may."""
     step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
     if args.logging_strategy == IntervalStrategy.STEPS:
-        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        return bool(step % state.logging_steps == 0)
     return bool(args.logging_strategy == IntervalStrategy.EPOCH)

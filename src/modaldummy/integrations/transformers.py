@@ -15,11 +15,13 @@ from modaldummy._attach import attach_to_outputs, is_attached
 from modaldummy._batch import EXPLICIT_KEYS
 from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced, marks_twice
 from modaldummy._errors import BatchMetadataError, UnsupportedEngineError, describe
-from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._hold import hold_inactive
+from modaldummy._loss import check_loss
 from modaldummy._preflight import preflight
 from modaldummy._ranks import check_ranks
+from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
-from modaldummy.integrations._trainer_norms import GradientNormCallback
+from modaldummy.integrations._trainer_norms import GradientNormCallback, summed
 
 __all__ = ["DummyLossMixin", "GradientNormCallback"]
 
@@ -89,27 +91,51 @@ class DummyLossMixin(_TrainerMethods):
         *args: Any,
         wrapper: WrapperOrFactory,
         hold: bool = False,
-        metadata_columns: Sequence[str] = EXPLICIT_KEYS,
+        metadata_columns: str | Sequence[str] = EXPLICIT_KEYS,
         **kwargs: Any,
     ) -> None:
+        one = isinstance(metadata_columns, str)
+        self._metadata_columns = [metadata_columns] if one else list(metadata_columns)
         super().__init__(*args, **kwargs)
+        self._set_signature_columns_if_needed()  # while the model is still bare
         self._make_wrapper = wrapper
         self._hold = hold
-        self._metadata_columns = tuple(metadata_columns)
-        self._handle: HoldHandle | None = None
         self._started: tuple[Any, ...] = ()
+        # What went through the wrapper once `_step` steps were made, and its share of the loss.
+        self._step = -1
+        self._reports: list[tuple[StepReport, float]] = []
         self._use_wrapper()
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         """As the Trainer's; gradient norms are measured after it."""
         self._start(model)
-        before = self.wrapper.last
-        loss: Tensor = super().training_step(model, *args, **kwargs)
-        if self.wrapper.last is before:
+        backwarded: list[StepReport] = []
+
+        def observe(_: Any, loss: Tensor) -> None:
+            report: Any = self.wrapper.last
+            if loss.requires_grad:
+                loss.register_hook(lambda _: backwarded.append(report))
+
+        self.wrapper._observers.append(observe)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.wrapper._observers.remove(observe)
+        if not backwarded:
             raise RuntimeError(
                 f"The loss of `{type(self).__name__}` did not go through the wrapper; have its "
-                "`compute_loss` call `super().compute_loss(...)`, or `self.wrapper.total(...)`."
+                "`compute_loss` return what `super().compute_loss(...)` returns, or what "
+                "`self.wrapper.total(loss, inputs)` makes of a loss of its own."
             )
+        if self._step != self.state.global_step:
+            self._step, self._reports = self.state.global_step, []
+        share = self._divisor(not self._is_normalised(num_items_in_batch))
+        self._reports += [(report, 1 / share) for report in backwarded]
         if self.accelerator.sync_gradients:
             for callback in self._callbacks():
                 callback.measure(self.args, self.state, self.accelerator.scaler)
@@ -133,7 +159,9 @@ class DummyLossMixin(_TrainerMethods):
         if active is None:
             return result
         real, *outputs = result if return_outputs else (result,)
-        weight = 1 / self._divisor(num_items_in_batch)
+        check_loss(real, "The loss that `compute_loss` of the Trainer returns")
+        # Batches that are not divided later have to share one dummy.
+        weight = 1 / self._divisor(self._is_normalised(num_items_in_batch))
         total = self.wrapper._add(real, active, weight)
         return (total, *outputs) if return_outputs else total
 
@@ -145,47 +173,46 @@ class DummyLossMixin(_TrainerMethods):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; what training logs gets the report and the gradient norms."""
-        if "loss" in logs and self.wrapper.last is not None:
-            logs |= self.wrapper.last.as_dict()
+        if "loss" in logs and self._reports:
+            logs |= summed(self.wrapper, self._reports)
             for callback in self._callbacks():
-                logs |= callback.metrics
+                logs |= callback.metrics_of(self.state)
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            self._accepted = set(columns)
-            columns += [name for name in self._metadata_columns if name not in self._accepted]
+            self._withheld = [name for name in self._metadata_columns if name not in columns]
+            columns += self._withheld
 
     def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without metadata that the model's `forward` does not name."""
-        self._set_signature_columns_if_needed()
-        kept = {
-            name: value
-            for name, value in inputs.items()
-            if name in self._accepted or name not in self._metadata_columns
-        }
-        return inputs if len(kept) == len(inputs) else kept
+        if not any(name in inputs for name in self._withheld):
+            return inputs
+        return {name: value for name, value in inputs.items() if name not in self._withheld}
 
     def _read(self, model: nn.Module, inputs: dict[str, Any]) -> set[str]:
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            check_ranks(self.wrapper, inputs, model=model)
+        engine = self.accelerator.distributed_type
         try:
+            if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                check_ranks(self.wrapper, inputs, model=model)
             return self.wrapper._active(inputs)
         except BatchMetadataError as error:
             error.add_note(_LOST)
             raise
 
-    def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
-        """By how much less the loss of one of several batches counts than that of a single one."""
-        done: bool | None = self.loss_is_scaled_for_ga
-        if done is None:
-            done = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-        # Otherwise the Trainer divides loss and dummy alike.
-        return self.current_gradient_accumulation_steps if done else 1
+    def _is_normalised(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the loss is a share of that of all accumulated batches: the Trainer's rule."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+
+    def _divisor(self, divides: bool) -> int:
+        # Outside of `train` the Trainer does not know any number.
+        return getattr(self, "current_gradient_accumulation_steps", 1) if divides else 1
 
     def _callbacks(self) -> list[GradientNormCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, GradientNormCallback)]
@@ -203,12 +230,13 @@ class DummyLossMixin(_TrainerMethods):
             )
         called_model(made, model)
         self.wrapper = made
+        self._made_for = model
 
     def _start(self, model: nn.Module) -> None:
         """Once for each model and optimizer that is trained: connect, hold, and log findings."""
         if self._started == (model, self.optimizer):
             return
-        if self._started:  # a function `model_init` may have made another model since
+        if self.model is not self._made_for:  # `train` has called `model_init`
             self._use_wrapper()
         for callback in self._callbacks():
             callback.watch(self.wrapper)
@@ -217,9 +245,7 @@ class DummyLossMixin(_TrainerMethods):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if self._hold:
-            if self._handle is not None:
-                self._handle.remove()
-            self._handle = hold_inactive(self.wrapper, optimizer)
+            hold_inactive(self.wrapper, optimizer)
         findings = preflight(
             self.wrapper,
             optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
