@@ -90,6 +90,21 @@ class GraphLike:
         return self.fields.get(key, {})
 
 
+class HeteroGraphLike(GraphLike):
+    """Its keys are what its nodes have, and its items are kinds of nodes."""
+
+    node_types = ("scan",)
+
+
+class StackLike(TensorDictLike):
+    """As a TensorDict that is stacked lazily: it has the keys that all of its samples have."""
+
+    def __init__(self, *samples: TensorDictLike) -> None:
+        shared = set.intersection(*(set(sample.keys()) for sample in samples))
+        super().__init__(**dict.fromkeys(shared))
+        self.tensordicts = list(samples)
+
+
 class MakesFields(dict[str, Any]):
     """As some attribute dictionaries do, it answers for every attribute with an empty one."""
 
@@ -150,6 +165,10 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "TensorDict-like within": ({"T1": TensorDictLike(img=X), "dMRI": TensorDictLike()}, ("T1",)),
     "TensorDict-like one level down": (TensorDictLike(x=TensorDictLike(dMRI=X)), ("dMRI",)),
     "TensorDict-like of flags": ({"modality": TensorDictLike(T1=True, dMRI=False)}, ("T1",)),
+    "TensorDict-like stacked lazily": (
+        StackLike(TensorDictLike(T1=X), TensorDictLike(T1=X, dMRI=X)),
+        ("T1", "dMRI"),
+    ),
     "attribute dictionary": (MakesFields(T1=X, y=X), ("T1",)),
     "masks under an explicit key": (
         {"modalities": {"T1": torch.tensor([True, False]), "dMRI": torch.tensor([False, False])}},
@@ -318,6 +337,14 @@ def test_nothing_is_created_by_looking(fields: dict[str, Any]) -> None:
         active_modalities(graph, KNOWN)
     except ValueError:
         assert fields == {"x": X}
+    assert graph.created == []
+
+
+@pytest.mark.parametrize("field", ["modality", "T1"])
+def test_what_nodes_of_a_graph_have_is_no_metadata(field: str) -> None:
+    graph = HeteroGraphLike(**{field: X})
+    with pytest.raises(BatchMetadataError, match="resolver"):
+        active_modalities(graph, KNOWN)
     assert graph.created == []
 
 

@@ -62,6 +62,13 @@ class Criterion(nn.Module):
         return output * 1
 
 
+class Callable(dict[str, Any]):
+    """As PyTorch Geometric's `Data` can be."""
+
+    def __call__(self) -> None:
+        """Give keys and values, there."""
+
+
 def calls(wrapper: DummyLossWrapper, out: Tensor) -> dict[str, Tensor]:
     """One call for each way in which a loss function can meet its metadata; all mean T1."""
     captions, labels = ["a scan", "another"], [0, 1, 2]
@@ -100,6 +107,7 @@ def calls(wrapper: DummyLossWrapper, out: Tensor) -> dict[str, Tensor]:
         "keyword over a partial": wrapper(functools.partial(named_modality, modality="dMRI"))(
             out, modality="T1"
         ),
+        "batch that can be called": wrapper(plain)(out, Callable(modality=["T1"])),
         "builtin without signature": wrapper(torch.dist)(out, out.detach(), modalities="T1"),
     }
 

@@ -108,6 +108,9 @@ class Reader:
             attribute = getattr(value, key, None)
             if attribute is not None and not callable(attribute):
                 return self.read(attribute, f"{where}.{key}", explicit=True, depth=depth + 1)
+        if isinstance(samples := getattr(value, "tensordicts", None), list):
+            # Stacked lazily: its own keys are only those that all samples have.
+            return self._read_collection(samples, where, explicit, depth)
         if (fields := fields_of(value)) is not None:
             if explicit and not any(key in fields.keys for key in EXPLICIT_KEYS):
                 return self._read_flags(fields, where)

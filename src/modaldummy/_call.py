@@ -7,11 +7,11 @@ from numbers import Number
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from modaldummy._batch import EXPLICIT_KEYS, Reader
 from modaldummy._errors import BatchMetadataError, describe
-from modaldummy._values import MAX_NESTING, is_plain_collection
+from modaldummy._values import MAX_NESTING, fields_of, is_plain_collection
 
 Resolver = Callable[[Any], Iterable[str]]
 
@@ -115,8 +115,10 @@ def is_data(argument: object) -> bool:
 
     Such are tensors, arrays, numbers, strings, modules, callables and None.
     """
-    never = (Tensor, np.ndarray, Number, np.generic, str, bytes)
-    return argument is None or callable(argument) or isinstance(argument, never)
+    never = (Tensor, np.ndarray, Number, np.generic, str, bytes, nn.Module)
+    if argument is None or isinstance(argument, never):
+        return True
+    return callable(argument) and fields_of(argument) is None  # PyG's Data can be called
 
 
 def may_hold_metadata(argument: object, modalities: Sequence[str], depth: int = 0) -> bool:

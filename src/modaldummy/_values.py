@@ -42,6 +42,10 @@ def fields_of(value: Any) -> Fields | None:
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return Fields(names, functools.partial(getattr, value), True)
+    if hasattr(value, "node_types") and hasattr(value, "__getitem__"):
+        # PyG's HeteroData: its keys are attributes of nodes, and an item that is asked for by such
+        # a name becomes a type of nodes.
+        return Fields([], value.__getitem__, False)
     if hasattr(value, "keys") and hasattr(value, "__getitem__"):
         keys = value.keys() if callable(value.keys) else value.keys
         return Fields(list(keys), value.__getitem__, False)
