@@ -283,10 +283,39 @@ def test_chunks_are_the_rows_in_order(number: int, size: int) -> None:
 
 
 def test_chunks_are_made_as_they_are_asked_for() -> None:
-    """So that a file of any length takes the memory of one."""
+    """So that a file of any length takes the memory of one, and of the next row."""
     rows = iter([{"step": step} for step in range(10)])
     next(in_chunks(rows, 4))
-    assert next(rows) == {"step": 4}
+    assert next(rows) == {"step": 5}
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_rows_of_one_step_that_complete_each_other_are_one(size: int) -> None:
+    """As Lightning writes them into a CSV, where each has all columns."""
+    rows: list[Row] = [
+        {"step": 1, "loss": 3.0, "epoch": 0, "grad_norm/T1": ""},
+        {"step": 1, "loss": "", "epoch": 0, "grad_norm/T1": 0.5},
+        {"step": 2, "loss": 2.0, "epoch": None},
+    ]
+    found = [row for chunk in in_chunks(rows, size) for row in chunk]
+    assert found == [{"step": 1, "loss": 3.0, "epoch": 0, "grad_norm/T1": 0.5}, rows[2]]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "grad_norm/T1": 0.5},
+        {"step": "", "grad_norm/T1": 0.5},
+        {"grad_norm/T1": 0.5},
+        {"global_step": 1, "grad_norm/T1": 0.5},
+    ],
+    ids=["loss again", "next step", "empty step", "no step", "another kind of step"],
+)
+def test_other_rows_stay_apart(second: Row) -> None:
+    """Two ranks that write into one file have the same steps; what they say stays apart."""
+    first: Row = {"step": 1, "loss": 3.0}
+    assert list(in_chunks([first, second], 4)) == [[first, second]]
 
 
 def test_any_mapping_is_a_row_and_nothing_else() -> None:

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import IO, Any, TypeAlias
 
 from modaldummy._errors import HistoryError
+from modaldummy._keys import STEPS, role_of
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -125,7 +126,7 @@ class HistoryFile:
 
 
 def in_chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of up to `size` rows.
+    """Lists of up to `size` rows, of which those that are parts of one are joined.
 
     Raises:
         TypeError: A row is no mapping.
@@ -134,12 +135,35 @@ def in_chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     for row in rows:
         if type(row) is not dict and not isinstance(row, Mapping):
             raise TypeError(f"A row of `history` must be a mapping of metrics, got {row!r}.")
-        chunk.append(row)
+        whole = _joined(chunk[-1], row) if chunk else None
+        if whole is not None:
+            chunk[-1] = whole
+            continue
         if len(chunk) == size:
             yield chunk
             chunk = []
+        chunk.append(row)
     if chunk:
         yield chunk
+
+
+def _joined(last: Row, row: Row) -> Row | None:
+    """Two rows of the same step of which no known quantity is in both, as one; None of others.
+
+    Lightning writes a row of its own beside that of each callback.
+    """
+    step = next((key for key in STEPS if _says_something(row.get(key))), None)
+    if step is None or last.get(step) != row[step]:
+        return None
+    told = {key: value for key, value in row.items() if _says_something(value)}
+    both = (key for key in told if _says_something(last.get(key)))
+    if any(role_of(str(key))[0] not in ("", "step") for key in both):
+        return None
+    return {**last, **told}
+
+
+def _says_something(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and not value)
 
 
 def _decode(line: str) -> Any:

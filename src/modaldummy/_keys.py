@@ -5,7 +5,7 @@ import re
 
 # The first of these that a history has is the loss.
 LOSSES = ("loss", "training_loss", "total_loss", "train_loss", "train_loss_step", "loss_step")
-_STEPS = ("step", "_step", "global_step", "Step")
+STEPS = ("step", "_step", "global_step", "Step")
 _ROLES = {
     "report": r"modaldummy/(real|dummy|uncapped|fraction|num_params|num_elements)",
     "present": r"modaldummy/active/(.+)",
@@ -36,7 +36,7 @@ def role_of(key: str) -> tuple[str, str]:
 def _role(key: str) -> tuple[str, str]:
     head, _, last = key.rpartition("/")
     if head in ("", "train", "trainer", "training"):
-        if last in _STEPS:
+        if last in STEPS:
             return "step", ""
         if last in LOSSES:
             return "loss", last

@@ -84,11 +84,11 @@ class ModalityMap:
         Such as the weight of a tower that is tied to an output layer. Walks the whole model.
         """
         located = [found for key in self.paths for found in self._lookup(key)]
-        names = {name for name, _, _ in located}
+        names = {strip_wrappers(name) for name, _, _ in located}
         elsewhere = {
             id(parameter)
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if name not in names
+            if strip_wrappers(name) not in names
         }
         return elsewhere.intersection(id(parameter) for _, parameter, _ in located)
 

@@ -5,8 +5,15 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-# Child names that DDP, torch.compile, FSDP and activation checkpointing put around a module.
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Child names that DDP, torch.compile, FSDP, activation checkpointing and Fabric put around one.
+_WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+)
+_AGAIN = "_original_module"  # under which Fabric has the same module once more
 # PEFT puts these two around a whole model, always together.
 _PEFT_MODEL = ("base_model", "model")
 # PEFT keeps the module that an adapter replaced under one of these names.
@@ -124,4 +131,4 @@ def _wrapper_length(path: list[str]) -> int:
     """How many segments at the start of `path` belong to a wrapper: 0, 1 or 2."""
     if tuple(path[:2]) == _PEFT_MODEL:
         return 2
-    return 1 if path[0] in _WRAPPERS else 0
+    return 1 if path[0] in (*_WRAPPERS, _AGAIN) else 0

@@ -48,6 +48,8 @@ class GradientNormCallback(TrainerCallback):
 
     def watch(self, wrapper: DummyLossWrapper) -> None:
         """Measure the gradients of this wrapper from now on."""
+        if wrapper is self._wrapper:
+            return
         if self._wrapper is not None:
             self._wrapper._observers.remove(self._observe)
         self._wrapper = wrapper

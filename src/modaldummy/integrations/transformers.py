@@ -74,7 +74,7 @@ class DummyLossMixin(_TrainerMethods):
         UnsupportedEngineError: From a step: the engine cannot bear what the wrapper does.
         RankDisagreementError: From a step: ranks hold different modalities under FSDP or DeepSpeed
             where these cannot bear that.
-        RuntimeError: From a step: a subclass computes the loss without this `compute_loss`.
+        RuntimeError: From a step: what was backwarded has not been through the wrapper.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -234,12 +234,12 @@ class DummyLossMixin(_TrainerMethods):
 
     def _start(self, model: nn.Module) -> None:
         """Once for each model and optimizer that is trained: connect, hold, and log findings."""
-        if self._started == (model, self.optimizer):
-            return
         if self.model is not self._made_for:  # `train` has called `model_init`
             self._use_wrapper()
         for callback in self._callbacks():
             callback.watch(self.wrapper)
+        if self._started == (model, self.optimizer):
+            return
         self._connect(model)
         optimizer: Any = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):

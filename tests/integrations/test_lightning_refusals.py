@@ -1,0 +1,54 @@
+"""What `DummyLossCallback` refuses, where training starts or at its first step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from modaldummy import DummyLossWrapper
+from modaldummy.integrations.lightning import DummyLossCallback
+from tests.holding import NAMES, Towers
+from tests.integrations.lightning_modules import QUIET, Module, fit
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
+
+TURNS = [["T1"], ["rsfMRI"]]
+
+
+def test_it_refuses_what_is_no_wrapper() -> None:
+    wrong: Any = Towers()
+    with pytest.raises(TypeError, match=r"`wrapper` must be a DummyLossWrapper, got .*Towers"):
+        DummyLossCallback(wrong)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "has no DummyLossWrapper among"), (2, "has 2 Dum")]
+)
+def test_it_refuses_to_guess_the_wrapper(number: int, said: str) -> None:
+    module = Module(wrapped=False)
+    spec = {name: f"model.towers.{name}" for name in NAMES}
+    for place in range(number):
+        setattr(module, f"wrapper{place}", DummyLossWrapper(module, spec))
+    with pytest.raises(ValueError, match=said):
+        fit(module, TURNS, DummyLossCallback())
+
+
+def test_it_refuses_the_wrapper_of_another_model() -> None:
+    with pytest.raises(ValueError, match="shares no parameter with the model of the wrapper"):
+        fit(Module(), TURNS, DummyLossCallback(Module().wrapper, hold=True))
+
+
+def test_it_refuses_a_loss_that_does_not_go_through_the_wrapper() -> None:
+    module = Module()
+    module.wrapped = False
+    with pytest.raises(RuntimeError, match="The loss of `Module` did not go through the wrapper"):
+        fit(module, TURNS, DummyLossCallback())
+
+
+def test_it_refuses_to_hold_what_has_no_parameter_of_the_map() -> None:
+    class Trunk(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.model.trunk.parameters())
+
+    with pytest.raises(ValueError, match="has no parameter of the modalities"):
+        fit(Trunk(), TURNS, DummyLossCallback(hold=True))
