@@ -157,22 +157,13 @@ def test_tensorclasses() -> None:
     assert active(scans, names=("image", "sound")) == ("image",)
 
 
-@pytest.fixture
-def lazily_stacked() -> Any:
+@pytest.mark.long
+def test_a_lazy_stack() -> None:
+    """Samples may have different keys."""
     from tensordict import TensorDict, lazy_stack
 
-    return lazy_stack([TensorDict({"T1": X}), TensorDict({"T1": X, "dMRI": X})])
-
-
-@pytest.mark.long
-def test_lazily_stacked_tensordicts_with_different_keys(lazily_stacked: Any) -> None:
-    assert active(lazily_stacked) == ("T1", "dMRI")
-
-
-@pytest.mark.long
-def test_the_samples_of_a_lazy_stack(lazily_stacked: Any) -> None:
-    """The way out that the page shows."""
-    assert active(lazily_stacked.tensordicts) == ("T1", "dMRI")
+    stack = lazy_stack([TensorDict({"T1": X}), TensorDict({"T1": X, "dMRI": X})])
+    assert active(stack) == active(stack.tensordicts) == ("T1", "dMRI")
 
 
 # --- PyTorch Geometric ---------------------------------------------------------------------------
