@@ -46,7 +46,7 @@ def rows_of(run: str, *, label: bool, steps: int = 60) -> Iterator[Row]:
 
 def read_events(folder: Path) -> list[Row]:
     """The rows of an event file, as the page shows how to read them."""
-    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]  # has none
+    from tensorboard.backend.event_processing import (
         event_accumulator,
     )
 
@@ -103,7 +103,7 @@ def payloads(data: bytes) -> Iterator[bytes]:
 
 
 def read_run(path: Path) -> list[Row]:
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at import
+    from wandb.proto.wandb_internal_pb2 import Record
 
     rows = []
     for payload in payloads(path.read_bytes()):

@@ -106,7 +106,7 @@ def test_llavas_flat_list_of_modalities() -> None:
 @pytest.mark.long
 def test_rows_of_datasets() -> None:
     """Rows, slices and batches of `map`, where a missing column is filled with None."""
-    from datasets import Dataset  # type: ignore[import-untyped]  # ships no types
+    from datasets import Dataset
 
     data = Dataset.from_dict({"T1": [[1.0], None, [1.0]], "dMRI": [None, [2.0], [2.0]]})
     assert [active(row) for row in data] == [("T1",), ("dMRI",), ("T1", "dMRI")]
@@ -174,7 +174,7 @@ compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated
 
 
 def graph(sizes: dict[str, int], **attributes: Any) -> Any:
-    from torch_geometric.data import HeteroData  # type: ignore[import-untyped]  # ships no types
+    from torch_geometric.data import HeteroData
 
     data = HeteroData(**attributes)
     for kind, number in sizes.items():
@@ -187,7 +187,7 @@ def graph(sizes: dict[str, int], **attributes: Any) -> Any:
 def test_graphs_whose_node_types_are_modalities() -> None:
     """`HeteroData` and batches of it, through the page's resolver, `x_dict` or an attribute."""
     from torch_geometric.data import Batch
-    from torch_geometric.loader import DataLoader as GraphLoader  # type: ignore[import-untyped]
+    from torch_geometric.loader import DataLoader as GraphLoader
 
     resolver = resolver_for("PyTorch Geometric")
     one, two = graph({"T1": 2, "dMRI": 0}), graph({"T1": 0, "dMRI": 1})
