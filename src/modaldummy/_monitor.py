@@ -1,6 +1,7 @@
 """Norms of gradients by modality, under names for a logger."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from modaldummy._arguments import check_wrapper
 from modaldummy._errors import describe
 from modaldummy._gradients import Mask, Places, stock_of
 from modaldummy._modalities import text_of
+from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 
 
@@ -58,7 +60,8 @@ def gradient_norms(
             parameters have no gradient. What would be left out is NaN then.
         prefix: What to write for `grad` in all keys but `active/<modality>`.
         active: What was active, in any form of `active_modalities`; by default what the last loss
-            said. With accumulation pass all that was active since the gradients were cleared.
+            said. With accumulation pass a list of the reports, `wrapper.last`, of all batches since
+            the gradients were cleared.
         scaler: A `torch.amp.GradScaler` that has not unscaled the gradients yet, or the number
             that the loss was multiplied by; the norms are divided by it.
         full: Measure whole DTensors rather than this rank's shards. All ranks have to call then;
@@ -84,9 +87,11 @@ def gradient_norms(
     check_wrapper(wrapper)
     if not isinstance(prefix, str) or not prefix:
         raise ValueError(f"`prefix` must be a string such as 'grad', got {describe(prefix)}.")
-    present = _active(wrapper, active)
-    taught = tuple(wrapper._map.active_keys(present))
-    everything = present.issuperset(wrapper.modalities)
+    batches = _batches(wrapper, active)
+    present = {name for names in batches for name in names}
+    keys = {key for names in batches for key in wrapper._map.active_keys(names)}
+    taught = tuple(key for key in wrapper._map.paths if key in keys)
+    everything = len(taught) == len(wrapper._map.paths)
     stock = stock_of(wrapper)
     norm, there = stock.measure(scaler, full)
     names = stock.names(prefix, label, taught, everything)
@@ -120,12 +125,16 @@ def gradient_norms(
     return found
 
 
-def _active(wrapper: DummyLossWrapper, active: Any) -> set[str]:
+def _batches(wrapper: DummyLossWrapper, active: Any) -> list[Collection[str]]:
+    """The active modalities of each batch that the gradients are of."""
+    reports = [active] if isinstance(active, StepReport) else active
+    if isinstance(reports, list) and reports and isinstance(reports[0], StepReport):
+        return [report.active for report in reports]
     if active is not None:
-        return wrapper._reader.read(active, "`active`", explicit=True)
+        return [wrapper._reader.read(active, "`active`", explicit=True)]
     if wrapper.last is None:
         raise RuntimeError(
             "No loss has gone through the wrapper, so that nobody knows which modalities are "
             "active; call `gradient_norms` after `wrapper.total(...).backward()`, or pass `active`."
         )
-    return set(wrapper.last.active)
+    return [wrapper.last.active]

@@ -187,6 +187,9 @@ class Signals:
             taught[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
         for name, parts in self.fusions.items():
             taught[name] = np.min([taught[part] for part in parts], axis=0)
+            if "label" in self._met[name]:  # its parts may have been in different batches
+                alone = labelled & np.isnan(labels[name]) & np.isnan(labels["active"])
+                taught[name] = np.where(alone, 0.0, taught[name])
         return held, taught
 
 

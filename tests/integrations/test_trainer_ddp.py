@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fleet import Fleet
-from tests.integrations.trainer_ranks import refused, trained
+from tests.integrations.trainer_ranks import refused, told, trained
 from tests.integrations.trainers import (
     MODELS,
     SCALE,
@@ -136,6 +136,14 @@ def test_what_cannot_be_right_is_refused(
 ) -> None:
     for message in two.ask(refused, name, args, options):
         assert message.startswith(expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dispatched", [True, False])
+def test_batches_that_the_first_rank_deals_out_are_warned_of(dispatched: bool, two: Fleet) -> None:
+    for logged in two.ask(told, dispatched):
+        warned = [message for message in logged if "dispatch_batches" in message]
+        assert len(warned) == dispatched
 
 
 @pytest.mark.long

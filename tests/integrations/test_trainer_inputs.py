@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -16,27 +15,22 @@ import modaldummy.integrations.transformers as integration
 from modaldummy import BatchMetadataError, DummyLossWrapper, UnknownModalityError
 from tests.integrations.trainers import (
     BATCH,
+    EVALUATING,
     MAP,
     WIDTHS,
+    MixedTrainer,
     Recorder,
     Scanner,
     arguments,
     mixed,
     owner_of,
-    plain,
-    reader,
-    rows_of,
-    samples,
     scanner,
-    values_of,
-    wrapper_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = list(WIDTHS)
 ORDER = ["T1", "dMRI", "T1", "rsfMRI"]  # one modality a batch
-EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
 
 
 class Wide(Scanner):
@@ -193,6 +187,23 @@ def test_a_model_that_names_the_metadata_gets_it(tmp_path: Path) -> None:
     assert model.seen == {"modality"}
 
 
+class WithColumns(MixedTrainer):
+    """Fixes its columns, as Trainers do that prepare a dataset themselves."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        columns: Any = ["scan", "labels", "modality"]
+        self._signature_columns = columns
+
+
+def test_who_names_the_metadata_is_the_model_and_not_the_columns(tmp_path: Path) -> None:
+    data = scans("modality", ITSELF)
+    options = {"train_dataset": data, "data_collator": keeping}
+    model = wide(Asking)
+    mixed(model, arguments(tmp_path), WithColumns, **options).train()
+    assert model.seen == {"modality"}
+    mixed(wide(), arguments(tmp_path), WithColumns, **options).train()
+
+
 def test_a_collator_that_drops_strings_is_told_of(tmp_path: Path) -> None:
     """The Trainer's default does; the note names both ways out."""
     model = wide()
@@ -238,53 +249,3 @@ def test_columns_of_a_dataset_are_kept(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2
     assert trainer.wrapper.last.active == ("T1",)
     assert model.seen == set()
-
-
-@pytest.mark.parametrize("make", [scanner, reader])
-def test_evaluation_and_prediction_are_those_of_the_trainer(make: Any, tmp_path: Path) -> None:
-    """Bit for bit, with a scale that would show, and nothing is told to the wrapper."""
-    model = make()
-    data = samples(model)
-    options = {"eval_dataset": data, "wrapper": wrapper_of(model, scale=10.0)}
-    trainer = mixed(model, arguments(tmp_path), **options)
-    reference = plain(make(), arguments(tmp_path), eval_dataset=data)
-    assert trainer.evaluate()["eval_loss"] == reference.evaluate()["eval_loss"]
-    found, expected = trainer.predict(data), reference.predict(data)
-    assert np.array_equal(found.predictions, expected.predictions)
-    assert np.array_equal(found.label_ids, expected.label_ids)
-    assert found.metrics["test_loss"] == expected.metrics["test_loss"]
-    assert trainer.wrapper.last is None
-
-
-def test_evaluation_within_training_disturbs_nothing(tmp_path: Path) -> None:
-    """Neither losses, report, labels and the hold, nor, with other modalities, what is active."""
-    runs = []
-    for options in ({}, EVALUATING):
-        model = scanner()
-        # What is evaluated holds modalities that training does not.
-        data = samples(model, [["dMRI"], ["rsfMRI"]])
-        trainer = mixed(
-            model,
-            arguments(tmp_path, gradient_accumulation_steps=2, optim="adamw_torch", **options),
-            hold=True,
-            train_dataset=samples(model, [["T1"], ["T1"], ["T1"], ["rsfMRI"]]),
-            eval_dataset=data,
-        )
-        trainer.train()
-        runs.append((rows_of(trainer), values_of(model), trainer))
-    (rows, values, _), (others, expected, trainer) = runs
-    assert [row for row in trainer.state.log_history if "eval_loss" in row]
-    assert rows == others
-    for name, value in values.items():
-        assert torch.equal(value, expected[name]), name
-    assert torch.equal(expected["towers.dMRI.weight"], values_of(scanner())["towers.dMRI.weight"])
-
-
-def test_what_evaluation_logs_carries_no_report(tmp_path: Path) -> None:
-    model = scanner()
-    options = {"eval_dataset": samples(model)}
-    trainer = mixed(model, arguments(tmp_path, **EVALUATING), **options)
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
-    assert len(rows) == 10
-    assert not any(key.startswith("modaldummy/") for row in rows for key in row)

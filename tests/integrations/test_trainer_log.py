@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from modaldummy import DummyLossWrapper, gradient_norms
 from modaldummy._report import StepReport
 from modaldummy.integrations import _trainer_norms
+from modaldummy.integrations._batches import summed
 from modaldummy.integrations.transformers import GradientNormCallback
 from tests.integrations.trainers import (
     MAP,
@@ -20,6 +21,7 @@ from tests.integrations.trainers import (
     Recorder,
     Scanner,
     arguments,
+    labels_of,
     mixed,
     own,
     plain,
@@ -49,7 +51,7 @@ def test_what_was_accumulated_is_summed(turned: bool) -> None:
     model = scanner()
     reports = reports_of(model, {8.0: ["T1"], -4.0: ["T1", "dMRI"]})
     (first, _), (second, _) = reports
-    row = _trainer_norms.summed(wrapper_of(model), reports[::-1] if turned else reports)
+    row = summed(wrapper_of(model), reports[::-1] if turned else reports)
     assert row["modaldummy/real"] == 1
     dummy = 0.25 * (first.dummy + second.dummy).item()
     assert row["modaldummy/dummy"] == pytest.approx(dummy)
@@ -66,14 +68,9 @@ def test_what_was_accumulated_is_summed(turned: bool) -> None:
 def test_a_loss_that_is_not_a_number_shows_in_the_sum(turned: bool) -> None:
     model = scanner()
     reports = reports_of(model, {math.nan: ["T1"], 1.0: ["T1"]})
-    row = _trainer_norms.summed(wrapper_of(model), reports[::-1] if turned else reports)
+    row = summed(wrapper_of(model), reports[::-1] if turned else reports)
     assert math.isnan(row["modaldummy/real"])
     assert math.isnan(row["modaldummy/fraction"])
-
-
-def labels_of(row: dict[str, float]) -> set[str]:
-    """The labels of gradient norms, such as `T1` and `inactive`."""
-    return {key.split("[")[1].split("]")[0] for key in row if key.startswith("grad/[")}
 
 
 def test_the_history_has_report_and_norms(tmp_path: Path) -> None:
@@ -242,12 +239,12 @@ def test_a_callback_that_comes_later_measures_too(tmp_path: Path) -> None:
     assert labels_of(rows_of(trainer)[0]) == {"T1", "inactive"}
 
 
-def test_a_callback_watches_one_wrapper() -> None:
-    first, second = wrapper_of(scanner()), wrapper_of(scanner())
-    callback = GradientNormCallback(first)
-    callback.watch(second)
-    callback.watch(second)
-    assert (len(first._observers), len(second._observers)) == (0, 1)
+def test_a_callback_with_a_wrapper_of_its_own_keeps_it(tmp_path: Path) -> None:
+    """No loss goes through it here."""
+    model = scanner()
+    callback = GradientNormCallback(wrapper_of(model))
+    with pytest.raises(RuntimeError, match="No loss has gone through the wrapper"):
+        mixed(model, arguments(tmp_path), callbacks=[callback]).train()
 
 
 def test_a_callback_without_a_wrapper_says_so(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.integrations.trainers import (
     Scanner,
     arguments,
     mixed,
+    samples,
     scanner,
     wrapper_of,
 )
@@ -116,6 +117,29 @@ class Lossless(Scanner):
         return {"loss": None}
 
     accepts_loss_kwargs = False
+
+
+class Wrapping(Scanner):
+    """Adds the dummy itself, as a model does that is trained without the mixin."""
+
+    def forward(
+        self,
+        T1: Tensor | None = None,  # noqa: N803  # columns are called as modalities are
+        rsfMRI: Tensor | None = None,  # noqa: N803
+        dMRI: Tensor | None = None,  # noqa: N803
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        found = super().forward(T1, rsfMRI, dMRI, labels)
+        wrapper: Any = self.wrapper
+        return found | {"loss": wrapper.total(found["loss"], "T1")}
+
+
+def test_a_dummy_that_would_be_added_twice_is_refused(tmp_path: Path) -> None:
+    model: Any = Wrapping()
+    model.wrapper = wrapper_of(model)
+    options = {"wrapper": model.wrapper, "train_dataset": samples(model)}
+    with pytest.raises(RuntimeError, match="it would be added twice"):
+        mixed(model, arguments(tmp_path), **options).train()
 
 
 def test_a_model_without_a_loss_is_named(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_second_training_goes_on_with_the_same_wrapper(tmp_path: Path) -> None
     observers = len(wrapper._observers)
     trainer.train()
     assert trainer.wrapper is wrapper
-    assert len(wrapper._observers) == observers == 2  # the hold and the norms, once each
+    assert len(wrapper._observers) == observers == 1  # the hold, once
 
 
 def test_a_trainer_can_go_while_its_wrapper_stays(tmp_path: Path) -> None:

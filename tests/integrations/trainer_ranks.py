@@ -1,6 +1,7 @@
 """What a rank does that trains with the Trainer: asked of a `Fleet`, which has a group already."""
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from modaldummy.integrations.transformers import GradientNormCallback
 from tests.integrations.trainers import (
@@ -19,6 +21,8 @@ from tests.integrations.trainers import (
     mixed,
     plain,
     rows_of,
+    samples,
+    scanner,
     values_of,
     wrapper_of,
 )
@@ -54,6 +58,29 @@ def trained(rank: int, name: str, args: dict[str, Any], options: dict[str, Any])
         ddp = trainer.model_wrapped
         flags = (type(ddp).__name__, getattr(ddp, "find_unused_parameters", None))
         return seen.steps, values_of(model), rows_of(trainer), flags
+
+
+class Stream(IterableDataset[Any]):
+    """Samples of T1, one after the other."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(samples(scanner(), [["T1"]] * 4))
+
+
+def told(rank: int, dispatched: bool) -> list[str]:
+    """What the mixin logs where it trains on an iterable dataset."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("modaldummy.integrations.transformers")
+    logger.addHandler(handler)
+    config = {"dispatch_batches": dispatched}
+    args = {"max_steps": 1, "accelerator_config": config, "train_sampling_strategy": "random"}
+    try:
+        trained(rank, "scanner", args, {"train_dataset": Stream()})
+    finally:
+        logger.removeHandler(handler)
+    return logged
 
 
 def refused(rank: int, name: str, args: dict[str, Any], options: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ SCALE = 1e-7
 WIDTHS = {"T1": 4, "rsfMRI": 5, "dMRI": 6}
 MAP = {name: f"towers.{name}" for name in WIDTHS}
 BATCH = 2
+EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
 Batches = Sequence[Sequence[str]]  # the modalities of each
 # With four batches a step: one modality in all, two that take turns, and a remainder of two.
 BATCHES: Batches = [["T1"]] * 4 + [["T1"], ["dMRI"]] * 2 + [["rsfMRI", "T1"], ["rsfMRI"]]
@@ -228,3 +229,8 @@ def owner_of(name: str) -> str | None:
     """The modality that a parameter of `Scanner` or `ReaderForCausalLM` belongs to."""
     _, _, rest = name.rpartition("towers.")
     return next((modality for modality in WIDTHS if rest.startswith(f"{modality}.")), None)
+
+
+def labels_of(row: dict[str, float]) -> set[str]:
+    """The labels of gradient norms, such as `T1` and `inactive`."""
+    return {key.split("[")[1].split("]")[0] for key in row if key.startswith("grad/[")}

@@ -1,14 +1,11 @@
-"""Gradient norms and reports of the steps that Hugging Face's Trainer logs."""
+"""Gradient norms of the steps that Hugging Face's Trainer logs."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from modaldummy._arguments import check_wrapper
-from modaldummy._kinds import reached
 from modaldummy._monitor import gradient_norms
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
@@ -37,47 +34,45 @@ class GradientNormCallback(TrainerCallback):
     def __init__(
         self, wrapper: DummyLossWrapper | None = None, *, label: bool = True, prefix: str = "grad"
     ) -> None:
-        self.metrics: dict[str, float] = {}
-        self._label, self._prefix = label, prefix
-        self._wrapper: DummyLossWrapper | None = None
-        self._active: set[str] = set()
-        self._measured = -2  # how many steps were made before the one that `metrics` are of
         if wrapper is not None:
             check_wrapper(wrapper)
-            self.watch(wrapper)
+        self.metrics: dict[str, float] = {}
+        self._wrapper, self._label, self._prefix = wrapper, label, prefix
+        # Of all batches since the optimizer stepped. Noted after backward, so that nothing of it is
+        # in code that may be compiled.
+        self._reports: list[StepReport] = []
+        self._measured = -2  # how many steps were made before the one that `metrics` are of
 
-    def watch(self, wrapper: DummyLossWrapper) -> None:
-        """Measure the gradients of this wrapper from now on."""
-        if wrapper is self._wrapper:
-            return
-        if self._wrapper is not None:
-            self._wrapper._observers.remove(self._observe)
-        self._wrapper = wrapper
-        wrapper._observers.append(self._observe)
+    def is_for(self, wrapper: DummyLossWrapper) -> bool:
+        """Whether it was not given another wrapper."""
+        return self._wrapper is None or self._wrapper is wrapper
 
-    def measure(self, args: TrainingArguments, state: TrainerState, scaler: Any = None) -> None:
-        """Measure if the step that is about to be made will be logged and was not measured yet.
+    def measure(
+        self,
+        wrapper: DummyLossWrapper,
+        reports: list[StepReport],
+        args: TrainingArguments,
+        state: TrainerState,
+        scaler: Any = None,
+    ) -> None:
+        """Measure if the step that is about to be made will be logged.
 
         Args:
+            wrapper: What the losses went through.
+            reports: Of each loss that the gradients are of.
             args: Those of the Trainer.
             state: That of the Trainer.
             scaler: The `GradScaler` if it has not unscaled the gradients yet.
-
-        Raises:
-            RuntimeError: There is no wrapper, or no loss has gone through it.
         """
-        if self._measured == state.global_step or not _is_logged(args, state):
-            return
-        if self._wrapper is None:
-            raise RuntimeError(
-                "`GradientNormCallback` has no wrapper; pass it one, "
-                "`GradientNormCallback(wrapper)`, or train with a `DummyLossMixin`."
+        if _is_logged(args, state):
+            self.metrics = gradient_norms(
+                wrapper,
+                label=self._label,
+                prefix=self._prefix,
+                active=reports or None,
+                scaler=scaler,
             )
-        active = sorted(self._active) if self._wrapper.last else None
-        self.metrics = gradient_norms(
-            self._wrapper, label=self._label, prefix=self._prefix, active=active, scaler=scaler
-        )
-        self._measured = state.global_step
+            self._measured = state.global_step
 
     def metrics_of(self, state: TrainerState) -> dict[str, float]:
         """`metrics` if they are of the step that was just made, else nothing."""
@@ -86,48 +81,35 @@ class GradientNormCallback(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Forget an earlier training."""
         self._measured = -2
-        self.metrics = {}
+        self.metrics, self._reports = {}, []
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Forget what the last step held."""
-        self._active.clear()
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """Note what a batch held before which others are accumulated."""
+        if self._wrapper is not None and self._wrapper.last is not None:
+            self._reports.append(self._wrapper.last)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Measure what no mixin has measured before clipping."""
-        self.measure(args, state)  # the Trainer has unscaled the gradients
+        """Measure what no mixin has measured before clipping.
 
-    def _observe(self, _: Any, __: Any) -> None:
-        if self._wrapper is not None and self._wrapper.last is not None:
-            self._active.update(self._wrapper.last.active)
+        Raises:
+            RuntimeError: There is no wrapper, or no loss has gone through it.
+        """
+        self.on_substep_end()
+        if self._measured == state.global_step or not _is_logged(args, state):
+            return
+        if self._wrapper is None:
+            raise RuntimeError(
+                "`GradientNormCallback` has no wrapper; pass it one, "
+                "`GradientNormCallback(wrapper)`, or train with a `DummyLossMixin`."
+            )
+        # The Trainer has unscaled the gradients.
+        self.measure(self._wrapper, self._reports, args, state)
 
-
-def summed(
-    wrapper: DummyLossWrapper, reports: Sequence[tuple[StepReport, float]]
-) -> dict[str, float]:
-    """`StepReport.as_dict` of all batches that were accumulated for a step.
-
-    Losses and dummies are added up, so that they are those of the loss that is logged; active is
-    what any batch held, and what is counted are the parameters that were inactive in all.
-
-    Args:
-        wrapper: Whose reports they are.
-        reports: One for each batch, with its share of the loss of the step.
-    """
-    (last, _), rows = reports[-1], [(report.as_dict(), share) for report, share in reports]
-    found = last.as_dict()
-    for name in ("real", "dummy", "uncapped"):
-        key = f"modaldummy/{name}"
-        found[key] = sum(row[key] * share for row, share in rows)
-    active = {name for report, _ in reports for name in report.active}
-    idle = wrapper._map.inactive_parameters(active)
-    found["modaldummy/fraction"] = max(
-        (row["modaldummy/fraction"] for row, _ in rows), key=lambda f: (math.isnan(f), f)
-    )
-    found["modaldummy/num_params"] = float(len(idle))
-    found["modaldummy/num_elements"] = float(sum(reached(one).numel() for one in idle))
-    return found | {f"modaldummy/active/{name}": 1.0 for name in active}
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Forget what the step held, whose gradients are cleared now."""
+        self._reports = []
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:

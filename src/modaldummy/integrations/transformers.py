@@ -1,10 +1,12 @@
 """For Hugging Face's Trainer: the dummy term in `compute_loss`, gradient norms in `log`."""
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ from modaldummy._preflight import preflight
 from modaldummy._ranks import check_ranks
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
-from modaldummy.integrations._trainer_norms import GradientNormCallback, summed
+from modaldummy.integrations._batches import summed
+from modaldummy.integrations._trainer_norms import GradientNormCallback
 
 __all__ = ["DummyLossMixin", "GradientNormCallback"]
 
@@ -38,6 +41,11 @@ _LOST = (
     "modalities, or write their places in the map, integers, into a column 'modality'. With "
     "`remove_unused_columns=True` a column is dropped as well that is neither an argument of the "
     "model's `forward` nor in `metadata_columns`."
+)
+_DISPATCHED = (
+    "Batches of an iterable dataset are dealt out by the first rank, by the keys of the first of "
+    "them: a modality that this one lacks is lost for all. Have all batches the same keys, or pass "
+    "`accelerator_config={'dispatch_batches': False}` and give each rank samples of its own."
 )
 
 
@@ -97,13 +105,17 @@ class DummyLossMixin(_TrainerMethods):
         one = isinstance(metadata_columns, str)
         self._metadata_columns = [metadata_columns] if one else list(metadata_columns)
         super().__init__(*args, **kwargs)
-        self._set_signature_columns_if_needed()  # while the model is still bare
+        model: Any = self.model
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        asked = inspect.signature(bare.forward).parameters
+        self._withheld = {name for name in self._metadata_columns if name not in asked}
         self._make_wrapper = wrapper
         self._hold = hold
         self._started: tuple[Any, ...] = ()
-        # What went through the wrapper once `_step` steps were made, and its share of the loss.
-        self._step = -1
+        # What went through the wrapper since the gradients were cleared, in which training and
+        # after how many steps, and its share of the loss.
         self._reports: list[tuple[StepReport, float]] = []
+        self._training: tuple[Any, int] = (None, 0)
         self._use_wrapper()
 
     def training_step(
@@ -132,13 +144,18 @@ class DummyLossMixin(_TrainerMethods):
                 "`compute_loss` return what `super().compute_loss(...)` returns, or what "
                 "`self.wrapper.total(loss, inputs)` makes of a loss of its own."
             )
-        if self._step != self.state.global_step:
-            self._step, self._reports = self.state.global_step, []
+        training, step = self._training
+        # Each training has a state of its own, which may be equal to that of the last.
+        if training is not self.state or step != self.state.global_step:
+            self._training, self._reports = (self.state, self.state.global_step), []
         share = self._divisor(not self._is_normalised(num_items_in_batch))
         self._reports += [(report, 1 / share) for report in backwarded]
         if self.accelerator.sync_gradients:
+            reports = [report for report, _ in self._reports]
             for callback in self._callbacks():
-                callback.measure(self.args, self.state, self.accelerator.scaler)
+                if callback.is_for(self.wrapper):
+                    scaler = self.accelerator.scaler
+                    callback.measure(self.wrapper, reports, self.args, self.state, scaler)
         return loss
 
     def compute_loss(
@@ -150,6 +167,7 @@ class DummyLossMixin(_TrainerMethods):
     ) -> Any:
         """As the Trainer's, plus the dummy term where gradients are computed."""
         active = self._read(model, inputs) if torch.is_grad_enabled() else None
+        before = self.wrapper.last
         result: Any = super().compute_loss(
             model,
             self._for_model(inputs),
@@ -158,6 +176,11 @@ class DummyLossMixin(_TrainerMethods):
         )
         if active is None:
             return result
+        if self.wrapper.last is not before:
+            raise RuntimeError(
+                "The loss has been through the wrapper before the mixin adds the dummy, so that it "
+                "would be added twice; leave it out of the model, or leave out the mixin."
+            )
         real, *outputs = result if return_outputs else (result,)
         check_loss(real, "The loss that `compute_loss` of the Trainer returns")
         # Batches that are not divided later have to share one dummy.
@@ -183,8 +206,7 @@ class DummyLossMixin(_TrainerMethods):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            self._withheld = [name for name in self._metadata_columns if name not in columns]
-            columns += self._withheld
+            columns += [name for name in self._metadata_columns if name not in columns]
 
     def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without metadata that the model's `forward` does not name."""
@@ -236,8 +258,6 @@ class DummyLossMixin(_TrainerMethods):
         """Once for each model and optimizer that is trained: connect, hold, and log findings."""
         if self.model is not self._made_for:  # `train` has called `model_init`
             self._use_wrapper()
-        for callback in self._callbacks():
-            callback.watch(self.wrapper)
         if self._started == (model, self.optimizer):
             return
         self._connect(model)
@@ -256,6 +276,9 @@ class DummyLossMixin(_TrainerMethods):
         )
         for finding in findings if self.is_world_process_zero() else ():
             _logger.log(_LEVELS[finding.severity], "%s", finding)
+        loader = self.callback_handler.train_dataloader
+        if self.args.world_size > 1 and isinstance(loader, DataLoaderDispatcher):
+            _logger.warning(_DISPATCHED)
         self._started = (model, self.optimizer)
 
     def _connect(self, model: nn.Module) -> None:
