@@ -26,7 +26,14 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
-from modaldummy import DummyLossWrapper, gradient_norms, hold_inactive, missing_gradients, preflight
+from modaldummy import (
+    DummyLossWrapper,
+    StepReport,
+    gradient_norms,
+    hold_inactive,
+    missing_gradients,
+    preflight,
+)
 from modaldummy.demo.model import MaskedAutoencoder, parameter_map
 from modaldummy.demo.scans import load_scans
 
@@ -62,13 +69,16 @@ def train(options: argparse.Namespace, accelerator: Accelerator) -> bool:
     wrapper = DummyLossWrapper(model, parameter_map(tuple(scans)))
     hold_inactive(wrapper, optimizer.optimizer)
     accelerator.init_trackers("demo")
-    findings = preflight(wrapper, optimizer.optimizer, model, max_norm=1.0, accumulation_steps=2)
+    scaler = accelerator.scaler  # None but with float16
+    findings = preflight(
+        wrapper, optimizer.optimizer, model, scaler=scaler, max_norm=1.0, accumulation_steps=2
+    )
     accelerator.print(f"Findings of preflight: {len(findings)}", *findings, sep="\n")
 
     before = evaluate(model, scans)
     draw = random.Random(options.seed + accelerator.process_index)
     masks = torch.Generator(device).manual_seed(options.seed + accelerator.process_index)
-    drawn, seen, largest, steps = Counter[str](), set[str](), 0.0, 0
+    drawn, seen, largest, steps = Counter[str](), list[StepReport](), 0.0, 0
     while steps < options.steps:
         name = draw.choice(list(scans))
         batch = {name: scans[name][draw.sample(range(len(scans[name])), 64)]}
@@ -76,14 +86,18 @@ def train(options: argparse.Namespace, accelerator: Accelerator) -> bool:
             loss = wrapper.total(model(batch, masks)[name], batch)
             accelerator.backward(loss)
             assert wrapper.last is not None
-            seen.add(name)
+            seen.append(wrapper.last)
             drawn[name] += 1
             largest = max(largest, wrapper.last.fraction)
             if accelerator.sync_gradients:
                 steps += 1
                 missing_gradients(wrapper, strict=True)  # raises if any is
-                norms = gradient_norms(wrapper, active=list(seen))
-                accelerator.log({"loss": loss.item()} | wrapper.last.as_dict() | norms, step=steps)
+                row = {"loss": loss.item()} | wrapper.last.as_dict()
+                row |= {
+                    f"modaldummy/active/{name}": 1.0 for report in seen for name in report.active
+                }
+                row |= gradient_norms(wrapper, active=seen, scaler=scaler)
+                accelerator.log(row, step=steps)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 seen.clear()
             optimizer.step()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from modaldummy import (
     DummyLossWrapper,
+    StepReport,
     gradient_norms,
     hold_inactive,
     missing_gradients,
@@ -39,10 +40,16 @@ def train(options: argparse.Namespace, fabric: Fabric) -> bool:
     torch.manual_seed(options.seed)
     bare = MaskedAutoencoder({name: data.shape[1] for name, data in scans.items()})
     model, optimizer = fabric.setup(bare, torch.optim.AdamW(bare.parameters(), lr=1e-3))
-    wrapper = DummyLossWrapper(bare, parameter_map(tuple(scans)))  # not with what `setup` returned
+    wrapper = DummyLossWrapper(bare, parameter_map(tuple(scans)))
     hold_inactive(wrapper, optimizer.optimizer)
+    scaler = getattr(fabric.strategy.precision, "scaler", None)  # with --precision 16-mixed
     findings = preflight(
-        wrapper, optimizer.optimizer, model, max_norm=1.0, accumulation_steps=ACCUMULATED
+        wrapper,
+        optimizer.optimizer,
+        model,
+        scaler=scaler,
+        max_norm=1.0,
+        accumulation_steps=ACCUMULATED,
     )
     fabric.print(f"Findings of preflight: {len(findings)}", *findings, sep="\n")
 
@@ -51,7 +58,7 @@ def train(options: argparse.Namespace, fabric: Fabric) -> bool:
     masks = torch.Generator(fabric.device).manual_seed(options.seed + fabric.global_rank)
     drawn, largest, sizes = Counter[str](), 0.0, list[float]()
     for _ in range(options.steps):
-        seen = set[str]()
+        seen = list[StepReport]()
         for last in [*[False] * (ACCUMULATED - 1), True]:
             name = draw.choice(list(scans))
             batch = {name: scans[name][draw.sample(range(len(scans[name])), 64)]}
@@ -59,11 +66,13 @@ def train(options: argparse.Namespace, fabric: Fabric) -> bool:
                 total = wrapper.total(model(batch, masks)[name], batch)
                 fabric.backward(total / ACCUMULATED)
             assert wrapper.last is not None
-            seen.add(name)
+            seen.append(wrapper.last)
+            drawn[name] += 1
             largest = max(largest, wrapper.last.fraction)
         missing_gradients(wrapper, strict=True)  # raises if any is
-        norms = gradient_norms(wrapper, active=list(seen))
-        absent = set(scans) - set[str]().union(*gathered(seen))  # on all ranks
+        norms = gradient_norms(wrapper, active=seen, scaler=scaler)
+        held = {name for report in seen for name in report.active}
+        absent = set(scans) - set[str]().union(*gathered(held))  # on all ranks
         for name in absent:
             own = wrapper.named_parameters(name).values()
             expected = 1e-7 * sum(parameter.numel() for parameter in own) ** 0.5
@@ -71,7 +80,6 @@ def train(options: argparse.Namespace, fabric: Fabric) -> bool:
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-        drawn.update(seen)
     after = evaluate(model, scans)
 
     counts, fractions, errors = zip(*gathered((drawn, largest, after)), strict=True)
@@ -81,10 +89,10 @@ def train(options: argparse.Namespace, fabric: Fabric) -> bool:
         "all ranks end with the same model": all(other == after for other in errors),
         "the error fell for each modality": all(after[name] < before[name] for name in scans),
     }
-    fabric.print("modality   steps of each rank   error before   after")
+    fabric.print("modality   batches of each rank   error before   after")
     for name in scans:
-        steps = [count[name] for count in counts]
-        fabric.print(f"{name:<8}{steps!s:>21}{before[name]:>15.3f}{after[name]:>8.3f}")
+        batches = [count[name] for count in counts]
+        fabric.print(f"{name:<8}{batches!s:>23}{before[name]:>15.3f}{after[name]:>8.3f}")
     for promise, held in promises.items():
         fabric.print("yes:" if held else "NO: ", promise)
     return all(promises.values())

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,20 @@ class Criterion(nn.Module):
         return output * 1
 
 
+def reducing(output: Tensor, reduction: Any, batch: Any) -> Tensor:
+    return output * 1
+
+
+@dataclass
+class Reduction:
+    """A function with settings, which are of no batch."""
+
+    modality: str
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output.mean()
+
+
 class Callable(dict[str, Any]):
     """As PyTorch Geometric's `Data` can be."""
 
@@ -108,6 +123,7 @@ def calls(wrapper: DummyLossWrapper, out: Tensor) -> dict[str, Tensor]:
             out, modality="T1"
         ),
         "batch that can be called": wrapper(plain)(out, Callable(modality=["T1"])),
+        "callable with a field of that name": wrapper(reducing)(out, Reduction("dMRI"), T1_BATCH),
         "builtin without signature": wrapper(torch.dist)(out, out.detach(), modalities="T1"),
     }
 

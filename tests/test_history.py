@@ -301,6 +301,14 @@ def test_rows_of_one_step_that_complete_each_other_are_one(size: int) -> None:
     assert found == [{"step": 1, "loss": 3.0, "epoch": 0, "grad_norm/T1": 0.5}, rows[2]]
 
 
+def test_gradients_of_two_ranks_are_no_parts_of_one_row() -> None:
+    rows: list[Row] = [
+        {"step": 1, "grad/[T1]/T1.weight": 0.5},
+        {"step": 1, "grad/[inactive]/T1.weight": 1e-7},
+    ]
+    assert list(in_chunks(rows, 4)) == [rows]
+
+
 @pytest.mark.parametrize(
     "second",
     [

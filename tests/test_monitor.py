@@ -233,6 +233,25 @@ def test_active_says_what_an_accumulation_window_held() -> None:
         assert f"grad/[inactive]/{RSFMRI}.bias" in found
 
 
+def test_reports_say_which_batches_had_what_together() -> None:
+    """Of T1 and dMRI in different batches their fusion is not active."""
+    parts = {"T1": nn.Linear(2, 1), "dMRI": nn.Linear(2, 1), "both": nn.Linear(2, 1)}
+    model = nn.ModuleDict(parts)
+    paths: Any = {"T1": "T1", "dMRI": "dMRI", ("T1", "dMRI"): "both"}
+    wrapper = DummyLossWrapper(model, paths)
+    seen = []
+    for name in ("T1", "dMRI"):
+        wrapper.total(parts[name](torch.ones(2)).sum(), name).backward()
+        assert wrapper.last is not None
+        seen.append(wrapper.last)
+    found = gradient_norms(wrapper, active=seen)
+    labels = {key.split("/")[1] for key in found if key.startswith("grad/")}
+    assert labels == {"[T1]", "[dMRI]", "[inactive]"}
+    assert "grad/[inactive]/both.weight" in found
+    assert "grad/both.weight" in gradient_norms(wrapper, active=["T1", "dMRI"])
+    assert gradient_norms(wrapper, active=seen[-1]) == gradient_norms(wrapper)
+
+
 # --- loss scaling -----------------------------------------------------------------------------
 
 

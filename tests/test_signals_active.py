@@ -226,6 +226,16 @@ def test_a_row_of_a_table_that_lacks_our_keys() -> None:
     assert np.isnan(found["norm/T1"]).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_fusion_without_its_label_was_in_no_batch(known: bool) -> None:
+    """Its modalities may have been in different ones. Where it never has one nobody can tell."""
+    apart = {"grad/[T1]/a": 3.0, "grad/[dMRI]/b": 3.0, "grad/[inactive]/c": 1e-7}
+    norms = {"grad_norm/T1": 3.0, "grad_norm/dMRI": 3.0, "grad_norm/T1-dMRI": 1e-7}
+    together = {"grad/[T1-dMRI]/c": 3.0, "grad/[inactive]/d": 1e-7} if known else {}
+    found = told(read(apart | norms, together | norms))
+    assert found["taught/T1-dMRI"] == (0 if known else 1)
+
+
 def test_a_flag_names_a_modality_and_no_fusion() -> None:
     signals = Signals()
     signals.add([{f"modaldummy/active/{name}": 1.0 for name in ("T1", "post", "T1-post")}])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modaldummy._batch import EXPLICIT_KEYS, Reader
 from modaldummy._errors import BatchMetadataError, describe
-from modaldummy._values import MAX_NESTING, fields_of, is_plain_collection
+from modaldummy._values import MAX_NESTING, is_plain_collection
 
 Resolver = Callable[[Any], Iterable[str]]
 
@@ -113,12 +113,13 @@ class CallReader:
 def is_data(argument: object) -> bool:
     """Whether an argument is of a type that never holds the metadata of a batch.
 
-    Such are tensors, arrays, numbers, strings, modules, callables and None.
+    Such are tensors, arrays, numbers, strings, modules, callables without keys, and None.
     """
-    never = (Tensor, np.ndarray, Number, np.generic, str, bytes, nn.Module)
+    never = (Tensor, np.ndarray, Number, np.generic, str, bytes, nn.Module, type)
     if argument is None or isinstance(argument, never):
         return True
-    return callable(argument) and fields_of(argument) is None  # PyG's Data can be called
+    # A batch that can be called, such as PyG's `Data`, has keys.
+    return callable(argument) and not hasattr(argument, "keys")
 
 
 def may_hold_metadata(argument: object, modalities: Sequence[str], depth: int = 0) -> bool:

@@ -46,8 +46,8 @@ def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownM
     hint = f"; did you mean {match!r}?" if match else "."
     return UnknownModalityError(
         f"{where} names the modality {describe(name)}, which `modality_param_map` does not have"
-        f"{hint} Known modalities: {', '.join(map(repr, known))}. Leave out what owns no "
-        "parameters, if need be by `DummyLossWrapper(..., resolver=...)`."
+        f"{hint} Known modalities: {', '.join(map(repr, known))}. Names that own no "
+        "parameters have to be left out, for instance by a `resolver` of the wrapper."
     )
 
 

@@ -159,7 +159,15 @@ def _joined(last: Row, row: Row) -> Row | None:
     both = (key for key in told if _says_something(last.get(key)))
     if any(role_of(str(key))[0] not in ("", "step") for key in both):
         return None
+    # Labels differ from batch to batch, and so from rank to rank.
+    if _has_gradients(told) and _has_gradients(last):
+        return None
     return {**last, **told}
+
+
+def _has_gradients(row: Row) -> bool:
+    kinds = ("label", "whole", "constant")
+    return any(_says_something(row[key]) and role_of(str(key))[0] in kinds for key in row)
 
 
 def _says_something(value: Any) -> bool:

@@ -119,8 +119,8 @@ class DummyLossWrapper:
         keyword `modalities=`. Which modalities are active is read, before `loss_fn` runs, from the
         first of: that keyword; a parameter called `active_modalities`, `modalities` or `modality`;
         the first argument, in signature order, that holds metadata. Tensors, arrays, numbers, bare
-        strings, modules, callables, a first parameter `self` or `cls`, and collections with neither
-        a modality, a mapping nor an object in them are not asked.
+        strings, modules, callables without keys, a first parameter `self` or `cls`, and collections
+        with neither a modality, a mapping nor an object in them are not asked.
 
         Works on whatever `loss_fn` returns: a tensor; a tuple or list that starts with the loss; a
         mapping or object with `loss`. Only the loss is replaced, on a shallow copy. The result is

@@ -103,7 +103,7 @@ TURNS = [["T1"], ["rsfMRI"], ["T1", "rsfMRI"], ["T1"]]  # dMRI never
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training_that_is_held_is_that_without_the_wrapper(precision: str) -> None:
-    """Bit for bit, with AdamW and clipping; inactive gradients are exactly `scale`."""
+    """Bit for bit, with AdamW; inactive gradients are exactly `scale`."""
     runs = [Run(wrapped, mixed_precision=precision) for wrapped in (True, False)]
     for run in runs:
         run.train(TURNS)

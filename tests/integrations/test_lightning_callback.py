@@ -98,7 +98,8 @@ def test_labels_are_those_of_all_accumulated_batches() -> None:
     rows = list(logger.ours().values())
     assert list(logger.ours()) == list(logger.lightnings()) == [0, 1, 2]
     assert [set(owners(row)) - {"inactive"} for row in rows] == [{"T1", "rsfMRI"}, {"dMRI"}, {"T1"}]
-    assert [row["modaldummy/active/T1"] for row in rows] == [0, 0, 1]  # of the last batch
+    assert [row["modaldummy/active/T1"] for row in rows] == [1, 0, 1]
+    assert [row["modaldummy/num_params"] for row in rows] == [2, 4, 4]
     assert rows[0]["grad_norm/dMRI"] == pytest.approx(DUMMY)
     assert rows[2]["grad_norm/dMRI"] == pytest.approx(DUMMY / 2)  # half of a step
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, UnsupportedEngineError
 from modaldummy.integrations.lightning import DummyLossCallback
 from tests.holding import NAMES, Towers
 from tests.integrations.lightning_modules import QUIET, Module, fit
@@ -43,6 +43,34 @@ def test_it_refuses_a_loss_that_does_not_go_through_the_wrapper() -> None:
     module.wrapped = False
     with pytest.raises(RuntimeError, match="The loss of `Module` did not go through the wrapper"):
         fit(module, TURNS, DummyLossCallback())
+
+
+def test_it_refuses_such_a_loss_after_others_too() -> None:
+    """Of a training before, or outside of any."""
+    module = Module()
+    fit(module, TURNS, DummyLossCallback())
+    module.wrapped = False
+    with pytest.raises(RuntimeError, match="The loss of `Module` did not go through the wrapper"):
+        fit(module, TURNS, DummyLossCallback())
+
+
+def test_a_hold_that_is_refused_leaves_no_other_behind() -> None:
+    class Two(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            towers = self.model.towers
+            return [
+                torch.optim.AdamW(towers["T1"].parameters()),
+                torch.optim.LBFGS(towers["dMRI"].parameters()),
+            ]
+
+    module = Two()
+    with pytest.raises(UnsupportedEngineError, match="LBFGS"):
+        fit(module, TURNS, DummyLossCallback(hold=True))
+    assert module.wrapper._observers == []
 
 
 def test_it_refuses_to_hold_what_has_no_parameter_of_the_map() -> None:

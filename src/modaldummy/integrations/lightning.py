@@ -14,11 +14,11 @@ from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unr
 from modaldummy._errors import UnsupportedEngineError
 from modaldummy._finding import Finding
 from modaldummy._hold import HoldHandle, hold_inactive
-from modaldummy._modalities import ModalityKey
 from modaldummy._monitor import gradient_norms
 from modaldummy._preflight import preflight
-from modaldummy._window import Mark
+from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
+from modaldummy.integrations._batches import summed
 
 __all__ = ["DummyLossCallback"]
 
@@ -33,8 +33,8 @@ class DummyLossCallback(Callback):
     The dummy term needs no callback: `training_step` returns `self.wrapper.total(loss, batch)`.
     Where training starts, the main process logs what `preflight` finds, by `logging`. At each step
     that the Trainer logs, its loggers get the wrapper's report and `gradient_norms`, of gradients
-    that are unscaled and not yet clipped. The labels are those of all accumulated batches, the
-    report that of the last one.
+    that are unscaled and not yet clipped. Labels are those of all accumulated batches; of the
+    report, losses and dummies are means over them, and what is active or counted is that of all.
 
     Args:
         wrapper: What the loss goes through; by default the one that the LightningModule, or a
@@ -56,6 +56,9 @@ class DummyLossCallback(Callback):
         RuntimeError: After the first step: the loss did not go through the wrapper.
 
     Note:
+        Where several optimizers step at different batches, norms of parameters of one that does not
+        step are those so far, still scaled, under the labels of one that does.
+
         Metrics go to the loggers themselves: `self.log` repeats what was logged under a label, at
         each step, until the epoch ends. So `trainer.logged_metrics` does not have them.
     """
@@ -75,10 +78,12 @@ class DummyLossCallback(Callback):
         self._given, self._hold, self._label, self._prefix = wrapper, hold, label, prefix
         self._wrapper: DummyLossWrapper | None = None
         self._handles: list[HoldHandle] = []
-        # Of all losses since the optimizers stepped; flags that compiled code can raise.
-        self._seen = Mark()
-        self._active: dict[str, Mark] = {}
-        self._stepped = False  # an optimizer has, in this batch or the one before
+        # Of all losses since an optimizer stepped, by the `id` of each that has a parameter of the
+        # map. Noted after backward, so that nothing of it is in code that may be compiled.
+        self._reports: dict[int, list[StepReport]] = {}
+        self._last: StepReport | None = None  # that was noted, or was there before
+        self._noted = False  # any, in this training
+        self._missed = False  # an optimizer stepped on gradients of other losses alone
         self._measured = False  # in this batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,47 +95,49 @@ class DummyLossCallback(Callback):
         ddps = ddps_around(model.modules(), owned)
         if any(leaves_unreduced(ddp, wrapper._scale) for ddp in ddps):
             raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
-        self._wrapper = wrapper
-        self._active = {name: Mark() for name in wrapper.modalities}
-        self._stepped = self._measured = False
-        wrapper._observers.append(self._observe)
-        if self._hold:
-            own = [o for o in trainer.optimizers if not owned.isdisjoint(map(id, _parameters(o)))]
-            self._handles = [hold_inactive(wrapper, o) for o in own or trainer.optimizers[:1]]
+        self._wrapper, self._last = wrapper, wrapper.last
+        self._noted = self._missed = self._measured = False
+        own = [o for o in trainer.optimizers if not owned.isdisjoint(map(id, _parameters(o)))]
+        self._reports = {id(optimizer): [] for optimizer in own}
+        for optimizer in own or trainer.optimizers[:1] if self._hold else ():
+            self._handles.append(hold_inactive(wrapper, optimizer))
         self.findings = _findings(trainer, wrapper, model)
         for finding in self.findings if trainer.is_global_zero else ():
             level = logging.getLevelNamesMapping()[finding.severity.upper()]
             _logger.log(level, "%s", finding)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Forget what the batches of the last step held."""
-        if self._stepped:
-            self._stepped = False
-            for mark in (self._seen, *self._active.values()):
-                mark.raised = False
+    def on_after_backward(self, *_: Any) -> None:
+        """Note what the loss held."""
+        last = None if self._wrapper is None else self._wrapper.last
+        if last is not None and last is not self._last:
+            self._last, self._noted = last, True
+            for reports in self._reports.values():
+                reports.append(last)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure gradients if the Trainer logs this step."""
-        if all(parameter.grad is None for parameter in _parameters(optimizer)):
-            return  # such as a `training_step` that returned None
-        self._stepped = True
-        wrapper = self._wrapper
-        last = wrapper.last if wrapper is not None and self._seen.raised else None
-        logged = trainer.loggers and trainer._logger_connector.should_update_logs
-        if wrapper is None or last is None or not logged:
+        wrapper, reports = self._wrapper, self._reports.get(id(optimizer))
+        if wrapper is None or reports is None:
+            return
+        if not reports:  # such as after a `training_step` that returned None
+            self._missed |= any(p.grad is not None for p in _parameters(optimizer))
+            return
+        self._reports[id(optimizer)] = []
+        if not (trainer.loggers and trainer._logger_connector.should_update_logs):
             return
         if not self._measured:
             self.metrics = {}
         self._measured = True
         # Several optimizers may step in a batch, each with gradients of its own: the last that is
         # known of each parameter is logged.
-        self.metrics |= last.as_dict() | gradient_norms(
+        self.metrics |= summed(wrapper, [(report, 1 / len(reports)) for report in reports])
+        self.metrics |= gradient_norms(
             wrapper,
             label=self._label,
             prefix=self._prefix,
-            active=[name for name, mark in self._active.items() if mark.raised],
+            active=reports,
             scaler=_scale_of(trainer, optimizer),
         )
 
@@ -138,9 +145,9 @@ class DummyLossCallback(Callback):
         """Hand what was measured to the loggers.
 
         Raises:
-            RuntimeError: An optimizer has stepped, and no loss has gone through the wrapper.
+            RuntimeError: An optimizer has stepped, and no loss has gone through the wrapper yet.
         """
-        if self._stepped and self._wrapper is not None and self._wrapper.last is None:
+        if self._missed and not self._noted:
             raise RuntimeError(
                 f"The loss of `{type(pl_module).__name__}` did not go through the wrapper; have "
                 "`training_step` return `self.wrapper.total(loss, batch)`."
@@ -160,19 +167,11 @@ class DummyLossCallback(Callback):
         """Let wrapper and optimizers go."""
         self._stop()
 
-    def _observe(self, _keys: list[ModalityKey], _loss: Tensor) -> None:
-        if self._wrapper is not None and self._wrapper.last is not None:
-            self._seen.raised = True
-            for name in self._wrapper.last.active:
-                self._active[name].raised = True
-
     def _stop(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._wrapper is not None:
-            self._wrapper._observers.remove(self._observe)
-            self._wrapper = None
+        self._wrapper = None
 
 
 def _wrapper_in(module: LightningModule) -> DummyLossWrapper:
