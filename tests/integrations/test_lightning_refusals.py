@@ -54,22 +54,32 @@ def test_it_refuses_such_a_loss_after_others_too() -> None:
         fit(module, TURNS, DummyLossCallback())
 
 
+class Two(Module):
+    """With two optimizers, of which the second may be of a kind that cannot be held."""
+
+    def __init__(self, second: type[torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.second: Any = second
+
+    def configure_optimizers(self) -> Any:
+        towers = self.model.towers
+        return [
+            torch.optim.AdamW(towers["T1"].parameters()),
+            self.second(towers["dMRI"].parameters()),
+        ]
+
+
 def test_a_hold_that_is_refused_leaves_no_other_behind() -> None:
-    class Two(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self) -> Any:
-            towers = self.model.towers
-            return [
-                torch.optim.AdamW(towers["T1"].parameters()),
-                torch.optim.LBFGS(towers["dMRI"].parameters()),
-            ]
-
-    module = Two()
+    module = Two(torch.optim.LBFGS)
     with pytest.raises(UnsupportedEngineError, match="LBFGS"):
         fit(module, TURNS, DummyLossCallback(hold=True))
+    assert module.wrapper._observers == []
+
+
+def test_all_optimizers_are_let_go_at_the_end() -> None:
+    module = Two(torch.optim.AdamW)
+    fit(module, TURNS, DummyLossCallback(hold=True))
     assert module.wrapper._observers == []
 
 
