@@ -138,8 +138,22 @@ def test_a_dummy_that_would_be_added_twice_is_refused(tmp_path: Path) -> None:
     model: Any = Wrapping()
     model.wrapper = wrapper_of(model)
     options = {"wrapper": model.wrapper, "train_dataset": samples(model)}
-    with pytest.raises(RuntimeError, match="it would be added twice"):
+    with pytest.raises(RuntimeError, match="dummy would be added twice"):
         mixed(model, arguments(tmp_path), **options).train()
+
+
+class Twice(MixedTrainer):
+    """Sends through the wrapper what has been through it."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return self.wrapper.total(super().compute_loss(model, inputs, *args, **kwargs), inputs)
+
+
+def test_a_total_of_the_total_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not both"):
+        mixed(scanner(), arguments(tmp_path), Twice).train()
 
 
 def test_a_model_without_a_loss_is_named(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ _LOST = (
     "`remove_unused_columns=True` a column is dropped as well that is neither an argument of the "
     "model's `forward` nor in `metadata_columns`."
 )
+_TWICE = (
+    "The loss has been through the wrapper besides what the mixin adds, so that the dummy would be "
+    "added twice; use `super().compute_loss(...)` or `self.wrapper.total(...)`, not both."
+)
 _DISPATCHED = (
     "Batches of an iterable dataset are dealt out by the first rank, by the keys of the first of "
     "them: a modality that this one lacks is lost for all. Have all batches the same keys, or pass "
@@ -116,6 +120,7 @@ class DummyLossMixin(_TrainerMethods):
         # after how many steps, and its share of the loss.
         self._reports: list[tuple[StepReport, float]] = []
         self._training: tuple[Any, int] = (None, 0)
+        self._added: StepReport | None = None  # by this class, in the step that is made
         self._use_wrapper()
 
     def training_step(
@@ -126,6 +131,7 @@ class DummyLossMixin(_TrainerMethods):
     ) -> Tensor:
         """As the Trainer's; gradient norms are measured after it."""
         self._start(model)
+        self._added = None
         backwarded: list[StepReport] = []
 
         def observe(_: Any, loss: Tensor) -> None:
@@ -138,6 +144,8 @@ class DummyLossMixin(_TrainerMethods):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.wrapper._observers.remove(observe)
+        if self._added in backwarded and len(backwarded) > 1:
+            raise RuntimeError(_TWICE)
         if not backwarded:
             raise RuntimeError(
                 f"The loss of `{type(self).__name__}` did not go through the wrapper; have its "
@@ -177,15 +185,13 @@ class DummyLossMixin(_TrainerMethods):
         if active is None:
             return result
         if self.wrapper.last is not before:
-            raise RuntimeError(
-                "The loss has been through the wrapper before the mixin adds the dummy, so that it "
-                "would be added twice; leave it out of the model, or leave out the mixin."
-            )
+            raise RuntimeError(_TWICE)
         real, *outputs = result if return_outputs else (result,)
         check_loss(real, "The loss that `compute_loss` of the Trainer returns")
         # Batches that are not divided later have to share one dummy.
         weight = 1 / self._divisor(self._is_normalised(num_items_in_batch))
         total = self.wrapper._add(real, active, weight)
+        self._added = self.wrapper.last
         return (total, *outputs) if return_outputs else total
 
     def prediction_step(
