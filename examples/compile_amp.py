@@ -3,9 +3,9 @@
     python examples/compile_amp.py
     python examples/compile_amp.py --dtype bfloat16
 
-Model, loss and dummy term are one graph for each set of modalities that a batch holds; the first run
-compiles them, which may take minutes. The scans
-come with `pip install 'modaldummy[demo]'`. Exit code 0 means that all promises held.
+Model, loss and dummy term are one graph for each set of modalities that a batch holds; the first
+run compiles them, which may take minutes. The scans come with `pip install 'modaldummy[demo]'`.
+Exit code 0 means that all promises held.
 """
 
 import argparse
