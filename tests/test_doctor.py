@@ -291,10 +291,13 @@ def test_many_findings_are_cut_short() -> None:
     assert _picture._verdict(findings * 3).endswith(f"\nand {len(findings) * 3 - 5} more")
 
 
-def test_a_running_median_begins_with_the_first_value() -> None:
-    values = np.array([3.0, 1.0, 2.0, *([5.0] * 9)])
-    assert _picture._running_median(values).tolist()[:4] == [3, 2, 2, 2.5]
-    assert _picture._running_median(values)[-1] == 5
+def test_a_running_median_goes_along_with_its_values() -> None:
+    """It neither lags behind a loss that falls nor follows a single value."""
+    falling = np.arange(40.0)[::-1]
+    assert _picture._running_median(falling)[10:30] == pytest.approx(falling[10:30], abs=0.5)
+    assert _picture._running_median(np.array([7.0])).tolist() == [7]
+    falling[20] = 1000
+    assert _picture._running_median(falling).max() < 40
 
 
 def test_a_long_run_is_read_in_bounded_memory(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 """The examples do under torchrun what they say, on two ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from modaldummy.__main__ import main
 from modaldummy.demo.scans import MODALITIES
+from tests.launch import TORCHRUN, launched
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 30  # more than an epoch of fsdp2.py
@@ -17,30 +15,9 @@ TIMEOUT = 180  # seconds; a quiet machine takes about 7
 
 
 def torchrun(folder: Path, example: str, *options: str) -> tuple[int, str]:
-    """Exit code of an example that runs in `folder`, and what it wrote."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(EXAMPLES / example), "--steps", str(STEPS), *options]
-    # Not a pipe, which ranks that hang would keep open.
-    path = folder / "output.txt"
-    with path.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            process.wait(TIMEOUT)
-        finally:
-            # Ranks are in sessions of their own; torchrun takes them along if it is asked to end.
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:
-                process.kill()
-                process.wait()
-    return process.returncode, path.read_text()
+    """Exit code of an example that runs on two ranks, and what it wrote."""
+    run = ["--steps", str(STEPS), *options]
+    return launched(folder, EXAMPLES / example, *run, by=TORCHRUN, timeout=TIMEOUT)
 
 
 def table(shown: str) -> list[str]:

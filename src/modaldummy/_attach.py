@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._containers import with_item
-from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced
+from modaldummy._ddp import check_reduced, ddps_around
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._graph import reached_by
 from modaldummy._kinds import is_sharded
@@ -63,8 +63,8 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
             "with, or the DDP around it."
         )
     ddps = list(ddps_around(model.modules(), owned))
-    if any(leaves_unreduced(ddp, wrapper._scale) for ddp in ddps):
-        raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
+    for ddp in ddps:
+        check_reduced(ddp, wrapper._scale)
     if len(ddps) > 1:
         raise ValueError(
             f"`model` ({type(model).__name__}) has {len(ddps)} DDP modules around parameters of "

@@ -57,5 +57,14 @@ def check_ddps(ddps: Iterable[DistributedDataParallel], scale: float | None) -> 
     for ddp in ddps:
         if marks_twice(ddp):
             raise UnsupportedEngineError(f"{TWICE} {TWICE_REMEDY}")
-        if leaves_unreduced(ddp, scale):
-            raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
+        check_reduced(ddp, scale)
+
+
+def check_reduced(ddp: DistributedDataParallel, scale: float | None) -> None:
+    """Refuse DDP that leaves gradients unreduced without a word.
+
+    Raises:
+        UnsupportedEngineError: Its graph is static and the scale None.
+    """
+    if leaves_unreduced(ddp, scale):
+        raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")

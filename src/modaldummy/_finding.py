@@ -1,5 +1,6 @@
 """What a check found, in a form for people and for programs."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,6 +40,12 @@ class Finding:
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
     """Errors first, then warnings; within each by code, otherwise as they came."""
     return sorted(findings, key=lambda f: (_ORDER.index(f.severity), f.code))
+
+
+def log_findings(findings: Iterable[Finding], logger: logging.Logger) -> None:
+    """Log each at the level that is called as its severity."""
+    for finding in findings:
+        logger.log(logging.getLevelNamesMapping()[finding.severity.upper()], "%s", finding)
 
 
 def _short(value: object) -> str:

@@ -185,8 +185,9 @@ def _at_edge(
 
 
 def _running_median(values: Column) -> Column:
-    """Median of each value and up to `_WINDOW - 1` values before it."""
-    padded = np.concatenate([np.full(_WINDOW - 1, np.nan), values])
+    """Median of each value and those around it, `_WINDOW` in all where there are so many."""
+    before, after = np.full(_WINDOW // 2, np.nan), np.full((_WINDOW - 1) // 2, np.nan)
+    padded = np.concatenate([before, values, after])
     windows = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)
     medians: Column = np.nanmedian(windows, axis=1)
     return medians

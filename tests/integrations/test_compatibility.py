@@ -29,10 +29,6 @@ def test_stamps_and_seals():
 @pytest.mark.parametrize("case", CASES)
 def test_graphs(case):
     helper()
-
-@pytest.mark.xfail
-def test_what_is_not_there():
-    import wandb
 '''
 PINNED = "monai==1\ntorch==2.0+cpu\ntorch-geometric==3\nwandb==4\n"
 
@@ -65,7 +61,6 @@ def test_rows_come_from_docstrings_names_and_marks() -> None:
         ("@pytest.mark.long\n", ""),
         ("marks=pytest.mark.long", "id='two'"),
         ("import monai.data", "import wandb"),
-        ("@pytest.mark.xfail\n", ""),
     ],
 )
 def test_a_changed_test_changes_the_page(old: str, new: str) -> None:

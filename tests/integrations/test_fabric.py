@@ -1,12 +1,10 @@
 """Lightning Fabric needs nothing of ours but the wrapper and the hold."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies.ddp import DDPStrategy
@@ -64,17 +62,6 @@ class Run:
     def gradients(self) -> dict[str, Tensor | None]:
         named = self.bare.named_parameters()
         return {name: None if p.grad is None else p.grad.clone() for name, p in named}
-
-
-@pytest.fixture
-def a_group() -> Iterator[None]:
-    """Takes down what Fabric sets up for one rank, in the environment too."""
-    before = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def fp16() -> MixedPrecision:

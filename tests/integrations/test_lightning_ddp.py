@@ -1,7 +1,5 @@
 """Lightning's DDP, whose forward is `training_step`: it sees the dummy, whatever it looks for."""
 
-import os
-from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -19,17 +17,6 @@ from tests.integrations.lightning_modules import QUIET, Batch, Kept, Module, fit
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
 
 TURNS = [["T1"], ["rsfMRI"], ["T1", "rsfMRI"], ["T1"]]  # dMRI never
-
-
-@pytest.fixture
-def a_group() -> Iterator[None]:
-    """Takes down what Lightning sets up for one rank, in the environment too."""
-    before = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 class Outside(Module):

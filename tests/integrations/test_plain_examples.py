@@ -3,11 +3,9 @@
 import csv
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from modaldummy.__main__ import main
 from modaldummy.demo.scans import MODALITIES
 from tests.integrations.lightning_modules import QUIET
+from tests.launch import TORCHRUN, launched
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMEOUT = 300  # seconds; a quiet machine takes about 10, and for inductor about 30
@@ -117,36 +116,9 @@ def test_accelerate_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert errors_of("accelerate-output/metrics.jsonl", capsys) == set()
 
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # A port of its own choice.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
 ACCELERATE += ["--main_process_port=0"]
-
-
-def launched(folder: Path, launcher: list[str], example: str, *options: str) -> tuple[int, str]:
-    """Exit code of an example on two ranks, and what it wrote."""
-    command = [sys.executable, "-m", *launcher, str(EXAMPLES / example), *options]
-    # Not a pipe, which ranks that hang would keep open.
-    path = folder / "output.txt"
-    with path.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            process.wait(TIMEOUT)
-        finally:
-            # Ranks are in sessions of their own; launchers take them along if asked to end.
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:
-                process.kill()
-                process.wait()
-    return process.returncode, path.read_text()
 
 
 @pytest.mark.long
@@ -161,9 +133,12 @@ def launched(folder: Path, launcher: list[str], example: str, *options: str) -> 
     ],
     ids=["lightning", "lightning, find unused", "fabric", "accelerate, torchrun", "accelerate"],
 )
-def test_two_ranks(launcher: list[str], example: str, options: list[str], tmp_path: Path) -> None:
+def test_two_ranks(
+    launcher: Sequence[str], example: str, options: list[str], tmp_path: Path
+) -> None:
     """The promises hold on both, which hold different modalities."""
-    code, shown = launched(tmp_path, launcher, example, "--steps", "30", *options)
+    run = ["--steps", "30", *options]
+    code, shown = launched(tmp_path, EXAMPLES / example, *run, by=launcher, timeout=TIMEOUT)
     assert code == 0, shown
     assert "Findings of preflight: 0\n" in shown
     assert promises(shown) == ["yes"] * 4
@@ -173,8 +148,8 @@ def test_two_ranks(launcher: list[str], example: str, options: list[str], tmp_pa
 
 @pytest.mark.long
 def test_compile_amp_with_inductor(tmp_path: Path) -> None:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    code, shown = launched(tmp_path, launcher, "compile_amp.py", "--steps", "2")
+    script = EXAMPLES / "compile_amp.py"
+    code, shown = launched(tmp_path, script, "--steps", "2", timeout=TIMEOUT)
     assert code == 0, shown
     assert promises(shown) == ["yes"] * 4
     assert "2 sets of modalities took 2 graphs" in shown

@@ -1,10 +1,8 @@
 """The rebuilt original over 200 steps: one process, two processes, and resumed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 from modaldummy import diagnose
+from tests.launch import TORCHRUN, launched
 
 pytestmark = pytest.mark.long
 
 EXAMPLE = Path(__file__).parents[2] / "examples/umbrella"
 STEPS = 200
 TIMEOUT = 240  # seconds; a quiet machine takes about 15
-
 HEALTHY = ["0 gradients were missing at 200 steps", "the dummy was", "the loss fell", "the doctor"]
 
 
-def train(folder: Path, *options: str, ranks: int = 1) -> str:
+def train(folder: Path, *options: str, by: Sequence[str] = ()) -> str:
     """What a run in `folder` wrote; it has to end with exit code 0."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), str(EXAMPLE / "train.py")]
-    command += ["--config", str(EXAMPLE / "all.yaml"), "--set", f"out={folder}", *options]
-    folder.mkdir(exist_ok=True)
-    # Not a pipe, which ranks that hang would keep open.
-    path = folder / "output.txt"
-    with path.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            process.wait(TIMEOUT)
-        finally:
-            # Ranks are in sessions of their own; torchrun takes them along if it is asked to end.
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:
-                process.kill()
-                process.wait()
-    shown = path.read_text()
-    assert process.returncode == 0, shown
+    run = ["--config", str(EXAMPLE / "all.yaml"), "--set", f"out={folder}", *options]
+    code, shown = launched(folder, EXAMPLE / "train.py", *run, by=by, timeout=TIMEOUT)
+    assert code == 0, shown
     return shown
 
 
@@ -104,7 +79,7 @@ def test_one_process_is_healthy(whole: tuple[Path, str]) -> None:
 
 def test_two_processes_are_healthy(tmp_path: Path) -> None:
     """Ranks hold other modalities, and end with the same parameters."""
-    shown = train(tmp_path, ranks=2)
+    shown = train(tmp_path, by=TORCHRUN)
     check_healthy(tmp_path, shown)
     assert promises(shown)[4:] == ["all ranks end with the same parameters"]
     assert shown.count("The doctor says") == 1

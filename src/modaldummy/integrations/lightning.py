@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._arguments import called_model, check_wrapper
-from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced
-from modaldummy._errors import UnsupportedEngineError
-from modaldummy._finding import Finding
+from modaldummy._ddp import check_reduced, ddps_around
+from modaldummy._finding import Finding, log_findings
 from modaldummy._hold import HoldHandle, hold_inactive
 from modaldummy._monitor import gradient_norms
 from modaldummy._preflight import preflight
@@ -93,18 +92,17 @@ class DummyLossCallback(Callback):
         model = trainer.strategy.model or pl_module
         owned = wrapper._map.owned(wrapper._map.paths).keys()
         ddps = ddps_around(model.modules(), owned)
-        if any(leaves_unreduced(ddp, wrapper._scale) for ddp in ddps):
-            raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
+        for ddp in ddps:
+            check_reduced(ddp, wrapper._scale)
         self._wrapper, self._last = wrapper, wrapper.last
         self._noted = self._missed = self._measured = False
         own = [o for o in trainer.optimizers if not owned.isdisjoint(map(id, _parameters(o)))]
         self._reports = {id(optimizer): [] for optimizer in own}
-        for optimizer in own or trainer.optimizers[:1] if self._hold else ():
+        for optimizer in (own or trainer.optimizers[:1]) if self._hold else ():
             self._handles.append(hold_inactive(wrapper, optimizer))
         self.findings = _findings(trainer, wrapper, model)
-        for finding in self.findings if trainer.is_global_zero else ():
-            level = logging.getLevelNamesMapping()[finding.severity.upper()]
-            _logger.log(level, "%s", finding)
+        if trainer.is_global_zero:
+            log_findings(self.findings, _logger)
 
     def on_after_backward(self, *_: Any) -> None:
         """Note what the loss held."""

@@ -15,8 +15,9 @@ from transformers import Trainer
 from modaldummy._arguments import called_model
 from modaldummy._attach import attach_to_outputs, is_attached
 from modaldummy._batch import EXPLICIT_KEYS
-from modaldummy._ddp import UNREDUCED, UNREDUCED_REMEDY, ddps_around, leaves_unreduced, marks_twice
-from modaldummy._errors import BatchMetadataError, UnsupportedEngineError, describe
+from modaldummy._ddp import check_reduced, ddps_around, marks_twice
+from modaldummy._errors import BatchMetadataError, describe
+from modaldummy._finding import log_findings
 from modaldummy._hold import hold_inactive
 from modaldummy._loss import check_loss
 from modaldummy._preflight import preflight
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
 else:
     _TrainerMethods = object
 _logger = logging.getLogger(__name__)
-_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 _LOST = (
     "The Trainer's default collators drop strings: pass a `data_collator` that keeps the names of "
-    "modalities, or write their places in the map, integers, into a column 'modality'. With "
+    "modalities, or write integer indexes into the map into a column 'modality'. With "
     "`remove_unused_columns=True` a column is dropped as well that is neither an argument of the "
     "model's `forward` nor in `metadata_columns`."
 )
@@ -47,8 +47,8 @@ _TWICE = (
     "added twice; use `super().compute_loss(...)` or `self.wrapper.total(...)`, not both."
 )
 _DISPATCHED = (
-    "Batches of an iterable dataset are dealt out by the first rank, by the keys of the first of "
-    "them: a modality that this one lacks is lost for all. Have all batches the same keys, or pass "
+    "Batches of an iterable dataset are dealt out by the first rank, by the keys of the first "
+    "batch: a modality that this one lacks is lost for all. Have all batches the same keys, or pass "
     "`accelerator_config={'dispatch_batches': False}` and give each rank samples of its own."
 )
 
@@ -280,8 +280,8 @@ class DummyLossMixin(_TrainerMethods):
             max_norm=self.args.max_grad_norm or None,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
-        for finding in findings if self.is_world_process_zero() else ():
-            _logger.log(_LEVELS[finding.severity], "%s", finding)
+        if self.is_world_process_zero():
+            log_findings(findings, _logger)
         loader = self.callback_handler.train_dataloader
         if self.args.world_size > 1 and isinstance(loader, DataLoaderDispatcher):
             _logger.warning(_DISPATCHED)
@@ -289,10 +289,8 @@ class DummyLossMixin(_TrainerMethods):
 
     def _connect(self, model: nn.Module) -> None:
         """Make DDP bear the dummy, or refuse it."""
-        scale = self.wrapper._scale
         owned = self.wrapper._map.owned(self.wrapper._map.paths)
         for ddp in ddps_around(model.modules(), owned):
-            if leaves_unreduced(ddp, scale):
-                raise UnsupportedEngineError(f"{UNREDUCED} {UNREDUCED_REMEDY}")
+            check_reduced(ddp, self.wrapper._scale)
             if marks_twice(ddp) and not is_attached(self.wrapper, ddp.module):
                 attach_to_outputs(self.wrapper, ddp)
