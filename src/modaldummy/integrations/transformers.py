@@ -47,8 +47,8 @@ _TWICE = (
     "added twice; use `super().compute_loss(...)` or `self.wrapper.total(...)`, not both."
 )
 _DISPATCHED = (
-    "The first rank deals out the batches of an iterable dataset, by the keys of the first of them: "
-    "a modality that this batch lacks is lost on all ranks. Give all batches the same keys, or pass "
+    "The first rank deals out batches of an iterable dataset by the keys of the first of them: a "
+    "modality that this one lacks is lost on all ranks. Give all batches the same keys, or pass "
     "`accelerator_config={'dispatch_batches': False}` and give each rank samples of its own."
 )
 
