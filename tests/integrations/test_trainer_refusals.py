@@ -1,5 +1,6 @@
 """What the mixin refuses, and what it says then."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +123,10 @@ class Lossless(Scanner):
 class Wrapping(Scanner):
     """Adds the dummy itself, as a model does that is trained without the mixin."""
 
-    def forward(
-        self,
-        T1: Tensor | None = None,  # noqa: N803  # columns are called as modalities are
-        rsfMRI: Tensor | None = None,  # noqa: N803
-        dMRI: Tensor | None = None,  # noqa: N803
-        labels: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        found = super().forward(T1, rsfMRI, dMRI, labels)
+    def loss(self, error: Tensor, present: Collection[str]) -> Tensor:
         wrapper: Any = self.wrapper
-        return found | {"loss": wrapper.total(found["loss"], "T1")}
+        total: Tensor = wrapper.total(error, list(present))
+        return total
 
 
 def test_a_dummy_that_would_be_added_twice_is_refused(tmp_path: Path) -> None:

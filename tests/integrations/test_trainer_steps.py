@@ -1,6 +1,6 @@
 """What a Trainer with the mixin logs of steps that are made of several batches."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,10 @@ class Fusing(Scanner):
         super().__init__()
         self.fusion = nn.Linear(1, 1, bias=False)
 
-    def forward(
-        self,
-        T1: Tensor | None = None,  # noqa: N803  # columns are called as modalities are
-        rsfMRI: Tensor | None = None,  # noqa: N803
-        dMRI: Tensor | None = None,  # noqa: N803
-        labels: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        found = super().forward(T1, rsfMRI, dMRI, labels)
-        if T1 is not None and dMRI is not None:
-            found["loss"] = self.fusion(found["loss"][None])[0]
-        return found
+    def loss(self, error: Tensor, present: Collection[str]) -> Tensor:
+        together = {"T1", "dMRI"} <= set(present)
+        fused: Tensor = self.fusion(error[None])[0] if together else error
+        return fused
 
 
 def test_what_no_batch_had_together_is_inactive(tmp_path: Path) -> None:

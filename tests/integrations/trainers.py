@@ -1,6 +1,6 @@
 """Tiny models, data and Trainers with three modalities, and what an optimizer step gets to see."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,16 @@ class Scanner(nn.Module):
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         given = {"T1": T1, "rsfMRI": rsfMRI, "dMRI": dMRI}
-        hidden = [self.towers[name](data) for name, data in given.items() if data is not None]
+        present = {name: data for name, data in given.items() if data is not None}
+        hidden = [self.towers[name](data) for name, data in present.items()]
         logits = self.trunk(torch.stack(hidden).mean(0).tanh())[:, 0]
         if labels is None:
             return {"logits": logits}
-        return {"loss": (logits - labels).square().mean(), "logits": logits}
+        return {"loss": self.loss((logits - labels).square().mean(), present), "logits": logits}
+
+    def loss(self, error: Tensor, present: Collection[str]) -> Tensor:
+        """What becomes of the error; as it is but in models that are derived from this one."""
+        return error
 
 
 class ReaderForCausalLM(LlamaForCausalLM):  # type: ignore[no-untyped-call]
