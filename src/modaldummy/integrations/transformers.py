@@ -175,7 +175,6 @@ class DummyLossMixin(_TrainerMethods):
     ) -> Any:
         """As the Trainer's, plus the dummy term where gradients are computed."""
         active = self._read(model, inputs) if torch.is_grad_enabled() else None
-        before = self.wrapper.last
         result: Any = super().compute_loss(
             model,
             self._for_model(inputs),
@@ -184,8 +183,6 @@ class DummyLossMixin(_TrainerMethods):
         )
         if active is None:
             return result
-        if self.wrapper.last is not before:
-            raise RuntimeError(_TWICE)
         real, *outputs = result if return_outputs else (result,)
         check_loss(real, "The loss that `compute_loss` of the Trainer returns")
         # Batches that are not divided later have to share one dummy.
