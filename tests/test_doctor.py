@@ -294,7 +294,7 @@ def test_many_findings_are_cut_short() -> None:
 def test_a_running_median_goes_along_with_its_values() -> None:
     """It neither lags behind a loss that falls nor follows a single value."""
     falling = np.arange(40.0)[::-1]
-    assert _picture._running_median(falling)[10:30] == pytest.approx(falling[10:30], abs=0.5)
+    assert _picture._running_median(falling).tolist() == falling.tolist()
     assert _picture._running_median(np.array([7.0])).tolist() == [7]
     falling[20] = 1000
     assert _picture._running_median(falling).max() < 40

@@ -185,9 +185,7 @@ def _at_edge(
 
 
 def _running_median(values: Column) -> Column:
-    """Median of each value and those around it, `_WINDOW` in all where there are so many."""
-    before, after = np.full(_WINDOW // 2, np.nan), np.full((_WINDOW - 1) // 2, np.nan)
-    padded = np.concatenate([before, values, after])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)
-    medians: Column = np.nanmedian(windows, axis=1)
-    return medians
+    """Median of each value and as many before it as after it, at most `_WINDOW` in all."""
+    last = len(values) - 1
+    reach = [min(_WINDOW // 2, place, last - place) for place in range(len(values))]
+    return np.array([np.median(values[i - n : i + n + 1]) for i, n in enumerate(reach)])
