@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -45,12 +46,17 @@ PACKAGES = {
 _HEAD = """\
 # Which libraries it is tested with
 
-What the tests use for real, in the versions that `requirements/constraints.txt` pins, and what they
-say of themselves. Numbers are those of test functions: of those that `make test` runs, and of those
-that take longer or need more. `python -m tests.integrations.compatibility` makes this page.
+What the tests use for real, in the versions that `requirements/constraints.txt` pins. Numbers are
+those of test functions: of those that `make test` runs, and of those that take longer or need more.
+`python -m tests.integrations.compatibility` makes this page from the tests.
 
-| library | version | what is tested | `make test` | more |
-|---|---|---|---|---|
+| library and what is tested | version | `make test` | more |
+|---|---|---|---|
+"""
+_SECOND = """
+## What is tested
+
+In the words of the tests.
 """
 _MORE = {"deepspeed": "`make test-deepspeed`"}  # all of its tests
 
@@ -89,20 +95,25 @@ def page(sources: Mapping[str, str], pins: str) -> str:
     """
     versions = dict(re.findall(r"^([\w.-]+)==(\S+)$", pins, re.M))
     tests = [test for path in sources for test in tests_of(path, sources)]
-    return _HEAD + "".join(
-        _row(library, versions[library], [test for test in tests if test.library == library])
+    by_library = {
+        library: [test for test in tests if test.library == library]
         for library in sorted({test.library for test in tests})
-    )
+    }
+    rows = [_row(library, versions[library], own) for library, own in by_library.items()]
+    return "".join([_HEAD, *rows, _SECOND, *starmap(_topics, by_library.items())])
+
+
+def _topics(library: str, tests: list[Tested]) -> str:
+    topics = [test.topic for test in tests if test.whole] or [test.topic for test in tests]
+    return f"\n### {library}\n\n" + "".join(f"- {topic}\n" for topic in dict.fromkeys(topics))
 
 
 def _row(library: str, version: str, tests: list[Tested]) -> str:
-    topics = [test.topic for test in tests if test.whole] or [test.topic for test in tests]
     everyday, long = sum(test.everyday for test in tests), sum(test.long for test in tests)
     more = f"`make test-integrations`: {long}" if long else ""
     if library in _MORE:
         everyday, more = 0, f"{_MORE[library]}: {len(tests)}"
-    words = " ".join(dict.fromkeys(topics))
-    return f"| {library} | {version} | {words} | {everyday or ''} | {more} |\n"
+    return f"| [{library}](#{library}) | {version} | {everyday or ''} | {more} |\n"
 
 
 def tests_of(path: str, sources: Mapping[str, str]) -> Iterator[Tested]:

@@ -212,7 +212,7 @@ def test_graphs_whose_node_types_are_modalities() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("attribute", ["modality", "T1"])
 def test_an_attribute_of_nodes_is_not_one_of_the_graph(attribute: str) -> None:
-    """It should be an error, and leave the data as it is."""
+    """It is an error, and the data stay as they are."""
     data = graph({"scan": 2})
     data["scan"][attribute] = torch.tensor([0, 1])
     with pytest.raises(BatchMetadataError):

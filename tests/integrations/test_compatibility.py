@@ -44,11 +44,20 @@ def test_the_page_is_that_of_the_tests() -> None:
 
 def test_rows_come_from_docstrings_names_and_marks() -> None:
     """A file is about its own libraries, a test also about what it imports through helpers."""
-    assert rows(page({PATH: SOURCE}, PINNED)) == [
-        "| monai | 1 | Stamps and seals: they stick: all of them. | "
-        " | `make test-integrations`: 1 |",
-        "| torch | 2.0+cpu | How letters are sorted. | 2 | `make test-integrations`: 2 |",
-        "| torch-geometric | 3 | Graphs. | 1 | `make test-integrations`: 1 |",
+    text = page({PATH: SOURCE}, PINNED)
+    assert rows(text) == [
+        "| [monai](#monai) | 1 |  | `make test-integrations`: 1 |",
+        "| [torch](#torch) | 2.0+cpu | 2 | `make test-integrations`: 2 |",
+        "| [torch-geometric](#torch-geometric) | 3 | 1 | `make test-integrations`: 1 |",
+    ]
+    topics = text.partition("### ")[2].split("\n\n")
+    assert topics == [
+        "monai",
+        "- Stamps and seals: they stick: all of them.",
+        "### torch",
+        "- How letters are sorted.",
+        "### torch-geometric",
+        "- Graphs.\n",
     ]
 
 
@@ -73,7 +82,7 @@ def test_a_helper_of_another_file_counts() -> None:
     source = '"""It is so."""\nfrom tests.integrations.mail import seal\nLIBRARIES = ()\n'
     source += "def test_it():\n    seal()\n"
     sources = {PATH: source, beside: "def seal():\n    import wandb\n"}
-    assert rows(page(sources, PINNED)) == ["| wandb | 4 | It. | 1 |  |"]
+    assert rows(page(sources, PINNED)) == ["| [wandb](#wandb) | 4 | 1 |  |"]
 
 
 def test_a_file_that_says_nothing_is_refused() -> None:
