@@ -28,14 +28,14 @@ TESTS = {
     "_term.py": ["term", "wrapper", "kinds", "company", "properties", "compile"],
     "_modalities.py": ["modalities", "messages", "kinds", "wrapper", "properties"],
     "_batch.py": ["batch", "messages", "call", "host_sync", "testing/test_strategies"],
-    "_window.py": [*_HOLD, "window", "hold_compile", "distributed/test_hold"],
-    "_holder.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
-    "_hold.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
-    "_drift.py": ["drift"],
-    "_gradients.py": ["monitor", "missing"],
-    "_monitor.py": ["monitor"],
-    "_missing.py": ["missing"],
-    "_attach.py": ["attach"],
+    "_hold/window.py": [*_HOLD, "window", "hold_compile", "distributed/test_hold"],
+    "_hold/holder.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
+    "_hold/hold.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
+    "_preflight/drift.py": ["drift"],
+    "_monitor/gradients.py": ["monitor", "missing"],
+    "_monitor/norms.py": ["monitor"],
+    "_monitor/missing.py": ["missing"],
+    "_ranks/attach.py": ["attach"],
 }
 GOAL = 0.95
 TIMEOUT_S = 300

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from modaldummy import Finding, ModalDummyError
-from modaldummy._diagnose import CHECKS, diagnose, examine
+from modaldummy._diagnose.diagnose import CHECKS, diagnose, examine
 from modaldummy._errors import HistoryError
 from tests.clinic import Record, Run, plain
 

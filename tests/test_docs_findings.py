@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from modaldummy._evidence import Thresholds
+from modaldummy._diagnose.evidence import Thresholds
 
 ROOT = Path(__file__).parent.parent
 DIAGNOSE = ROOT / "docs/reference/diagnose.md"
 PREFLIGHT = ROOT / "docs/reference/preflight.md"
 MONITOR = ROOT / "docs/how-to/monitor.md"
 TROUBLESHOOT = ROOT / "docs/how-to/troubleshoot.md"
-SOURCE = "".join(path.read_text() for path in sorted(ROOT.glob("src/modaldummy/_diagnose*.py")))
+SOURCE = "".join(
+    path.read_text() for path in sorted(ROOT.glob("src/modaldummy/_diagnose/check_*.py"))
+)
 
 
 def prose(page: Path) -> str:

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from modaldummy import __main__ as command
-from modaldummy import _doctor, _picture
-from modaldummy._diagnose import examine
-from modaldummy._picture import draw
+from modaldummy._diagnose import doctor, picture
+from modaldummy._diagnose.diagnose import examine
+from modaldummy._diagnose.picture import draw
 from tests.clinic import Run, plain
 from tests.clinic_healthy import HEALTHY
 from tests.clinic_sick import SICK
@@ -122,7 +122,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_has_no_infinity() -> None:
     content = {"a": [float("inf"), {"b": float("nan")}, 1.5], "c": "x"}
-    assert _doctor._for_json(content) == {"a": ["inf", {"b": "nan"}, 1.5], "c": "x"}
+    assert doctor._for_json(content) == {"a": ["inf", {"b": "nan"}, 1.5], "c": "x"}
 
 
 def test_scale_and_thresholds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
 def test_a_picture_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert command.main(["doctor", "log", "--plot", "run.png"]) == 2
     assert capsys.readouterr().err == "--plot needs matplotlib: pip install 'modaldummy[demo]'\n"
 
@@ -288,16 +288,16 @@ def test_a_picture_of_negative_losses_and_of_none(
 
 def test_many_findings_are_cut_short() -> None:
     findings = examine(rows("NaN in a gradient")).findings
-    assert _picture._verdict(findings * 3).endswith(f"\nand {len(findings) * 3 - 5} more")
+    assert picture._verdict(findings * 3).endswith(f"\nand {len(findings) * 3 - 5} more")
 
 
 def test_a_running_median_goes_along_with_its_values() -> None:
     """It neither lags behind a loss that falls nor follows a single value."""
     falling = np.arange(40.0)[::-1]
-    assert _picture._running_median(falling).tolist() == falling.tolist()
-    assert _picture._running_median(np.array([7.0])).tolist() == [7]
+    assert picture._running_median(falling).tolist() == falling.tolist()
+    assert picture._running_median(np.array([7.0])).tolist() == [7]
     falling[20] = 1000
-    assert _picture._running_median(falling).max() < 40
+    assert picture._running_median(falling).max() < 40
 
 
 def test_a_long_run_is_read_in_bounded_memory(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from modaldummy import DummyLossWrapper, UnsupportedEngineError, hold_inactive
-from modaldummy._drift import expected_drift
+from modaldummy._preflight.drift import expected_drift
 from optimizers import OPTIMIZERS
 from tests.holding import NAMES, Towers, assert_same_state, train
 from tests.zoo import brain
@@ -45,7 +45,7 @@ def test_of_a_tower_of_several_kinds_the_largest_counts(
     small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weight decay moves the gain of a norm, which is 1; Adafactor goes by the shape."""
-    monkeypatch.setattr("modaldummy._drift._SMALL", small)
+    monkeypatch.setattr("modaldummy._preflight.drift._SMALL", small)
     gain = nn.LayerNorm(3, bias=False)
     tower = nn.Sequential(nn.Linear(8, 4), gain, nn.Linear(4, 16), nn.Linear(16, 4))
     model = nn.ModuleDict({"T1": nn.Linear(2, 2), "dMRI": tower})

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modaldummy import _evidence
-from modaldummy._evidence import Evidence, Tally, Thresholds
-from modaldummy._history import Row
-from modaldummy._signals import Column
+from modaldummy._diagnose import evidence as _evidence
+from modaldummy._diagnose.evidence import Evidence, Tally, Thresholds
+from modaldummy._diagnose.history import Row
+from modaldummy._diagnose.signals import Column
 
 INF, NAN = math.inf, math.nan
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modaldummy._group import check_group, num_ranks, tensor_device
+from modaldummy._ranks.group import check_group, num_ranks, tensor_device
 
 
 @pytest.mark.usefixtures("process_group")

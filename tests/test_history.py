@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modaldummy._diagnose.history import HistoryFile, Row, in_chunks
 from modaldummy._errors import HistoryError
-from modaldummy._history import HistoryFile, Row, in_chunks
 
 ROWS: list[Row] = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
 Read = Callable[[str | bytes], list[Row]]

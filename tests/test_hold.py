@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from modaldummy import hold_inactive
-from modaldummy._hold import _is_uniform
+from modaldummy._hold.hold import _is_uniform
 from optimizers import OPTIMIZERS, Make
 from tests.holding import (
     NAMES,

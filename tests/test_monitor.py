@@ -25,8 +25,8 @@ from modaldummy import (
     UnsupportedEngineError,
     gradient_norms,
 )
-from modaldummy._gradients import Stock, _factor, stock_of
 from modaldummy._modalities import ModalityKey
+from modaldummy._monitor.gradients import Stock, _factor, stock_of
 from tests.holding import NAMES, Towers
 from tests.test_host_sync import CountSyncs
 from tests.zoo import ZOO, Case, brain, is_active

@@ -146,7 +146,7 @@ def test_findings_name_what_it_is_about(
 
 
 def test_every_code_is_tested_and_documented() -> None:
-    source = "".join(path.read_text() for path in ROOT.glob("src/modaldummy/_check_*.py"))
+    source = "".join(path.read_text() for path in ROOT.glob("src/modaldummy/_preflight/check_*.py"))
     page = (ROOT / "docs/reference/preflight.md").read_text()
     codes = sorted(set(re.findall(r'"(MD1\d\d)"', source)))
     assert codes == sorted(set.union(*(expected for expected, _ in SICK.values())))

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modaldummy._history import HistoryFile, Row
-from modaldummy._keys import role_of
-from modaldummy._signals import Columns, Signals
+from modaldummy._diagnose.history import HistoryFile, Row
+from modaldummy._diagnose.keys import role_of
+from modaldummy._diagnose.signals import Columns, Signals
 
 INF, NAN = math.inf, math.nan
 

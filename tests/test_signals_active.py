@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modaldummy import gradient_norms
-from modaldummy._signals import Signals
+from modaldummy._diagnose.signals import Signals
 from tests.test_signals import read, told
 from tests.zoo import ZOO
 

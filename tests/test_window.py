@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modaldummy import _window
+from modaldummy._hold import window
 
 CPU = torch.device("cpu")
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 @pytest.mark.usefixtures("process_group")
 def test_one_rank_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(dist, "all_reduce")
-    assert _window._maximum([0, 2, 1], None, CPU) == [0, 2, 1]
+    assert window._maximum([0, 2, 1], None, CPU) == [0, 2, 1]
 
 
 @pytest.mark.usefixtures("process_group")
@@ -26,5 +26,5 @@ def test_the_largest_mark_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", with_another_rank)
-    assert _window._maximum([0, 2, 1], None, CPU) == [1, 2, 1]
+    assert window._maximum([0, 2, 1], None, CPU) == [1, 2, 1]
     assert operators == [dist.ReduceOp.MAX]

@@ -1,8 +1,7 @@
 """Gradients for the parameters of absent modalities: connect, bound, hold."""
 
-from modaldummy._attach import AttachHandle, attach_to_outputs
 from modaldummy._batch import active_modalities
-from modaldummy._diagnose import diagnose
+from modaldummy._diagnose.diagnose import diagnose
 from modaldummy._errors import (
     BatchMetadataError,
     HistoryError,
@@ -14,13 +13,14 @@ from modaldummy._errors import (
     UnsupportedEngineError,
 )
 from modaldummy._finding import Finding
-from modaldummy._hold import HoldHandle, hold_inactive
-from modaldummy._missing import missing_gradients
-from modaldummy._monitor import gradient_norms
-from modaldummy._preflight import preflight
-from modaldummy._ranks import check_ranks
+from modaldummy._hold.hold import HoldHandle, hold_inactive
+from modaldummy._monitor.missing import missing_gradients
+from modaldummy._monitor.norms import gradient_norms
+from modaldummy._preflight.preflight import preflight
+from modaldummy._ranks.attach import AttachHandle, attach_to_outputs
+from modaldummy._ranks.check import check_ranks
+from modaldummy._ranks.sampler import ModalityBatchSampler
 from modaldummy._report import StepReport
-from modaldummy._sampler import ModalityBatchSampler
 from modaldummy._wrapper import DummyLossWrapper
 
 __all__ = [

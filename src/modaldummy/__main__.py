@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from modaldummy import _doctor
+from modaldummy._diagnose import doctor
 from modaldummy._reduce import fused_kernels, kernels_for
 
 _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*_info(), sep="\n")
         return 0
     if arguments.command == "doctor":
-        return _doctor.run(arguments)
+        return doctor.run(arguments)
     if missing := [name for name in _DEMO_PACKAGES if find_spec(name) is None]:
         names = " and ".join(missing)
         print(f"The demo needs {names}: pip install 'modaldummy[demo]'", file=sys.stderr)
@@ -64,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m modaldummy", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     commands.add_parser("info", help="versions, and what reduces tensors on each device")
-    doctor = commands.add_parser("doctor", help="say what logged metrics of a run show")
-    _doctor.add_arguments(doctor)
+    doctor.add_arguments(
+        commands.add_parser("doctor", help="say what logged metrics of a run show")
+    )
     demo = commands.add_parser("demo", help="train a three-modality model on real scans")
     demo.add_argument("--steps", type=_count, default=200, help="training steps (default: 200)")
     demo.add_argument(

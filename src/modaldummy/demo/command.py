@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from modaldummy._diagnose import examine
-from modaldummy._doctor import verdict
-from modaldummy._picture import draw
+from modaldummy._diagnose.diagnose import examine
+from modaldummy._diagnose.doctor import verdict
+from modaldummy._diagnose.picture import draw
 from modaldummy.demo.scans import MODALITIES, SOURCES, load_scans
 from modaldummy.demo.summary import largest_fraction, summarise, table
 from modaldummy.demo.training import Training

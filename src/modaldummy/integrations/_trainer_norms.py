@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from modaldummy._arguments import check_wrapper
-from modaldummy._monitor import gradient_norms
+from modaldummy._monitor.norms import gradient_norms
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 

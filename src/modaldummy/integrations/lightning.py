@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from modaldummy._arguments import called_model, check_wrapper
 from modaldummy._ddp import check_reduced, ddps_around
 from modaldummy._finding import Finding, log_findings
-from modaldummy._hold import HoldHandle, hold_inactive
-from modaldummy._monitor import gradient_norms
-from modaldummy._preflight import preflight
+from modaldummy._hold.hold import HoldHandle, hold_inactive
+from modaldummy._monitor.norms import gradient_norms
+from modaldummy._preflight.preflight import preflight
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 from modaldummy.integrations._batches import summed

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from modaldummy._arguments import called_model
-from modaldummy._attach import attach_to_outputs, is_attached
 from modaldummy._batch import EXPLICIT_KEYS
 from modaldummy._ddp import check_reduced, ddps_around, marks_twice
 from modaldummy._errors import BatchMetadataError, describe
 from modaldummy._finding import log_findings
-from modaldummy._hold import hold_inactive
+from modaldummy._hold.hold import hold_inactive
 from modaldummy._loss import check_loss
-from modaldummy._preflight import preflight
-from modaldummy._ranks import check_ranks
+from modaldummy._preflight.preflight import preflight
+from modaldummy._ranks.attach import attach_to_outputs, is_attached
+from modaldummy._ranks.check import check_ranks
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 from modaldummy.integrations._batches import summed

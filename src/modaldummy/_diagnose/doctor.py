@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
-from modaldummy._diagnose import CHECKS, Diagnosis, examine
+from modaldummy._diagnose.diagnose import CHECKS, Diagnosis, examine
 from modaldummy._errors import HistoryError
 
 _IGNORED = 5  # names of columns that are shown
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.path, scale=arguments.scale, thresholds=dict(arguments.threshold)
         )
         if arguments.plot:
-            from modaldummy._picture import draw
+            from modaldummy._diagnose.picture import draw
 
             draw(diagnosis, str(arguments.path), arguments.plot)
     except HistoryError as error:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modaldummy._errors import UnsupportedEngineError
-from modaldummy._group import num_ranks, tensor_device
 from modaldummy._modalities import ModalityKey
+from modaldummy._ranks.group import num_ranks, tensor_device
 
 # What the ranks tell each other of a key; the largest number wins.
 _UNSEEN, _INACTIVE, _TAUGHT = range(3)

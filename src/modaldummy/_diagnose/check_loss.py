@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from modaldummy._evidence import Evidence, Outcome, Sign, Unchecked
+from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Unchecked
+from modaldummy._diagnose.signals import Column
 from modaldummy._finding import Finding
-from modaldummy._signals import Column
 
 _MANY = 8  # losses of one set of modalities that say something about its course
 _CERTAIN = 4.0  # standard errors; several beginnings are tried

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._errors import UnsupportedEngineError
+from modaldummy._hold.window import Mark, check_not_capturing
 from modaldummy._paths import Located
-from modaldummy._window import Mark, check_not_capturing
 
 if TYPE_CHECKING:
-    from modaldummy._hold import HoldHandle
+    from modaldummy._hold.hold import HoldHandle
 
 
 class _Taken(NamedTuple):

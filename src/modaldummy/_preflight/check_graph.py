@@ -7,7 +7,7 @@ from torch import nn
 from modaldummy._finding import Finding
 from modaldummy._graph import reached_by
 from modaldummy._kinds import is_sharded
-from modaldummy._setup import Setup
+from modaldummy._preflight.setup import Setup
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:

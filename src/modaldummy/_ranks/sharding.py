@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from modaldummy._kinds import is_sharded
-from modaldummy._limits import (
+from modaldummy._modalities import ModalityKey
+from modaldummy._paths import Located
+from modaldummy._ranks.limits import (
     BY_ARRIVAL,
     GATHERED,
     LEFT_OUT,
@@ -21,8 +23,6 @@ from modaldummy._limits import (
     ZERO_3,
     Limit,
 )
-from modaldummy._modalities import ModalityKey
-from modaldummy._paths import Located
 from modaldummy._wrapper import DummyLossWrapper
 
 

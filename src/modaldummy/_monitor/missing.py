@@ -8,9 +8,9 @@ from torch import Tensor
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._errors import MissingGradientError
-from modaldummy._gradients import Stock, dense, stock_of
 from modaldummy._kinds import is_partitioned
 from modaldummy._modalities import text_of
+from modaldummy._monitor.gradients import Stock, dense, stock_of
 from modaldummy._wrapper import DummyLossWrapper
 
 Kind = Literal["none", "zero", "not finite"]

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modaldummy._attach import is_attached
 from modaldummy._ddp import (
     TWICE,
     TWICE_REMEDY,
@@ -16,7 +15,9 @@ from modaldummy._ddp import (
     marks_twice,
 )
 from modaldummy._finding import Finding, Severity
-from modaldummy._limits import (
+from modaldummy._preflight.setup import Setup
+from modaldummy._ranks.attach import is_attached
+from modaldummy._ranks.limits import (
     BY_ARRIVAL,
     GATHERED,
     LEFT_OUT,
@@ -27,8 +28,7 @@ from modaldummy._limits import (
     ZERO_3,
     Limit,
 )
-from modaldummy._setup import Setup
-from modaldummy._sharding import limits, stage_of
+from modaldummy._ranks.sharding import limits, stage_of
 
 _LIMITS: dict[Limit, tuple[str, Severity]] = {
     GATHERED: ("MD104", "warning"),

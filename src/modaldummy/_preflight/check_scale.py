@@ -11,8 +11,8 @@ from torch.nn.utils import clip_grads_with_norm_
 from modaldummy._finding import Finding
 from modaldummy._kinds import local_shard, reached
 from modaldummy._modalities import ModalityKey
+from modaldummy._preflight.setup import Setup, has_values
 from modaldummy._reduce import accumulation_dtype, norms, sum_all
-from modaldummy._setup import Setup, has_values
 from modaldummy._term import magnitude, nonzero_product
 
 _LARGE = 1e-3

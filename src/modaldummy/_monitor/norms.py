@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._errors import describe
-from modaldummy._gradients import Mask, Places, stock_of
 from modaldummy._modalities import text_of
+from modaldummy._monitor.gradients import Mask, Places, stock_of
 from modaldummy._report import StepReport
 from modaldummy._wrapper import DummyLossWrapper
 

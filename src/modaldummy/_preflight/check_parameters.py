@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modaldummy._finding import Finding
 from modaldummy._kinds import local_shard
 from modaldummy._modalities import text_of
-from modaldummy._setup import Setup, has_values
+from modaldummy._preflight.setup import Setup, has_values
 
 
 def check_parameters(setup: Setup) -> Iterator[Finding]:

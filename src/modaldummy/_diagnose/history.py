@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import IO, Any, TypeAlias
 
+from modaldummy._diagnose.keys import STEPS, role_of
 from modaldummy._errors import HistoryError
-from modaldummy._keys import STEPS, role_of
 
 Row: TypeAlias = Mapping[str, Any]
 

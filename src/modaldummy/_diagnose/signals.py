@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from modaldummy._history import Row
-from modaldummy._keys import LOSSES, role_of
+from modaldummy._diagnose.history import Row
+from modaldummy._diagnose.keys import LOSSES, role_of
 
 Column: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
 Flags: TypeAlias = np.ndarray[tuple[int], np.dtype[np.bool]]

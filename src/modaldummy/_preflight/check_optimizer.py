@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from torch.optim import Optimizer
 
-from modaldummy._drift import expected_drift
 from modaldummy._finding import Finding
 from modaldummy._kinds import is_partitioned, is_sharded
 from modaldummy._modalities import text_of
-from modaldummy._setup import Setup
+from modaldummy._preflight.drift import expected_drift
+from modaldummy._preflight.setup import Setup
 from modaldummy._wrapper import DummyLossWrapper
 
 # Displacement per step, in learning rates, from which on it counts.

@@ -14,7 +14,7 @@ from modaldummy._ddp import ddps_around
 from modaldummy._kinds import is_sparse_table
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
-from modaldummy._sharding import is_unit
+from modaldummy._ranks.sharding import is_unit
 from modaldummy._wrapper import DummyLossWrapper
 
 

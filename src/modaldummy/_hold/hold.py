@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._errors import UnsupportedEngineError, describe
-from modaldummy._group import check_group
-from modaldummy._holder import holder_of
+from modaldummy._hold.holder import holder_of
+from modaldummy._hold.window import Window
 from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
-from modaldummy._window import Window
+from modaldummy._ranks.group import check_group
 from modaldummy._wrapper import DummyLossWrapper
 
 

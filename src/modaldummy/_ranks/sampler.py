@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._modalities import ModalityKey
-from modaldummy._sample_kinds import (
+from modaldummy._ranks.sample_kinds import (
     Ints,
     allot,
     check_int,

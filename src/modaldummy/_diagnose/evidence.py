@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
+from modaldummy._diagnose.history import Row, in_chunks
+from modaldummy._diagnose.signals import Column, Columns, Signals
 from modaldummy._errors import close_match, describe
 from modaldummy._finding import Finding
-from modaldummy._history import Row, in_chunks
-from modaldummy._signals import Column, Columns, Signals
 
 _CHUNK = 4096
 

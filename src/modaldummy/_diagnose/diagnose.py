@@ -7,12 +7,12 @@ from numbers import Real
 from os import PathLike
 from typing import Any
 
-from modaldummy import _diagnose_gradients as gradients
-from modaldummy import _diagnose_loss as loss
+from modaldummy._diagnose import check_gradients as gradients
+from modaldummy._diagnose import check_loss as loss
+from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Thresholds, Unchecked
+from modaldummy._diagnose.history import HistoryFile, Row
 from modaldummy._errors import HistoryError, describe
-from modaldummy._evidence import Evidence, Outcome, Sign, Thresholds, Unchecked
 from modaldummy._finding import Finding, by_severity
-from modaldummy._history import HistoryFile, Row
 
 CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
     "loss is finite": loss.finite,

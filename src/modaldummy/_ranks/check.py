@@ -11,10 +11,10 @@ from torch import nn
 
 from modaldummy._arguments import called_model, check_model, check_wrapper
 from modaldummy._errors import RankDisagreementError, UnsupportedEngineError
-from modaldummy._group import check_group, num_ranks, tensor_device
-from modaldummy._limits import STOPPING
 from modaldummy._modalities import ModalityKey, text_of
-from modaldummy._sharding import limits
+from modaldummy._ranks.group import check_group, num_ranks, tensor_device
+from modaldummy._ranks.limits import STOPPING
+from modaldummy._ranks.sharding import limits
 from modaldummy._wrapper import DummyLossWrapper
 
 # Whether a rank could read its batch, told before which keys of the map are active in it.

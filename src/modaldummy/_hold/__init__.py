@@ -1,0 +1,1 @@
+"""Keeps still what no batch has taught."""

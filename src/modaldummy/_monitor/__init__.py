@@ -1,0 +1,1 @@
+"""Gradients after backward: their norms, and who has none."""

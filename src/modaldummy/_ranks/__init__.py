@@ -1,0 +1,1 @@
+"""Many ranks: what they must agree on, where, and batches on which they do."""
