@@ -19,6 +19,8 @@ SNIPPETS = {
     page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES
 }
 
+_INTERVAL = ("", "_low", "_high")
+
 
 def relative(page: Path) -> str:
     return str(page.relative_to(ROOT))
@@ -81,6 +83,38 @@ def test_the_cost_table_is_that_of_the_results() -> None:
     for name, cells in rows:
         for shape, cell in zip(shapes, cells.split("|"), strict=True):
             assert float(cell) == pytest.approx(measured[name.strip(), shape], abs=0.006)
+
+
+def test_the_table_of_training_steps_is_that_of_the_results() -> None:
+    """Medians, and ratios within a round with their intervals, as the benchmark wrote them."""
+    with (ROOT / "benchmarks/results/bench_step-cpu.csv").open(newline="") as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    page = (ROOT / "docs/explanation/cost.md").read_text()
+    table = page.partition("| / bare (95 %) |")[2].partition("\n\n")[0]
+    ratio = r" \| ([\d.]+) \(([\d.]+) to ([\d.]+)\)"
+    found = re.findall(r"^\| ([^|-][^|]*) \| ([\d.]+)" + 2 * ratio, table, re.M)
+    assert [name for name, *_ in found] == [name for name in rows if "all active" not in name]
+    keys = ["p50_ms", *(f"to_{base}{end}" for base in ("bare", "naive") for end in _INTERVAL)]
+    for name, *cells in found:
+        wanted = [float(rows[name][key]) for key in keys]
+        assert [float(cell) for cell in cells] == [
+            pytest.approx(number, abs=0.06 if key == "p50_ms" else 0.0006)
+            for key, number in zip(keys, wanted, strict=True)
+        ]
+
+
+def test_the_cost_in_the_readme_is_that_of_the_results() -> None:
+    with (ROOT / "benchmarks/results/bench_sum-cpu.csv").open(newline="") as file:
+        measured = {
+            (row["contender"], row["shape"]): f"{float(row['to_naive']):.2f}"
+            for row in csv.DictReader(file)
+            if (row["gradients"], row["phase"]) == ("fresh", "both")
+        }
+    rows = re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert rows == [
+        (measured["ours", shape], measured["ours, scale=None", shape])
+        for shape in ("small", "vit_b", "patches")
+    ]
 
 
 def test_the_table_of_watching_is_that_of_the_results() -> None:
