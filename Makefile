@@ -10,7 +10,7 @@ DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test test-integrations test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
+.PHONY: demo test docs test-integrations test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
 	bench-ddp gpu lint types clean
 
 demo: $(VENV)/.demo
@@ -30,6 +30,10 @@ test-lowest: $(LOWEST)/.dev
 # What needs DeepSpeed, in an environment of its own.
 test-deepspeed: $(DEEPSPEED)/.installed
 	$(DEEPSPEED)/bin/python -m pytest tests/distributed/test_deepspeed.py
+
+# The site, into site-output/index.html; any warning is an error. Needs no network once installed.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs site-output
 
 # Breaks the core in hundreds of ways and runs its tests on each; about half an hour on 2 cores.
 mutants: $(VENV)/.dev

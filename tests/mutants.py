@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import modaldummy
 from tests.survivors import SURVIVORS
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(modaldummy.__file__).parent
 _HOLD = ["hold_window", "hold_owners", "hold_step", "hold_optimizers", "hold_lifetime"]
 # File of the core to the tests that are run on it, those that fail soonest first.
 TESTS = {
@@ -80,7 +82,7 @@ class Mutant:
 
 def mutants_of(file: str) -> Iterator[Mutant]:
     """All breaks of one file, in order; a repeated key gets a number."""
-    tree = ast.parse((ROOT / "src/modaldummy" / file).read_text())
+    tree = ast.parse((PACKAGE / file).read_text())
     seen: dict[str, int] = {}
     for function, node in _sites(tree):
         original = copy.copy(node.__dict__)
@@ -212,7 +214,7 @@ def run(mutants: list[Mutant], jobs: int) -> list[Mutant]:
             )
             return not caught
 
-        files = {mutant.file: (ROOT / "src/modaldummy" / mutant.file) for mutant in mutants}
+        files = {mutant.file: (PACKAGE / mutant.file) for mutant in mutants}
         intact = [Mutant(file, "", 0, "", path.read_text()) for file, path in files.items()]
         if any(pool.map(tested, intact)):
             sys.exit("The tests fail on the code as it is; no break could be told from that.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import modaldummy
 from modaldummy._diagnose.evidence import Thresholds
 
 ROOT = Path(__file__).parent.parent
@@ -13,9 +14,8 @@ DIAGNOSE = ROOT / "docs/reference/diagnose.md"
 PREFLIGHT = ROOT / "docs/reference/preflight.md"
 MONITOR = ROOT / "docs/how-to/monitor.md"
 TROUBLESHOOT = ROOT / "docs/how-to/troubleshoot.md"
-SOURCE = "".join(
-    path.read_text() for path in sorted(ROOT.glob("src/modaldummy/_diagnose/check_*.py"))
-)
+CHECKS = sorted(Path(modaldummy.__file__).parent.glob("_diagnose/check_*.py"))
+SOURCE = "".join(path.read_text() for path in CHECKS)
 
 
 def prose(page: Path) -> str:

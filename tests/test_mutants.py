@@ -2,7 +2,7 @@
 
 import ast
 
-from tests.mutants import ROOT, TESTS, mutants_of
+from tests.mutants import PACKAGE, ROOT, TESTS, mutants_of
 from tests.survivors import SURVIVORS
 
 MUTANTS = [mutant for file in TESTS for mutant in mutants_of(file)]
@@ -10,7 +10,7 @@ MUTANTS = [mutant for file in TESTS for mutant in mutants_of(file)]
 
 def test_every_file_is_broken_in_many_ways() -> None:
     for file in TESTS:
-        original = ast.unparse(ast.parse((ROOT / "src/modaldummy" / file).read_text()))
+        original = ast.unparse(ast.parse((PACKAGE / file).read_text()))
         sources = [mutant.source for mutant in MUTANTS if mutant.file == file]
         assert len(sources) >= 60
         assert original not in sources

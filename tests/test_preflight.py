@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
+import modaldummy
 from modaldummy import Finding, preflight
 from tests.asserts import assert_same_bits
 from tests.holding import assert_same_state
@@ -146,7 +147,8 @@ def test_findings_name_what_it_is_about(
 
 
 def test_every_code_is_tested_and_documented() -> None:
-    source = "".join(path.read_text() for path in ROOT.glob("src/modaldummy/_preflight/check_*.py"))
+    checks = Path(modaldummy.__file__).parent.glob("_preflight/check_*.py")
+    source = "".join(path.read_text() for path in checks)
     page = (ROOT / "docs/reference/preflight.md").read_text()
     codes = sorted(set(re.findall(r'"(MD1\d\d)"', source)))
     assert codes == sorted(set.union(*(expected for expected, _ in SICK.values())))

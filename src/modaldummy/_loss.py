@@ -1,12 +1,14 @@
 """The loss inside whatever a loss function returns."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from modaldummy._containers import with_item
 from modaldummy._errors import describe
+
+Result = TypeVar("Result")  # what a loss function returns
 
 
 def check_loss(real: object, where: str) -> Tensor:

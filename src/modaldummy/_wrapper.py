@@ -15,7 +15,7 @@ from modaldummy._call import CallReader, check_names
 from modaldummy._ddp import check_ddps, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
 from modaldummy._kinds import check_gathered, check_readable, reached
-from modaldummy._loss import check_loss, replace_loss, take_loss
+from modaldummy._loss import Result, check_loss, replace_loss, take_loss
 from modaldummy._modalities import ModalityKey, ModalityMap, ParameterMap
 from modaldummy._paths import Located
 from modaldummy._reduce import accumulation_dtype
@@ -112,7 +112,7 @@ class DummyLossWrapper:
         """
         return self._map.named_parameters(modality)
 
-    def __call__(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, loss_fn: Callable[..., Result]) -> Callable[..., Result]:
         """Wrap a loss function, so that what it returns carries the dummy term.
 
         The wrapped function takes the same arguments and, if `loss_fn` has no such parameter, a
@@ -148,7 +148,7 @@ class DummyLossWrapper:
         updated = ("__dict__",) if inspect.isroutine(loss_fn) else ()
 
         @functools.wraps(loss_fn, updated=updated)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Result:
             given = reader.take_keyword(kwargs)
             if not torch.is_grad_enabled():
                 return loss_fn(*args, **kwargs)

@@ -50,8 +50,7 @@ class ModalityBatchSampler(Sampler[list[int]]):
         >>> loader = DataLoader(modalities, batch_sampler=sampler, collate_fn=list)
         >>> for epoch in range(2):
         ...     sampler.set_epoch(epoch)
-        ...     for batch in loader:
-        ...         pass
+        ...     batches = list(loader)
 
     An epoch has each sample once, but for at most `R - 1` of a kind that are repeated so that all
     ranks have equally many; the last batch of a kind may be smaller. With another temperature, or
@@ -113,6 +112,8 @@ class ModalityBatchSampler(Sampler[list[int]]):
         temperature = read_temperature(temperature, mix)
         self._seed = check_int("seed", seed, 0)
         self._looked_up = num_replicas is None
+        self.num_replicas: int
+        self.rank: int
         self.num_replicas, self.rank = _check_ranks(num_replicas, rank)
         self._shuffle = shuffle
         counts = {kind: len(self._places[kind]) for kind in sizes}
@@ -149,9 +150,8 @@ class ModalityBatchSampler(Sampler[list[int]]):
             "drop_last": drop_last,
             "num_replicas": self.num_replicas,
         }
-        self.epoch = 0
-        self._begin = 0  # of the iteration that is under way, or that comes next
-        self._position = 0
+        self.epoch: int = 0
+        self._begin = self._position = 0  # of the iteration that is under way, or that comes next
         self._resumed = False
 
     @property
