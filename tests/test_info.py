@@ -1,6 +1,10 @@
 """`python -m modaldummy info` says what is here and what is in use."""
 
+import argparse
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,3 +59,33 @@ def test_without_triton_and_without_metadata(
     assert found["triton"] == "not installed"
     assert found["modaldummy"] == "not installed, but importable"
     assert found["The"].startswith("fused kernels cannot be used here")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As in `python -m modaldummy info | head -1`."""
+    command = [sys.executable, "-m", "modaldummy", "info"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=120) == 1
+
+
+def test_output_that_nobody_reads_goes_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same without a process: what is printed afterwards must not raise once more."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "_run", run)
+    path = tmp_path / "printed"
+    with path.open("w") as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        assert command.main(["info"]) == 1
+        sys.stdout.write("more")
+        sys.stdout.flush()
+    assert path.read_text() == ""

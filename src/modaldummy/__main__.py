@@ -1,6 +1,7 @@
 """Command line: `python -m modaldummy demo | doctor | info`."""
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,17 @@ _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
+        # Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "info":
         print(*_info(), sep="\n")
         return 0

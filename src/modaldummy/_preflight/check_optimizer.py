@@ -107,7 +107,8 @@ def _drifting(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
                 "limit": _RATE,
                 "steps": _STEPS,
             },
-            "Call `hold_inactive(wrapper, optimizer)` once.",
+            "Call `hold_inactive(wrapper, optimizer)` once, or pass `hold=True` to the mixin for "
+            "Hugging Face's Trainer or the callback for Lightning.",
         )
 
 
