@@ -207,7 +207,7 @@ def test_the_drift_table_is_that_of_the_results() -> None:
 def metadata_rows() -> list[tuple[str, str]]:
     page = (ROOT / "docs/reference/batch-metadata.md").read_text()
     rows = re.findall(r"^\|[^|]+\| `(.+?)` \| ([\w, ]+) \|$", page, re.M)
-    assert len(rows) == 12
+    assert len(rows) >= 12
     return rows
 
 
