@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ModalDummyError(Exception):
-    """Base class of every exception that modaldummy raises on purpose."""
+    """Base class of the library's own exceptions; mere wrong arguments raise builtin ones."""
 
 
 class UnknownModalityError(ModalDummyError, ValueError):
@@ -21,7 +21,7 @@ class BatchMetadataError(ModalDummyError, ValueError):
 
 
 class ParameterMapError(ModalDummyError, ValueError):
-    """A `modality_param_map` does not fit the model."""
+    """A ``modality_param_map`` does not fit the model, or what it selects can get no gradient."""
 
 
 class MissingGradientError(ModalDummyError, RuntimeError):
@@ -29,11 +29,11 @@ class MissingGradientError(ModalDummyError, RuntimeError):
 
 
 class RankDisagreementError(ModalDummyError, RuntimeError):
-    """Ranks hold different modalities in a batch, and their engine cannot bear that."""
+    """Ranks hold different modalities where their engine cannot bear it, or one does not answer."""
 
 
 class HistoryError(ModalDummyError, ValueError):
-    """A file of logged metrics cannot be read."""
+    """Logged metrics cannot be read, or say nothing that has a meaning here."""
 
 
 class UnsupportedEngineError(ModalDummyError, RuntimeError):

@@ -14,13 +14,18 @@ _SHOWN = 3  # of a list or a mapping in the evidence
 class Finding:
     """Something that will go wrong, has gone wrong, or is worth knowing.
 
+    >>> print(Finding("MD201", "error", "The loss is NaN.", {"first_step": 3}, "Look at the data."))
+    MD201 error: The loss is NaN.
+      evidence: first_step=3
+      remedy: Look at the data.
+
     Attributes:
-        code: Stable name such as `MD101`; each has a section in the reference.
-        severity: `error`: training fails, or its result is wrong. `warning`: it is likely not what
-            was meant. `info`: nothing to do, good to know.
+        code: Stable name such as ``MD101``; each has a section in the reference.
+        severity: ``error``: training fails, or its result is wrong. ``warning``: it is likely not
+            what was meant. ``info``: nothing to do, good to know.
         message: One sentence.
         evidence: The numbers and names that it rests on; JSON can hold them.
-        remedy: What to do about it.
+        remedy: What to do about it; empty where there is nothing to do.
     """
 
     code: str

@@ -9,21 +9,36 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class StepReport:
-    """What the last call of a `DummyLossWrapper` did.
+    """What the last call of a ``DummyLossWrapper`` did.
 
-    The tensors are detached copies of shape `[]` in the accumulation dtype, on the device of the
-    loss; reading `fraction` or calling `as_dict` copies them to the host, nothing else does.
+    The tensors are detached copies of shape ``[]`` in the accumulation dtype, float32 or wider, on
+    the device of the loss. ``fraction`` and ``as_dict`` make the host wait for it, once each;
+    nothing else does.
+
+    >>> from torch import nn
+    >>> from modaldummy import DummyLossWrapper
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"}, gradient_only=True)
+    >>> loss = wrapper.total(torch.tensor(2.0), ["T1"])
+    >>> wrapper.last
+    StepReport(active=('T1',), inactive=('dMRI',), num_params=2, num_elements=14)
+    >>> wrapper.last.fraction
+    0.0
+    >>> wrapper.last.as_dict(prefix="")["real"]
+    2.0
 
     Attributes:
         active: Modalities in the batch, in map order.
         inactive: The other modalities of the map, in map order.
         real: The real loss; the mean of its magnitudes if it is not a scalar; NaN after
-            `DummyLossWrapper.dummy`, which sees no real loss.
-        dummy: The value added to the loss, after the cap.
-        uncapped: `scale * sum` before the cap; inf or NaN if a parameter is.
+            ``DummyLossWrapper.dummy``, which sees no real loss.
+        dummy: The value added to the loss, after the cap; an exact zero where the sum or the real
+            loss is not finite.
+        uncapped: ``scale * sum`` before the cap; inf or NaN if a parameter is; 0 where no parameter
+            is read.
         num_params: How many parameters the dummy term reached.
         num_elements: How many elements of these it reached: of a DTensor those of this rank's
-            shard, of a sparse embedding none.
+            shard, of a sparse embedding none; with a scale of None all elements of both.
     """
 
     active: tuple[str, ...]
@@ -36,15 +51,22 @@ class StepReport:
 
     @property
     def fraction(self) -> float:
-        """`|dummy| / |real|`; 0 where the dummy is 0, NaN where the real loss is NaN."""
+        """``|dummy| / |real|``, 0 where the dummy is 0, NaN where the real loss is NaN.
+
+        Infinite where the real loss is 0 and the dummy is not, for which ``max_fraction`` is None.
+        """
         real, dummy, _ = self._values()
         return _fraction(real, dummy)
 
     def as_dict(self, prefix: str = "modaldummy/") -> dict[str, float]:
         """Everything as numbers for a logger, under keys that are the same at each step.
 
-        The keys, each behind `prefix`: `real`, `dummy`, `uncapped`, `fraction`, `num_params`,
-        `num_elements`, and for each modality `active/<modality>`, 1 or 0.
+        Args:
+            prefix: What stands before each key.
+
+        Returns:
+            ``real``, ``dummy``, ``uncapped``, ``fraction``, ``num_params``, ``num_elements``, and
+            ``active/<modality>``, 1 or 0, for each modality.
         """
         real, dummy, uncapped = self._values()
         numbers = {

@@ -30,43 +30,45 @@ class DummyLossWrapper:
         L_\text{total} = L + \operatorname{clip}\Bigl(s \sum_{p \in \text{inactive}} \sum_i p_i,\;
         \pm f\,|L|\Bigr), \qquad \frac{\partial L_\text{total}}{\partial p_i} \equiv s
 
-    for scale :math:`s` and `max_fraction` :math:`f`. The gradient does not see the clipping.
+    for ``scale`` :math:`s` and ``max_fraction`` :math:`f`: the gradient does not see the clipping.
 
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> batch = {"T1": torch.ones(3, 4)}
-        >>> loss = wrapper.total(model["T1"](batch["T1"]).square().mean(), batch)
-        >>> loss.backward()
-        >>> model["dMRI"].bias.grad
-        tensor([1.0000e-07, 1.0000e-07])
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"]).backward()
+    >>> model["dMRI"].bias.grad
+    tensor([1.0000e-07, 1.0000e-07])
+    >>> wrapper.modalities, list(wrapper.named_parameters("dMRI"))
+    (('T1', 'dMRI'), ['dMRI.weight', 'dMRI.bias'])
+    >>> wrapper.dummy(["T1", "dMRI"])
+    tensor(0.)
 
     Args:
-        model: Owner of the parameters; bare, or wrapped by DDP, `torch.compile` and the like.
-        modality_param_map: Which parameters each modality owns. A key is a modality, or a tuple of
-            modalities that own parameters jointly: such a fusion module is inactive unless all of
-            them are active. A value is a dotted path of a module or parameter, a shell glob over
-            full parameter names, a module, a parameter, or an iterable of these. All become paths
-            that are looked up again at each call.
-        scale: Gradient per element of an inactive parameter for an upstream gradient of 1. `0.0`
-            hands out exact zeros; `None` only connects: backward visits the parameters and hands
-            them no gradient.
-        max_fraction: Bound on `|dummy| / |real|`; `None` for no bound.
+        model: Owner of the parameters; bare, or wrapped by DDP, ``torch.compile`` and the like.
+        modality_param_map: Modality to what it owns; what a tuple of modalities owns jointly, as a
+            fusion module, is inactive unless all are active. A value is a dotted path of a module
+            or parameter, a shell glob over full parameter names, a module, a parameter, or an
+            iterable of these; all become paths, which are looked up again at each call.
+        scale: Gradient per element of an inactive parameter for an upstream gradient of 1. ``0.0``
+            hands out exact zeros; ``None`` only connects: backward hands the parameters nothing.
+        max_fraction: Bound on ``|dummy| / |real|``; ``None`` for no bound.
         gradient_only: Leave the value of the loss bit for bit as it is, and read no parameter.
-        resolver: Reads the active modalities from a batch, in place of `active_modalities`.
+        resolver: Reads the active modalities from a batch, in place of ``active_modalities``.
 
     Attributes:
         last: What the last call in gradient mode did, or None before the first.
 
     Raises:
-        ParameterMapError: The map is empty, a key is no name, or a spec matches nothing in `model`.
-        ValueError: `scale` or `max_fraction` is not a finite number >= 0 or None.
-        TypeError: `model` is no module, `resolver` not callable, or `gradient_only` no bool.
-        UnsupportedEngineError: `model` is DDP with `find_unused_parameters=True`, or with
-            `static_graph=True` and a `scale` of None. A DDP around `model` is for `preflight`.
+        ParameterMapError: The map is empty, a key no name, or a spec nothing or trainable float8.
+        ValueError: ``scale`` or ``max_fraction`` is not a finite number >= 0 or None.
+        TypeError: ``model`` is no module, ``resolver`` not callable, or ``gradient_only`` no bool.
+        UnsupportedEngineError: ``model`` is DDP with ``find_unused_parameters=True``, or with
+            ``static_graph=True`` and a scale of None. A DDP around ``model`` is for ``preflight``.
 
     Note:
-        A dummy gradient connects, it does not teach. SGD moves a parameter by `lr * scale` a step;
-        Adam and other optimizers that divide by the gradient's own size turn it into a full step.
+        For a scale above 0 a dummy gradient is nowhere zero in the parameter's own dtype; that of a
+        sparse embedding is empty. All other gradients stay bit for bit. Nothing waits for another
+        rank or, masks of a batch apart, for the device. A dummy gradient connects, it does not
+        teach: SGD makes ``lr * scale`` of it, Adam almost ``lr``, and ``hold_inactive`` nothing.
     """
 
     def __init__(
@@ -100,11 +102,13 @@ class DummyLossWrapper:
         return self._map.modalities
 
     def named_parameters(self, modality: ModalityKey) -> dict[str, nn.Parameter]:
-        """Parameters of one key of the map by full name, as the model is now.
+        """Parameters of one key of the map, frozen ones included, as the model is now.
 
         Args:
-            modality: A key of the map. A modality that stands only in tuple keys owns nothing
-                alone, so that its dict is empty.
+            modality: A key of the map; a modality that is only part of tuple keys owns nothing.
+
+        Returns:
+            Full name to parameter.
 
         Raises:
             UnknownModalityError: The map has no such modality.
@@ -115,28 +119,30 @@ class DummyLossWrapper:
     def __call__(self, loss_fn: Callable[..., Result]) -> Callable[..., Result]:
         """Wrap a loss function, so that what it returns carries the dummy term.
 
-        The wrapped function takes the same arguments and, if `loss_fn` has no such parameter, a
-        keyword `modalities=`. Which modalities are active is read, before `loss_fn` runs, from the
-        first of: that keyword; a parameter called `active_modalities`, `modalities` or `modality`;
+        Which modalities are active is read, before ``loss_fn`` runs, from the first of: a keyword
+        ``modalities=``; a parameter called ``active_modalities``, ``modalities`` or ``modality``;
         the first argument, in signature order, that holds metadata. Tensors, arrays, numbers, bare
-        strings, modules, callables without keys, a first parameter `self` or `cls`, and collections
-        with neither a modality, a mapping nor an object in them are not asked.
+        strings, captions, modules, functions and a first ``self`` or ``cls`` are not asked.
 
-        Works on whatever `loss_fn` returns: a tensor; a tuple or list that starts with the loss; a
-        mapping or object with `loss`. Only the loss is replaced, on a shallow copy. The result is
-        a plain function, also for an `nn.Module`, whose parameters it does not register.
+        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+        >>> criterion = wrapper(nn.MSELoss())
+        >>> loss = criterion(model["T1"](torch.ones(3, 4)), torch.ones(3, 2), modalities="T1")
+        >>> wrapper.last.inactive
+        ('dMRI',)
 
-            >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-            >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-            >>> criterion = wrapper(nn.MSELoss())
-            >>> loss = criterion(model["T1"](torch.ones(3, 4)), torch.ones(3, 2), modalities="T1")
-            >>> wrapper.last.inactive
-            ('dMRI',)
+        Args:
+            loss_fn: Returns the loss, a tuple or list that starts with it, or what has it as
+                ``loss``: a mapping or object, on a shallow copy of which it is replaced.
+
+        Returns:
+            A function of the same arguments, and of ``modalities=``, which ``loss_fn`` gets only if
+            it names it. It registers no parameters, also where ``loss_fn`` is a module.
 
         Raises:
-            TypeError: `loss_fn` is not callable or, when called, returns no loss.
-            BatchMetadataError: No argument of a call says which modalities are active.
-            UnknownModalityError: A call names a modality that the map does not have.
+            TypeError: ``loss_fn`` is not callable or, when called, returns no loss.
+            BatchMetadataError: From a call: no argument says which modalities are active.
+            UnknownModalityError: From a call: one names a modality that the map does not have.
         """
         if not callable(loss_fn):
             raise TypeError(
@@ -165,42 +171,37 @@ class DummyLossWrapper:
         """Real loss plus dummy term: the explicit form, for a training loop of your own.
 
         Args:
-            real: The real loss, usually of shape `[]`. A loss of any other shape gets the dummy
-                added to each element, so that a later `.mean()` keeps the scale, while a `.sum()`
-                multiplies it by the number of elements; the bound is on the mean of `|real|`. A
-                loss without a graph is accepted.
-            batch: The batch or its metadata, in any form of `active_modalities`.
+            real: The real loss, usually of shape ``[]``, with a graph or without. To one of another
+                shape ``[...]`` the dummy is added at each element: a later ``.mean()`` keeps the
+                scale, a ``.sum()`` multiplies it, and the bound is on the mean of ``|real|``.
+            batch: The batch or its metadata, in any form of ``active_modalities``.
 
         Returns:
-            A new tensor of the shape and dtype of `real`; `real` itself where nothing is inactive,
-            where all inactive parameters are frozen, and without gradient mode, where the batch is
-            not even looked at.
+            A new tensor of the shape and dtype of ``real``, an integer one promoted; ``real``
+            itself where nothing trainable is inactive, and without gradient mode, where the batch
+            is not even looked at. A loss that is not finite stays what it is.
 
         Raises:
-            TypeError: `real` is no real-valued tensor.
+            TypeError: ``real`` is no real-valued tensor.
             BatchMetadataError: The batch does not say which modalities it holds.
             UnknownModalityError: The batch names a modality that the map does not have.
-            ParameterMapError: A path matches nothing in the model any more.
-
-        Note:
-            A loss that is NaN or infinite stays so. The gradients of all other parameters are bit
-            for bit those of `real` alone.
+            ParameterMapError: A path matches nothing any more, or no gradient fits what it matches.
+            UnsupportedEngineError: ZeRO-3 has emptied an inactive parameter.
         """
         check_loss(real, "`real`")
         return self._add(real, self._active(batch)) if torch.is_grad_enabled() else real
 
     def dummy(self, batch: Any) -> Tensor:
-        """The dummy term alone, of shape `[]`; there is no real loss to hold it against, so no cap.
+        """The dummy term alone; there is no real loss to hold it against, so no bound.
 
-        An exact zero without a graph where nothing is inactive and without gradient mode.
+        What ``total`` raises about the batch and the parameters, this does too.
 
         Args:
-            batch: The batch or its metadata, in any form of `active_modalities`.
+            batch: The batch or its metadata, in any form of ``active_modalities``.
 
-        Raises:
-            BatchMetadataError: The batch does not say which modalities it holds.
-            UnknownModalityError: The batch names a modality that the map does not have.
-            ParameterMapError: A path matches nothing in the model any more.
+        Returns:
+            A tensor of shape ``[]``, zero where the sum is not finite; an exact zero without a
+            graph where nothing trainable is inactive, and without gradient mode.
         """
         device = next(self._map.model.parameters()).device
         unknown = torch.full((), math.nan, device=device)

@@ -24,25 +24,25 @@ def hold_inactive(
 ) -> "HoldHandle":
     """Keep the optimizer from moving parameters that no batch has taught.
 
-    From now on, at each `optimizer.step()`, a parameter whose keys of the map were inactive in
+    From now on, at each ``optimizer.step()``, a parameter whose keys of the map were inactive in
     every backward pass since the gradients were last cleared, on every rank, is left exactly as
     it is: value, optimizer state and step counter, bit for bit, as if it had no gradient. The
     gradient is there before the step and after it. A parameter that something active shares, or
     that the model also has outside of the map, is never held.
 
-        >>> from torch import nn
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        >>> handle = hold_inactive(wrapper, optimizer)
-        >>> loss = wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"])
-        >>> loss.backward()
-        >>> optimizer.step()
-        >>> handle.held
-        ('dMRI.weight', 'dMRI.bias')
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    >>> handle = hold_inactive(wrapper, optimizer)
+    >>> loss = wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"])
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> handle.held
+    ('dMRI.weight', 'dMRI.bias')
 
     The gradients count as cleared by a step that ran, and where all gradients of the optimizer are
-    None again before a backward pass: so after a step that `torch.amp.GradScaler` skipped.
+    None again before a backward pass: so after a step that ``torch.amp.GradScaler`` skipped.
 
     Several handles may share an optimizer or a wrapper: what one wrapper sees taught, no handle of
     the same optimizer holds. A step before which no loss of the wrapper was backwarded holds
@@ -52,23 +52,24 @@ def hold_inactive(
     Args:
         wrapper: What knows which modalities were active.
         optimizer: Any optimizer that leaves parameters alone whose gradient is None, as those of
-            `torch.optim` do but for `LBFGS`. If it steps another one, as sharpness-aware
-            optimizers do outside of `step`, pass that.
+            ``torch.optim`` do but for ``LBFGS``. If it steps another one, as sharpness-aware
+            optimizers do outside of ``step``, pass that.
         group: Ranks that have to agree, all of which step equally often; by default all, where
-            `torch.distributed` is in use. Each step then costs one MAX reduction of an integer
+            ``torch.distributed`` is in use. Each step then costs one MAX reduction of an integer
             for each key of the map; a step with a closure one more for each call of the closure.
 
     Returns:
-        A handle whose `remove()`, or end as a context manager, lets the optimizer go.
+        A handle whose ``remove()``, or end as a context manager, lets the optimizer go.
 
     Raises:
-        TypeError: `wrapper`, `optimizer` or `group` is none, or an optimizer around another one.
+        TypeError: ``wrapper``, ``optimizer`` or ``group`` is of another kind, or the optimizer is
+            one around another one, without step hooks.
         ValueError: The optimizer has no parameter of the map.
-        UnsupportedEngineError: The optimizer is `LBFGS`, or `SGD` with `fused=True` and momentum.
-            From `step()`, once it is over: it has changed a held parameter, of which torch's
-            version counter tells, but not if it wrote to `parameter.data`; or it has computed a
-            loss other than by its closure. From a loss and `step()`: a CUDA graph is being
-            captured; or the optimizer has lost all parameters of the map to copies.
+        UnsupportedEngineError: The optimizer is ``LBFGS``, or ``SGD`` with ``fused=True`` and
+            momentum. From ``step()``, once it is over: it has changed a held parameter, of which
+            torch's version counter tells, but not if it wrote to ``parameter.data``; or it has
+            computed a loss other than by its closure. From ``step()``: it has lost all parameters
+            of the map to copies. From it or a loss: a CUDA graph is being captured.
     """
     check_wrapper(wrapper)
     if not isinstance(optimizer, Optimizer):
@@ -100,7 +101,18 @@ def _check_optimizer(optimizer: Optimizer) -> None:
 
 
 class HoldHandle:
-    """What `hold_inactive` returns; also a context manager, which removes it at its end.
+    """What ``hold_inactive`` returns; also a context manager, which removes it at its end.
+
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> with hold_inactive(wrapper, optimizer) as handle:
+    ...     wrapper.total(model["T1"](torch.ones(3, 4)).mean(), ["T1"]).backward()
+    ...     optimizer.step()
+    >>> handle.held
+    ('dMRI.weight', 'dMRI.bias')
+    >>> handle.remove()
 
     A copy of it, of the wrapper or of the optimizer holds nothing.
 

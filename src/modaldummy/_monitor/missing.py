@@ -54,22 +54,22 @@ _SHOWN = 5  # names in a message
 def missing_gradients(
     wrapper: DummyLossWrapper, *, strict: bool = False
 ) -> dict[str, tuple[str, ...]]:
-    """Parameters that have no gradient after `backward()`, an exactly zero, or a non-finite one.
+    """Parameters that have no gradient after ``backward()``, an exactly zero, or a non-finite one.
 
-    What is meant to be so is not listed: with `scale=0.0` zeros, with `scale=None` none, where the
-    modality was inactive in the last loss; the empty gradient of a sparse embedding that was
+    What is meant to be so is not listed: with ``scale=0.0`` zeros, with ``scale=None`` none, where
+    the modality was inactive in the last loss; the empty gradient of a sparse embedding that was
     inactive; parameters that are frozen, or have no elements. Zero means every element, however
     small the others are. If nothing is missing, the host waits for the device once.
 
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> loss = model["T1"](torch.ones(3, 4)).square().mean()
-        >>> total = wrapper.total(loss, ["T1"])
-        >>> loss.backward()  # not the total
-        >>> missing_gradients(wrapper)
-        {'dMRI': ('dMRI.weight', 'dMRI.bias')}
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> loss = model["T1"](torch.ones(3, 4)).square().mean()
+    >>> total = wrapper.total(loss, ["T1"])
+    >>> loss.backward()  # not the total
+    >>> missing_gradients(wrapper)
+    {'dMRI': ('dMRI.weight', 'dMRI.bias')}
 
     Args:
         wrapper: The wrapper whose loss was backwarded.
@@ -77,10 +77,12 @@ def missing_gradients(
 
     Returns:
         Modality to names of parameters as in the bare model, both in map order; tuple keys of the
-        map read `T1-dMRI`, and a parameter that several own stands at each.
+        map read ``T1-dMRI``, and a parameter that several own stands at each.
 
     Raises:
-        MissingGradientError: `strict`, and there are any; it names them and the likely cause.
+        MissingGradientError: ``strict``, and there are any; it names them and the likely cause.
+        ParameterMapError: A path matches nothing in the model any more.
+        TypeError: ``wrapper`` is of another kind.
     """
     check_wrapper(wrapper)
     stock = stock_of(wrapper)

@@ -24,7 +24,7 @@ def gradient_norms(
     scaler: Any = None,
     full: bool = False,
 ) -> dict[str, float]:
-    r"""Gradient norms of all modalities and their parameters, to be logged after `backward()`.
+    r"""Gradient norms of all modalities and their parameters, to be logged after ``backward()``.
 
     .. math::
         n_p = \sqrt{\sum_i |g_{p,i}|^2}, \qquad n_m = \sqrt{\sum_{p \in m} n_p^2}, \qquad
@@ -32,37 +32,37 @@ def gradient_norms(
 
     The host waits for the device once, however many parameters there are. The keys:
 
-    - `grad/[T1]/<parameter>`: of a parameter that an active key of the map owns, here T1;
-    - `grad/[inactive]/<parameter>`: of one that only inactive keys own;
-    - `grad/<parameter>`: of any, where nothing is inactive;
-    - `grad_norm/<modality>`: of all parameters that a key owns, also those that others share;
-    - `grad_ratio`: real to dummy, where something is inactive and has a gradient that is not 0;
-    - `grad_ranks`: how many ranks there are, where there are several.
+    - ``grad/[T1]/<parameter>``: of a parameter that an active key of the map owns, here T1;
+    - ``grad/[inactive]/<parameter>``: of one that only inactive keys own;
+    - ``grad/<parameter>``: of any, where nothing is inactive;
+    - ``grad_norm/<modality>``: of all parameters that a key owns, also those that others share;
+    - ``grad_ratio``: real to dummy, where something is inactive and has a gradient that is not 0;
+    - ``grad_ranks``: how many ranks there are, where there are several.
 
-    Tuple keys count as modalities and read `T1-dMRI`. A parameter is called as in the bare model;
+    Tuple keys count as modalities and read ``T1-dMRI``. A parameter is called as in the bare model;
     one without a gradient is left out.
 
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"]).backward()
-        >>> found = gradient_norms(wrapper)
-        >>> list(found)[:3]
-        ['grad/[T1]/T1.weight', 'grad/[T1]/T1.bias', 'grad/[inactive]/dMRI.weight']
-        >>> print(f"{found['grad_norm/dMRI']:.3g}")  # 1e-7 * sqrt(14)
-        3.74e-07
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"]).backward()
+    >>> found = gradient_norms(wrapper)
+    >>> list(found)[:3]
+    ['grad/[T1]/T1.weight', 'grad/[T1]/T1.bias', 'grad/[inactive]/dMRI.weight']
+    >>> print(f"{found['grad_norm/dMRI']:.3g}")  # 1e-7 * sqrt(14)
+    3.74e-07
 
     Args:
         wrapper: The wrapper whose loss was backwarded.
-        label: False for keys that are the same at each step: `grad/<modality>/<parameter>`,
-            `active/<modality>`, 1 or 0, and `grad_missing/<modality>`, how many trainable
+        label: False for keys that are the same at each step: ``grad/<modality>/<parameter>``,
+            ``active/<modality>``, 1 or 0, and ``grad_missing/<modality>``, how many trainable
             parameters have no gradient. What would be left out is NaN then.
-        prefix: What to write for `grad` in all keys but `active/<modality>`.
-        active: What was active, in any form of `active_modalities`; by default what the last loss
-            said. With accumulation pass a list of the reports, `wrapper.last`, of all batches since
-            the gradients were cleared.
-        scaler: A `torch.amp.GradScaler` that has not unscaled the gradients yet, or the number
+        prefix: What to write for ``grad`` in all keys but ``active/<modality>``.
+        active: What was active, in any form of ``active_modalities``; by default what the last loss
+            said. With accumulation pass a list of the reports, ``wrapper.last``, of all batches
+            since the gradients were cleared.
+        scaler: A ``torch.amp.GradScaler`` that has not unscaled the gradients yet, or the number
             that the loss was multiplied by; the norms are divided by it.
         full: Measure whole DTensors rather than this rank's shards. All ranks have to call then;
             it takes one reduction for each way in which parameters are sharded.
@@ -71,18 +71,21 @@ def gradient_norms(
         Key to number; of the parameters of the map alone.
 
     Raises:
-        RuntimeError: No loss has gone through the wrapper, and `active` is not given.
-        UnknownModalityError: `active` names a modality that the map does not have.
-        BatchMetadataError: `active` does not say which modalities it means.
-        ValueError: `prefix` is no string or empty, the factor not a finite number above 0, or the
+        RuntimeError: No loss has gone through the wrapper, and ``active`` is not given.
+        UnknownModalityError: ``active`` names a modality that the map does not have.
+        BatchMetadataError: ``active`` does not say which modalities it means.
+        ParameterMapError: A path matches nothing in the model any more.
+        ValueError: ``prefix`` is no string or empty, the factor not a finite number above 0, or the
             scaler has unscaled the gradients.
-        UnsupportedEngineError: `full`, and a DTensor is a sum over ranks that is yet to be made.
+        TypeError: ``wrapper`` or ``scaler`` is of another kind.
+        UnsupportedEngineError: ``full``, and a DTensor is a sum over ranks that is yet to be made.
 
     Note:
         Once DDP has reduced them, gradients are averages over all ranks, while the labels are
-        those of this rank: an `[inactive]` one may be real, from another rank. A sparse gradient
-        is coalesced first, for which a GPU makes the host wait once more. Elements whose squares
-        float32 cannot hold, below 1e-22, count as 0; `missing_gradients` looks at these too.
+        those of this rank: an ``[inactive]`` one may be real, from another rank. A sparse gradient
+        is coalesced first, for which a GPU makes the host wait once more. In float32, elements
+        below 1e-22 count as 0, and norms above 1e19 as infinite, as their squares are out of range;
+        ``missing_gradients`` looks at the elements themselves.
     """
     check_wrapper(wrapper)
     if not isinstance(prefix, str) or not prefix:

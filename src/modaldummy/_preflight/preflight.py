@@ -35,17 +35,17 @@ def preflight(
 ) -> list[Finding]:
     """Findings about a training that is about to start; an empty list if there is nothing to say.
 
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> for finding in preflight(wrapper, optimizer):
-        ...     print(finding.code, finding.severity)
-        MD141 warning
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> for finding in preflight(wrapper, optimizer):
+    ...     print(finding.code, finding.severity)
+    MD141 warning
 
-    Each finding has a code; docs/reference/preflight.md has a section for each code. What an
+    Each finding has a code; ``docs/reference/preflight.md`` has a section for each code. What an
     argument would be needed for is not checked without it. Model, optimizers, gradients, random
-    number generators, the graph of `loss` and `wrapper.last` stay as they are, and no rank waits
-    for another: call it once per run, on any or all ranks.
+    number generators, the graph of ``loss`` and ``wrapper.last`` stay as they are, and no rank
+    waits for another: call it once per run, on any or all ranks.
 
     Args:
         wrapper: The wrapper that training uses.
@@ -55,8 +55,8 @@ def preflight(
         loss: The total of one batch as the wrapper returned it, before backward. Where its graph
             does not tell what backward will reach, in a reentrant checkpoint or of parameters that
             FSDP2 has back in shards, nothing is said about that.
-        scaler: The `torch.amp.GradScaler`, or the number that the loss is multiplied by.
-        max_norm: What `torch.nn.utils.clip_grad_norm_` will be given.
+        scaler: The ``torch.amp.GradScaler``, or the number that the loss is multiplied by.
+        max_norm: What ``torch.nn.utils.clip_grad_norm_`` will be given.
         accumulation_steps: By how many the loss is divided.
 
     Returns:
@@ -64,8 +64,8 @@ def preflight(
 
     Raises:
         TypeError: An argument is of another kind.
-        ValueError: `optimizer` is empty, `model` shares no parameter with that of the wrapper, or a
-            number is not positive.
+        ValueError: ``optimizer`` is empty, ``model`` shares no parameter with that of the wrapper,
+            or a number is not positive.
         ParameterMapError: A path of the map matches nothing in the model any more, or no gradient
             can reach what it matches, such as the parameter of a lazy module before its first use.
     """

@@ -19,38 +19,39 @@ from modaldummy._wrapper import DummyLossWrapper
 def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHandle":
     """Let DDP see the parameters of all modalities in what its forward returns.
 
-    DDP with `find_unused_parameters=True` walks the graph of its outputs, takes what it does not
+    DDP with ``find_unused_parameters=True`` walks the graph of its outputs, takes what it does not
     find for unused, and stops at a dummy term that reaches such parameters after all. From now on,
     in gradient mode, the output has edges to all of them, by which backward hands them nothing. The
     dummy term and the training loop stay as they are: the loss has to go through the wrapper.
 
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> model.forward = lambda batch: model["T1"](batch["T1"])
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> handle = attach_to_outputs(wrapper, model)  # or the DDP around it
-        >>> batch = {"T1": torch.ones(3, 4)}
-        >>> wrapper.total(model(batch).square().mean(), batch).backward()
-        >>> model["dMRI"].bias.grad
-        tensor([1.0000e-07, 1.0000e-07])
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> model.forward = lambda batch: model["T1"](batch["T1"])
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> handle = attach_to_outputs(wrapper, model)  # or the DDP around it
+    >>> batch = {"T1": torch.ones(3, 4)}
+    >>> wrapper.total(model(batch).square().mean(), batch).backward()
+    >>> model["dMRI"].bias.grad
+    tensor([1.0000e-07, 1.0000e-07])
 
     Args:
         wrapper: Made with the module inside of DDP.
         model: What is called in training: DDP, a compiled DDP, or the module that DDP will wrap.
-            It returns a tensor, or tuples, lists, mappings and dataclasses that hold tensors.
+            It returns a tensor, or tuples, lists, dicts and dataclasses that hold tensors.
 
     Returns:
-        A handle whose `remove()`, or end as a context manager, lets the model go.
+        A handle whose ``remove()``, or end as a context manager, lets the model go.
 
     Raises:
-        TypeError: `wrapper` or `model` is none.
-        ValueError: `model` has none of the parameters of the map, or several DDPs that do.
+        TypeError: ``wrapper`` or ``model`` is of another kind.
+        ValueError: ``model`` has none of the parameters of the map, or several DDPs that do.
         UnsupportedEngineError: The graph of DDP is static and the scale None. From forward: nothing
             that the model returned has a graph; parts of it run under reentrant checkpointing; or
             FSDP2 has sharded the parameters, which asks for nothing of this kind.
 
     Note:
-        With `scale=None`, DDP leaves the gradients of a modality that no rank had at a step as they
-        are, None for instance, where it looks for unused parameters.
+        Backward visits each parameter once, so that the gradients are those that the loss gives.
+        With ``scale=None``, DDP leaves the gradients of a modality that no rank had at a step as
+        they are, None for instance, where it looks for unused parameters.
     """
     check_wrapper(wrapper)
     if not isinstance(model, nn.Module):
@@ -80,7 +81,15 @@ def is_attached(wrapper: DummyLossWrapper, module: nn.Module) -> bool:
 
 
 class AttachHandle:
-    """What `attach_to_outputs` returns; also a context manager, which removes it at its end."""
+    """What ``attach_to_outputs`` returns; also a context manager, which removes it at its end.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
+    >>> wrapper = DummyLossWrapper(model, {"T1": "0", "dMRI": "1"})
+    >>> handle = attach_to_outputs(wrapper, model)
+    >>> len(model(torch.ones(3, 4)).grad_fn.next_functions)  # the output itself, four parameters
+    5
+    >>> handle.remove()
+    """
 
     def __init__(self, wrapper: DummyLossWrapper, module: nn.Module) -> None:
         self._wrapper = wrapper

@@ -30,36 +30,37 @@ def check_ranks(
 ) -> None:
     """Raise on all ranks where they hold different modalities and their engine cannot bear that.
 
-    Call it before forward, on all ranks of `group`. Silent where ranks agree, and where they may
+    Call it before forward, on all ranks of ``group``. Silent where ranks agree, and where they may
     differ: without an engine, under DDP, ZeRO-1, and FSDP2 for the whole model.
 
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> check_ranks(wrapper, {"T1": torch.ones(3, 4)})
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> check_ranks(wrapper, {"T1": torch.ones(3, 4)})
 
     A rank that cannot read its batch raises its own error, and all others say which rank that is,
     so that no rank is left to wait. What has to agree is whether a key of the map is active; keys
     without a parameter that the engine splits need not. Where forward runs every tower on every
-    rank, pass `wrapper.modalities` as `batch`.
+    rank, pass ``wrapper.modalities`` as ``batch``.
 
     Args:
         wrapper: What knows which modalities own which parameters.
-        batch: The batch or its metadata, in any form of `active_modalities`.
+        batch: The batch or its metadata, in any form of ``active_modalities``.
         model: The model as it is called, if an engine is around that of the wrapper: a DeepSpeed
             engine, or FSDP2 for more than that.
-        group: Ranks that have to agree; by default all, where `torch.distributed` is in use. A
-            call takes one gather of a byte for each key of the map, and one more, from each rank.
+        group: Ranks that have to agree; by default all, where ``torch.distributed`` is in use. A
+            call gathers, from each rank, a byte for each key of the map and one more, and the host
+            waits for it. On a single rank the batch is read, and nothing else is checked.
 
     Raises:
         RankDisagreementError: The same text on every rank: ranks differ where they must not, or
             some of them could not read their batch. Or a rank did not take part before the timeout
-            of `group`.
+            of ``group``.
         BatchMetadataError: The batch of this rank does not say which modalities it holds.
         UnknownModalityError: The batch of this rank names a modality that the map does not have.
-        UnsupportedEngineError: ZeRO-2 would stop at a modality that no rank holds, with a scale of
-            None.
-        TypeError: `wrapper`, `model` or `group` is none.
-        ValueError: `model` shares no parameter with the model of the wrapper.
+        UnsupportedEngineError: The scale is None and no rank holds a modality, at which ZeRO-2, and
+            ZeRO-1 with ``overlap_comm``, would stop.
+        TypeError: ``wrapper``, ``model`` or ``group`` is of another kind.
+        ValueError: Where ranks differ: ``model`` shares no parameter with that of the wrapper.
     """
     check_wrapper(wrapper)
     check_model(model)

@@ -31,64 +31,53 @@ _VERSION = 1
 class ModalityBatchSampler(Sampler[list[int]]):
     r"""Batch sampler whose batches hold one kind of sample, the same on every rank at each step.
 
-    .. math::
-        s_k = S \, \frac{n_k^{1/T}}{\sum_j n_j^{1/T}}, \qquad
-        S = \sum_k \left\lceil \frac{n_k}{R \, b} \right\rceil
+    .. math:: s_k = S \, n_k^{1/T} / \sum_j n_j^{1/T}, \quad S = \sum_k \lceil n_k / (R b) \rceil
 
-    A kind is a set of modalities, written as a name or a tuple of names. Of the `S` steps of an
-    epoch kind `k`, which `n_k` samples are of, gets `s_k`, each with `b` samples on each of `R`
-    ranks: for engines that cannot bear ranks with different modalities, such as ZeRO-2, ZeRO-3,
-    and FSDP2 where it shards towers one by one.
+    A kind is a set of modalities, a name or a tuple of names. Of the :math:`S` steps of an epoch
+    kind :math:`k`, of :math:`n_k` samples, gets :math:`s_k`, rounded; at temperature :math:`T = 1`
+    its own term of :math:`S`. Each takes :math:`b` samples on each of :math:`R` ranks. For engines
+    that cannot bear ranks with different modalities: ZeRO-2, ZeRO-3, FSDP2 of single towers.
 
-        >>> modalities = ["T1", "T1", ("T1", "dMRI"), "T1", "T1", ("dMRI", "T1")]
-        >>> sampler = ModalityBatchSampler(modalities, batch_size=2, shuffle=False)
-        >>> list(sampler)
-        [[0, 1], [2, 5], [3, 4]]
-        >>> sampler.steps
-        {'T1': 2, ('T1', 'dMRI'): 1}
-        >>> from torch.utils.data import DataLoader
-        >>> loader = DataLoader(modalities, batch_sampler=sampler, collate_fn=list)
-        >>> for epoch in range(2):
-        ...     sampler.set_epoch(epoch)
-        ...     batches = list(loader)
+    >>> modalities = ["T1", "T1", ("T1", "dMRI"), "T1", "T1", ("dMRI", "T1")]
+    >>> sampler = ModalityBatchSampler(modalities, batch_size=2, shuffle=False)
+    >>> list(sampler), sampler.steps
+    ([[0, 1], [2, 5], [3, 4]], {'T1': 2, ('T1', 'dMRI'): 1})
+    >>> loader = torch.utils.data.DataLoader(modalities, batch_sampler=sampler, collate_fn=list)
+    >>> for epoch in range(2):
+    ...     sampler.set_epoch(epoch)
+    ...     batches = list(loader)
+    >>> sampler.load_state_dict(sampler.state_dict(position=1))
+    >>> list(sampler)
+    [[2, 5], [3, 4]]
 
-    An epoch has each sample once, but for at most `R - 1` of a kind that are repeated so that all
-    ranks have equally many; the last batch of a kind may be smaller. With another temperature, or
-    a mix, all batches are full: a kind begins anew once all its samples have been seen, and one
-    that gets too few steps for that shows a part of them.
+    An epoch has each sample once, but for up to :math:`R - 1` of a kind that are repeated; the last
+    batch of a kind may be smaller. With another temperature, or a mix, all are full: a kind begins
+    anew once it has been seen, or is seen in part. Batches are split over ranks already: pass
+    ``use_distributed_sampler=False`` to Lightning, and do not let accelerate prepare the loader.
 
     Args:
         modalities: For each sample of the dataset, in its order, a name or an iterable of names;
             an empty one for a sample without modalities, such as text alone.
         batch_size: Samples of a batch on each rank. Or a mapping of each kind to how many, such as
-            `{"T1": 6, ("T1", "dMRI"): 2, "dMRI": 0}`: all batches then are of this mix, and an
+            ``{"T1": 6, ("T1", "dMRI"): 2, "dMRI": 0}``: all batches then are of this mix, and an
             epoch ends when the kind that lasts longest has been seen once.
-        temperature: 1 for shares in proportion to the samples, `math.inf` for equal ones; the
+        temperature: 1 for shares in proportion to the samples, ``math.inf`` for equal ones; the
             number of steps is the same. A kind gets at least one, where there are enough.
-        shuffle: Draw samples and the order of kinds anew in each epoch. Otherwise samples come in
-            the order of the dataset, kinds evenly spread; a kind that is repeated, or seen in
-            part, goes on in each epoch where the one before ended.
+        shuffle: Draw samples and the order of kinds anew in each epoch. Else they come in order,
+            kinds evenly spread; one repeated, or seen in part, goes on where an epoch ended.
         seed: Added to the epoch; the same on all ranks.
-        drop_last: Leave out samples that do not fill a batch on every rank.
-        num_replicas: Number of ranks; by default that of `torch.distributed` where it is
-            initialized by now, else 1.
+        drop_last: Leave out what fills no batch on every rank; warns where that is a whole kind.
+        num_replicas: Number of ranks; by default that of ``torch.distributed`` by now, else 1.
         rank: By default that of this process.
 
     Attributes:
         steps: How many batches of an epoch hold each kind.
-        epoch: What `set_epoch` was told last.
+        epoch: What ``set_epoch`` was told last.
 
     Raises:
         TypeError: An argument, or an entry of one, is of another type.
-        ValueError: A number is out of range, `modalities` is empty, the mapping has other kinds
-            than the dataset, or `drop_last` leaves no batch.
-        RuntimeError: From iteration: `torch.distributed` was initialized with several ranks only
-            after the sampler had looked.
-
-    Note:
-        It splits over ranks itself: pass `use_distributed_sampler=False` to Lightning, and do not
-        let accelerate prepare the loader. What asks for its `batch_size`, as both do on several
-        ranks to split once more, gets an `UnsupportedEngineError`.
+        ValueError: A number is out of range, a mapping has other kinds, or there is no batch.
+        RuntimeError: From iteration: ``torch.distributed`` has another number of ranks by now.
     """
 
     def __init__(
@@ -156,15 +145,12 @@ class ModalityBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "ModalityBatchSampler":
-        """Itself: of a batch sampler, Lightning calls only `sampler.set_epoch`."""
+        """Itself, since of a batch sampler Lightning calls only ``sampler.set_epoch``."""
         return self
 
     @property
     def batch_size(self) -> Never:
-        """Refused, as accelerate would silently deal the batches of each rank out once more.
-
-        See https://github.com/huggingface/accelerate/issues/4075.
-        """
+        """An UnsupportedEngineError, because of huggingface/accelerate#4075 on GitHub."""
         raise UnsupportedEngineError(
             "A trainer asks ModalityBatchSampler for its `batch_size`, to split batches over ranks "
             "that are split already; with Lightning pass `use_distributed_sampler=False`, and with "
@@ -217,7 +203,11 @@ class ModalityBatchSampler(Sampler[list[int]]):
         return order_steps(self._num_steps, generator if self._shuffle else None), own
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, on all ranks and before the loader is iterated; another starts at 0."""
+        """Set the epoch before the loader is iterated; a new one starts at its first batch.
+
+        Args:
+            epoch: From 0, the same on all ranks; a TypeError or ValueError otherwise.
+        """
         if check_int("epoch", epoch, 0) == self.epoch:
             return
         if self._resumed and 0 < self._begin < len(self):
@@ -231,12 +221,17 @@ class ModalityBatchSampler(Sampler[list[int]]):
         self._resumed = False
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
-        """Where the epoch is, to be saved; the same on all ranks.
+        """Where the epoch is, to be saved.
 
         Args:
-            position: How many batches of this epoch have been trained on, counted from its start.
-                By default how many were drawn, which workers of a DataLoader do ahead of training:
-                batches that wait in its queue would then be skipped.
+            position: Batches of this epoch that have been trained on. By default those drawn, of
+                which some may wait in a DataLoader with workers, and would be skipped.
+
+        Returns:
+            Numbers and strings for ``load_state_dict``, the same on all ranks.
+
+        Raises:
+            ValueError: ``position`` is beyond what was drawn, or before what was loaded.
         """
         if position is None:
             position = self._position
@@ -248,9 +243,14 @@ class ModalityBatchSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "position": position, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on behind a saved position; those after it start at 0.
+        """Let the next iteration go on behind a saved position; later ones start at 0.
 
-        `set_epoch` keeps the position if it is told the epoch that was saved.
+        Args:
+            state: From ``state_dict``; ``set_epoch`` keeps the position if told the same epoch.
+
+        Raises:
+            TypeError: ``state`` is no mapping, or a number in it no int.
+            ValueError: It lacks something, is out of range, or of a sampler made otherwise.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"`state` must be what `state_dict()` returned, got {describe(state)}.")

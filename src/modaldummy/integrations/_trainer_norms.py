@@ -12,23 +12,28 @@ from modaldummy._wrapper import DummyLossWrapper
 
 
 class GradientNormCallback(TrainerCallback):
-    """Measures `gradient_norms` at each step that the Trainer logs.
+    """Measures ``gradient_norms`` at each step that the Trainer logs.
 
-    `DummyLossMixin.log` adds them to what is logged. The labels are those of all batches that were
-    accumulated for a step. Under the mixin the norms are those before clipping, like the Trainer's
-    own `grad_norm`; in another Trainer, whose `log` has to add `metrics` itself, after it.
+    ``DummyLossMixin.log`` adds them to what is logged. The labels are those of all batches that
+    were accumulated for a step. Under the mixin the norms are those before clipping, like the
+    Trainer's own ``grad_norm``; in another Trainer, whose ``log`` has to add ``metrics`` itself,
+    after it.
 
     Args:
-        wrapper: What the loss goes through; by default that of the `DummyLossMixin`.
-        label: As for `gradient_norms`.
-        prefix: As for `gradient_norms`.
+        wrapper: What the loss goes through; by default that of the ``DummyLossMixin``.
+        label: As for ``gradient_norms``.
+        prefix: As for ``gradient_norms``.
 
     Attributes:
         metrics: What was measured last.
 
+    Raises:
+        TypeError: ``wrapper`` is of another kind.
+        RuntimeError: From a step: there is no wrapper, or no loss has gone through it.
+
     Note:
-        With `logging_strategy="epoch"` each step is measured: no callback knows which is the last.
-        A step that another callback has the Trainer log in between has no norms.
+        With ``logging_strategy="epoch"`` each step is measured: no callback knows which is the
+        last. A step that another callback has the Trainer log in between has no norms.
     """
 
     def __init__(
@@ -44,7 +49,14 @@ class GradientNormCallback(TrainerCallback):
         self._measured = -2  # how many steps were made before the one that `metrics` are of
 
     def is_for(self, wrapper: DummyLossWrapper) -> bool:
-        """Whether it was not given another wrapper."""
+        """Whether it was not given another wrapper.
+
+        Args:
+            wrapper: That of a ``DummyLossMixin``.
+
+        Returns:
+            False for one that measures what another wrapper did.
+        """
         return self._wrapper is None or self._wrapper is wrapper
 
     def measure(
@@ -62,7 +74,7 @@ class GradientNormCallback(TrainerCallback):
             reports: Of each loss that the gradients are of.
             args: Those of the Trainer.
             state: That of the Trainer.
-            scaler: The `GradScaler` if it has not unscaled the gradients yet.
+            scaler: The ``GradScaler`` if it has not unscaled the gradients yet.
         """
         if _is_logged(args, state):
             self.metrics = gradient_norms(
@@ -75,7 +87,14 @@ class GradientNormCallback(TrainerCallback):
             self._measured = state.global_step
 
     def metrics_of(self, state: TrainerState) -> dict[str, float]:
-        """`metrics` if they are of the step that was just made, else nothing."""
+        """``metrics`` if they are of the step that was just made, else nothing.
+
+        Args:
+            state: That of the Trainer.
+
+        Returns:
+            What to add to the row of that step.
+        """
         return self.metrics if self._measured == state.global_step - 1 else {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -25,41 +25,44 @@ _logger = logging.getLogger(__name__)
 
 
 class DummyLossCallback(Callback):
-    """Watches a `DummyLossWrapper` in Lightning's Trainer, and can hold its optimizers.
+    """Watches a ``DummyLossWrapper`` in Lightning's Trainer, and can hold its optimizers.
+
+    It is one of the callbacks::
 
         trainer = Trainer(callbacks=[DummyLossCallback(hold=True)], ...)
 
-    The dummy term needs no callback: `training_step` returns `self.wrapper.total(loss, batch)`.
-    Where training starts, the main process logs what `preflight` finds, by `logging`. At each step
-    that the Trainer logs, its loggers get the wrapper's report and `gradient_norms`, of gradients
-    that are unscaled and not yet clipped. Labels are those of all accumulated batches; of the
-    report, losses and dummies are means over them, and what is active or counted is that of all.
+    The dummy term needs no callback: ``training_step`` returns ``self.wrapper.total(loss, batch)``.
+    Where training starts, the main process logs what ``preflight`` finds, by ``logging``. At each
+    step that the Trainer logs, its loggers get the wrapper's report and ``gradient_norms``, of
+    gradients that are unscaled and not yet clipped. Labels are those of all accumulated batches; of
+    the report, losses and dummies are means over them, and what is active or counted is that of
+    all.
 
     Args:
         wrapper: What the loss goes through; by default the one that the LightningModule, or a
             module in it, has as an attribute, or that has wrapped such a loss function.
-        hold: Whether the optimizers are held by `hold_inactive` while training lasts.
-        label: As for `gradient_norms`.
-        prefix: As for `gradient_norms`.
+        hold: Whether the optimizers are held by ``hold_inactive`` while training lasts.
+        label: As for ``gradient_norms``.
+        prefix: As for ``gradient_norms``.
 
     Attributes:
-        findings: What `preflight` found.
+        findings: What ``preflight`` found.
         metrics: What was measured last.
 
     Raises:
-        TypeError: `wrapper` is none.
+        TypeError: ``wrapper`` is of another kind.
         ValueError: Where training starts: the module has no wrapper, or several; or the wrapper is
-            that of another model; or `hold`, and no optimizer has a parameter of the map.
+            that of another model; or ``hold``, and no optimizer has a parameter of the map.
         UnsupportedEngineError: Where training starts: the graph of DDP is static and the scale
-            None; or `hold`, and an optimizer cannot be held.
+            None; or ``hold``, and an optimizer cannot be held.
         RuntimeError: After the first step: the loss did not go through the wrapper.
 
     Note:
         Where several optimizers step at different batches, norms of parameters of one that does not
         step are those so far, still scaled, under the labels of one that does.
 
-        Metrics go to the loggers themselves: `self.log` repeats what was logged under a label, at
-        each step, until the epoch ends. So `trainer.logged_metrics` does not have them.
+        Metrics go to the loggers themselves: ``self.log`` repeats what was logged under a label, at
+        each step, until the epoch ends. So ``trainer.logged_metrics`` does not have them.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class DummyLossCallback(Callback):
         self._measured = False  # in this batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the wrapper, hold the optimizers, and log what `preflight` finds."""
+        """Find the wrapper, hold the optimizers, and log what ``preflight`` finds."""
         wrapper = self._given or _wrapper_in(pl_module)
         called_model(wrapper, pl_module)
         model = trainer.strategy.model or pl_module

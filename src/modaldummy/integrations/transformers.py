@@ -54,39 +54,39 @@ _DISPATCHED = (
 
 
 class DummyLossMixin(_TrainerMethods):
-    """Sends the training loss of a Trainer through a `DummyLossWrapper`. Comes before the Trainer.
+    """Sends the training loss of a Trainer through a ``DummyLossWrapper``.
+
+    It comes before the Trainer::
 
         class MyTrainer(DummyLossMixin, Trainer): ...
-
         trainer = MyTrainer(model, args, wrapper=wrapper, callbacks=[GradientNormCallback()], ...)
 
     The modalities are read from the Trainer's inputs before forward, in any form of
-    `active_modalities`. What is logged in training carries the wrapper's report. Losses of
-    evaluation and prediction are the real ones. Whatever the number of accumulated batches, and
-    whether the Trainer or the model normalises the loss, an inactive parameter gets `scale` per
-    element at a step. Where training starts, `preflight` is logged. The loss may be multiplied,
-    smoothed or computed by `compute_loss_func`, the model compiled, adapted by PEFT, checkpointed
-    or under DDP, also where the Trainer has DDP look for unused parameters.
+    ``active_modalities``. What training logs carries the wrapper's report; losses of evaluation and
+    prediction are the real ones. However many batches are accumulated, and whoever normalises the
+    loss, an inactive parameter gets ``scale`` per element at a step. Where training starts,
+    ``preflight`` is logged. The loss may be multiplied, smoothed or computed by
+    ``compute_loss_func``, the model compiled, adapted by PEFT, checkpointed or under DDP, with
+    ``ddp_find_unused_parameters`` or without.
 
     Args:
-        wrapper: The wrapper, or a function that makes one from a model, which a Trainer with
-            `model_init` needs.
-        hold: Whether the optimizer is held by `hold_inactive`.
+        *args: What the Trainer takes.
+        wrapper: The wrapper, or, as ``model_init`` needs, a function that makes one from a model.
+        hold: Whether the optimizer is held by ``hold_inactive``.
         metadata_columns: Which columns are kept for the wrapper, and kept from a model whose
-            `forward` does not name them.
+            ``forward`` does not name them.
+        **kwargs: What the Trainer takes.
 
     Attributes:
         wrapper: The wrapper that is in use.
 
     Raises:
-        TypeError: The mixin comes after the Trainer; or `wrapper` is neither a wrapper nor a
-            function that makes one.
+        TypeError: The mixin comes after the Trainer; or ``wrapper`` neither is nor makes one.
         ValueError: The model of the wrapper is not that of the Trainer.
         BatchMetadataError: From a step: the inputs do not say which modalities they hold.
         UnsupportedEngineError: From a step: the engine cannot bear what the wrapper does.
-        RankDisagreementError: From a step: ranks hold different modalities under FSDP or DeepSpeed
-            where these cannot bear that.
-        RuntimeError: From a step: what was backwarded has not been through the wrapper.
+        RankDisagreementError: From a step: ranks differ where FSDP or DeepSpeed cannot bear it.
+        RuntimeError: From a step: the loss has not been through the wrapper, or has been twice.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

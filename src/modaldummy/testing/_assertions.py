@@ -16,25 +16,26 @@ from modaldummy.testing._compare import count_zeros, difference, preserved
 def assert_every_parameter_has_gradient(
     model: nn.Module, wrapper: DummyLossWrapper | None = None
 ) -> None:
-    """Connect: after backward, every trainable parameter of `model` has a gradient.
+    """Connect: after backward, every trainable parameter of ``model`` has a gradient.
 
     With a wrapper the message says which modality a parameter belongs to and why it may have been
     missed, and the gradients of the parameters that its last call took for inactive must be nowhere
     zero, as a scale above zero promises for one backward pass. The empty sparse gradient of a
     sparse embedding is what it ought to be.
 
-        >>> import torch
-        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
-        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
-        >>> wrapper.total(model["T1"](torch.ones(3, 4)).sum(), "T1").backward()
-        >>> assert_every_parameter_has_gradient(model, wrapper)
+    >>> import torch
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> wrapper.total(model["T1"](torch.ones(3, 4)).sum(), "T1").backward()
+    >>> assert_every_parameter_has_gradient(model, wrapper)
 
     Args:
         model: The model that was trained one step, bare or wrapped.
         wrapper: The wrapper of its loss.
 
     Raises:
-        AssertionError: A trainable parameter has no gradient, or a zero where there can be none.
+        AssertionError: A trainable parameter has no gradient, or a zero where there can be none;
+            or the wrapper has not been called in gradient mode.
     """
     owners = {} if wrapper is None else _owners(wrapper)
     inactive = set() if wrapper is None else _inactive(wrapper)
@@ -52,15 +53,21 @@ def assert_every_parameter_has_gradient(
 
 
 def assert_dummy_is_negligible(wrapper: DummyLossWrapper, max_fraction: float = 1e-4) -> None:
-    """Bound: in the wrapper's last call, `|dummy| <= max_fraction * |real|`.
+    """Bound: in the wrapper's last call, ``|dummy| <= max_fraction * |real|``.
+
+    >>> import torch
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> total = wrapper.total(torch.tensor(2.0), "T1")
+    >>> assert_dummy_is_negligible(wrapper)
 
     Args:
-        wrapper: A wrapper whose `total` or wrapped loss has been called in gradient mode.
+        wrapper: A wrapper whose ``total`` or wrapped loss has been called in gradient mode.
         max_fraction: Largest fraction of the real loss to accept, 0.01 % unless told otherwise.
 
     Raises:
-        AssertionError: The dummy term is more than that. The message names the parameters that
-            contribute most.
+        AssertionError: The dummy term is more than that, and the message names the parameters that
+            contribute most; or the wrapper has not been called in gradient mode.
     """
     report = _last(wrapper)
     real, dummy = report.real.double().item(), report.dummy.double().item()
@@ -78,18 +85,24 @@ def assert_gradients_unchanged(
 ) -> None:
     """Bit for bit, the dummy changes no gradient but those of inactive parameters.
 
-    Runs `loss_fn(batch)` and backward twice, from the same random state and with the same
-    buffers: alone, and through `wrapper.total`. Gradients, buffers and the random state of torch
-    are put back afterwards; `wrapper.last` is not.
+    Runs ``loss_fn(batch)`` and backward twice, from the same random state and with the same
+    buffers: alone, and through ``wrapper.total``. Gradients, buffers and the random state of torch
+    are put back afterwards; ``wrapper.last`` is not.
+
+    >>> import torch
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> batch = {"T1": torch.ones(3, 4)}
+    >>> assert_gradients_unchanged(wrapper, lambda batch: model["T1"](batch["T1"]).sum(), batch)
 
     Args:
         wrapper: The wrapper under test.
         loss_fn: Computes the real loss of a batch from the model. It must not be wrapped.
-        batch: A batch for `loss_fn`, which also says what is active.
+        batch: A batch for ``loss_fn``, which also says what is active.
 
     Raises:
-        TypeError: `loss_fn` returns no tensor.
-        AssertionError: A gradient differs, or `loss_fn` gives two results for one batch, as an
+        TypeError: ``loss_fn`` returns no real-valued tensor.
+        AssertionError: A gradient differs, or ``loss_fn`` gives two results for one batch, as an
             operator without a deterministic implementation may.
     """
     model = wrapper._map.model

@@ -22,16 +22,38 @@ _NAMES = ("T1", "T10", "rsfMRI", "dMRI", "text", "audio")
 
 
 def active_sets(modalities: Sequence[str]) -> st.SearchStrategy[set[str]]:
-    """Any subset of `modalities`, the empty and the full one included.
+    """Any subset of ``modalities``, the empty and the full one included.
+
+    >>> from hypothesis import given
+    >>> @given(active_sets(["T1", "dMRI"]))
+    ... def test(active):
+    ...     assert active <= {"T1", "dMRI"}
+    >>> test()
 
     Args:
-        modalities: Names to choose from, usually `wrapper.modalities`.
+        modalities: Names to choose from, usually ``wrapper.modalities``.
+
+    Returns:
+        A strategy of sets that shrink towards the empty one.
+
+    Raises:
+        ValueError: ``modalities`` is empty or a string.
     """
     return st.sets(st.sampled_from(_names(modalities)))
 
 
 def scales() -> st.SearchStrategy[float]:
-    """Positive scales from 1e-36 to 1e3, the default 1e-7 often."""
+    """Positive scales from 1e-36 to 1e3, the default 1e-7 often.
+
+    >>> from hypothesis import given
+    >>> @given(scales())
+    ... def test(scale):
+    ...     assert scale > 0
+    >>> test()
+
+    Returns:
+        A strategy of floats that shrink towards the default.
+    """
     return st.just(1e-7) | st.floats(-36, 3).map(lambda exponent: float(10**exponent))
 
 
@@ -43,19 +65,23 @@ def batches(
     The forms are names, names per sample, an explicit key, one entry per modality, and a bool
     mask; what they hold besides are small tensors of zeros, not data that a model could run on.
 
-        >>> from hypothesis import given
-        >>> from modaldummy import active_modalities
-        >>> @given(batches(["T1", "dMRI"], ["T1"]))
-        ... def test(batch):
-        ...     assert active_modalities(batch, ["T1", "dMRI"]) == ("T1",)
-        >>> test()
+    >>> from hypothesis import given
+    >>> from modaldummy import active_modalities
+    >>> @given(batches(["T1", "dMRI"], ["T1"]))
+    ... def test(batch):
+    ...     assert active_modalities(batch, ["T1", "dMRI"]) == ("T1",)
+    >>> test()
 
     Args:
-        modalities: All names, in map order, usually `wrapper.modalities`.
-        active: Those that the batch is to hold; drawn by `active_sets` if None.
+        modalities: All names, in map order, usually ``wrapper.modalities``.
+        active: Those that the batch is to hold; drawn by ``active_sets`` if None.
+
+    Returns:
+        A strategy of what ``wrapper.total`` takes for a batch.
 
     Raises:
-        UnknownModalityError: `active` has a name that is not in `modalities`.
+        UnknownModalityError: ``active`` has a name that is not in ``modalities``.
+        ValueError: ``modalities`` is empty or a string.
     """
     names = _names(modalities)
     if active is None:
@@ -82,14 +108,25 @@ def batches(
 def param_maps(
     model: nn.Module, *, max_modalities: int = 4
 ) -> st.SearchStrategy[dict[ModalityKey, ParamSpec]]:
-    """Valid `modality_param_map`s of a model: which modality owns what is left to chance.
+    """Valid maps of a model to its parameters: which modality owns what is left to chance.
 
     Modalities own modules or single parameters, given as paths, globs, objects or lists of these;
     they may overlap, and two of them may own something jointly, under a tuple key.
 
+    >>> from hypothesis import given
+    >>> from modaldummy import DummyLossWrapper
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
+    >>> @given(param_maps(model))
+    ... def test(modality_param_map):
+    ...     assert DummyLossWrapper(model, modality_param_map).modalities
+    >>> test()
+
     Args:
         model: The model to share out, bare or wrapped.
         max_modalities: At most how many names a map has, up to 6.
+
+    Returns:
+        A strategy of maps that ``DummyLossWrapper`` takes.
 
     Raises:
         ValueError: The model has no parameters.
