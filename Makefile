@@ -51,6 +51,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_sum.py --seconds 4 --csv --plot
 	$(BIN)/python benchmarks/bench_step.py --rounds 100 --csv
 	$(BIN)/python benchmarks/targets.py --seconds 2
+	$(BIN)/python benchmarks/show_alternatives.py --csv
 
 # The figures of docs/explanation/what-a-dummy-gradient-does.md; about an hour on 2 cores.
 bench-hold: $(VENV)/.bench
