@@ -59,6 +59,7 @@ def test_there_are_snippets() -> None:
         "docs/how-to/loggers.md",
         "docs/how-to/monitor.md",
         "docs/how-to/property-test-your-model.md",
+        "docs/how-to/your-own-loop.md",
         "docs/reference/batch-metadata.md",
         "docs/reference/diagnose.md",
         "docs/reference/preflight.md",
