@@ -10,7 +10,7 @@ DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test docs test-integrations test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
+.PHONY: demo test docs typing test-wheel test-integrations test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
 	bench-ddp gpu lint types clean
 
 demo: $(VENV)/.demo
@@ -34,6 +34,16 @@ test-deepspeed: $(DEEPSPEED)/.installed
 # The site, into site-output/index.html; any warning is an error. Needs no network once installed.
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs site-output
+
+# What would be released, built and tried as users get it, the whole suite included.
+test-wheel: $(VENV)/.dev $(VENV)/.release
+	$(BIN)/python -m tests.check_wheel
+
+# Types as users see them, from outside, by two checkers; brings Node, some 200 MB.
+typing: $(VENV)/.dev $(VENV)/.typing
+	cd typing_tests && ../$(BIN)/mypy
+	$(BIN)/pyright --project typing_tests --pythonpath $(BIN)/python
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/pyright --verifytypes modaldummy --ignoreexternal
 
 # Breaks the core in hundreds of ways and runs its tests on each; about half an hour on 2 cores.
 mutants: $(VENV)/.dev

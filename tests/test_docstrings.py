@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src"
+import modaldummy
+
+SOURCE = Path(modaldummy.__file__).parents[1]
 MODULES = ("", ".testing", ".integrations.transformers", ".integrations.lightning")
 SECTIONS = ["Args", "Attributes", "Returns", "Raises", "Note"]  # in this order
 

@@ -16,6 +16,10 @@ class MaskedAutoencoder(nn.Module):
         hidden: Width of the trunk.
     """
 
+    vision_tower: nn.ModuleDict
+    trunk: nn.Sequential
+    heads: nn.ModuleDict
+
     def __init__(self, widths: Mapping[str, int], hidden: int = 128) -> None:
         super().__init__()
         # An embedding sees the visible entries and which ones are visible.

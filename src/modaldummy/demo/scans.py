@@ -13,9 +13,12 @@ SOURCES = """\
 # Scans used by this demo
 
 No scan is copied into modaldummy: each is read from the package that ships it. Neither package
-names a licence of its own for these files, so the licence of the package applies.
+names a licence for these files alone. nibabel's `COPYING` puts the package, "including all
+examples, code snippets and attached documentation", under the MIT licence and lists data under
+other terms by file, these two not among them. dipy's `LICENSE` puts "all code" under BSD 3-clause,
+unless a folder has a `LICENSE.txt` that says otherwise; this one has none.
 
-| modality | file | content | package and licence |
+| modality | file | content | licence of the package |
 |---|---|---|---|
 | T1 | `nibabel/tests/data/anatomical.nii` | structural volume, 33 x 41 x 25 voxels of 2 mm, \
 normalised to a template with SPM | nibabel, MIT |

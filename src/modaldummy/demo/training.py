@@ -26,6 +26,9 @@ class Training:
         use_dummy: Whether the loss is wrapped.
     """
 
+    model: MaskedAutoencoder
+    wrapper: DummyLossWrapper
+
     def __init__(
         self, scans: dict[str, Tensor], present: Sequence[str], *, seed: int, use_dummy: bool
     ) -> None:
