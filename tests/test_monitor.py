@@ -27,6 +27,7 @@ from modaldummy import (
 )
 from modaldummy._modalities import ModalityKey
 from modaldummy._monitor.gradients import Stock, _factor, stock_of
+from tests.distributed.engines import needs_averages
 from tests.holding import NAMES, Towers
 from tests.test_host_sync import CountSyncs
 from tests.zoo import ZOO, Case, brain, is_active
@@ -471,6 +472,7 @@ def sharded(rank: int) -> dict[str, Any]:
     return {"local": local, "whole": whole, "one": gradient_norms(wrapper, full=True)}
 
 
+@needs_averages
 def test_sharded_gradients(two: Fleet) -> None:
     """Local norms take no communication; whole ones are those of one process."""
     model = Towers()

@@ -7,6 +7,7 @@ import pytest
 from fleet import Fleet
 from mixing import CHECKED, ENGINES, TOTAL, WAYS, WITHOUT
 from show_silent_mixing import FINISHED, cell, measure, print_table
+from tests.distributed.engines import needs_averages
 
 # Of a dummy of 1e-7 and of rounding.
 SMALL = 1e-6
@@ -36,6 +37,7 @@ def test_ddp_stops_without_a_dummy_and_is_right_with_one(two: Fleet) -> None:
     assert_right(rows[CHECKED])
 
 
+@needs_averages
 def test_fsdp2_for_the_whole_is_right_with_a_dummy_alone(two: Fleet) -> None:
     rows = rows_of(two, "FSDP2, the whole")
     assert_wrong(rows[WITHOUT])

@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleet import Fleet
-from tests.distributed.engines import AGREEING, FSDPS, outcome
+from tests.distributed.engines import AGREEING, FSDPS, needs_averages, outcome
 from tests.distributed.oracle import Schedule
 from tests.distributed.schedules import schedules
+
+pytestmark = needs_averages
 
 
 @pytest.mark.parametrize("engine", FSDPS)

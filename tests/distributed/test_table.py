@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fleet import Fleet
-from tests.distributed.engines import ENGINES
+from tests.distributed.engines import ENGINES, needs_averages
 from tests.distributed.oracle import Schedule, verdict
 
 PAGE = Path(__file__).parents[2] / "docs/explanation/ranks.md"
@@ -37,7 +37,14 @@ def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) 
     return verdict(rank, ENGINES[engine], scale, schedule)
 
 
-@pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" not in engine])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(engine, marks=needs_averages if "FSDP2" in engine else ())
+        for engine in rows()
+        if "ZeRO" not in engine
+    ],
+)
 def test_what_the_page_says_is_what_happens(two: Fleet, engine: str) -> None:
     cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
     for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):

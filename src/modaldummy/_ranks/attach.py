@@ -86,7 +86,8 @@ class AttachHandle:
     >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
     >>> wrapper = DummyLossWrapper(model, {"T1": "0", "dMRI": "1"})
     >>> handle = attach_to_outputs(wrapper, model)
-    >>> len(model(torch.ones(3, 4)).grad_fn.next_functions)  # the output itself, four parameters
+    >>> output = model(torch.ones(3, 4))
+    >>> len(output.grad_fn.next_functions)  # the output itself, four parameters
     5
     >>> handle.remove()
     """
