@@ -11,48 +11,52 @@ from modaldummy._errors import BatchMetadataError, close_match, describe, unknow
 from modaldummy._values import (
     Fields,
     check_depth,
+    check_readable,
     fields_of,
     is_integer,
     is_like_collated_flags,
     is_mask,
     is_plain_collection,
     is_present,
+    once,
 )
 
 EXPLICIT_KEYS = ("active_modalities", "modalities", "modality")
+_COMPARED = 1000  # keys of a mapping that are looked at for a slip of the pen
 
 
 def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
     """Read from a batch which of the known modalities it holds.
 
     Understood, in this order: a name; a collection of names, nested per sample; a mapping,
-    dataclass, named tuple or object that holds any of these forms under `active_modalities`,
-    `modalities` or `modality`; a mapping keyed by modality, where None, False, all-False and empty
-    values mean inactive; such a mapping one level down; a list of samples, each in one of these
-    forms; a bool array `[M]` or `[B, M]` in the order of `modalities`; an integer array `[B]` of
-    indexes into `modalities`, -1 for none. Arrays may be numpy's or torch's. An explicitly empty
-    form means that nothing is active. A key such as `missing_modalities` is never read, and an
-    iterator is refused, since reading would use it up.
+    dataclass, named tuple or object that holds any of these forms under ``active_modalities``,
+    ``modalities`` or ``modality``; a mapping keyed by modality, where None, False, all-False and
+    empty values mean inactive; such a mapping one level down; a list of samples, each in one of
+    these forms; a bool array ``[M]`` or ``[B, M]``, modalities in the order of ``modalities``; an
+    integer array ``[B]`` of indexes into ``modalities``, -1 for none. Arrays may be numpy's or
+    torch's. An explicitly empty form means that nothing is active. A key such as
+    ``missing_modalities`` is never read, and an iterator is refused, since reading would use it up.
 
-        >>> active_modalities({"modality": ["T1", "T1", "dMRI"]}, ["T1", "rsfMRI", "dMRI"])
-        ('T1', 'dMRI')
-        >>> active_modalities({"T1": torch.zeros(2, 1, 8, 8), "dMRI": None}, ["T1", "dMRI"])
-        ('T1',)
+    >>> active_modalities({"modality": ["T1", "T1", "dMRI"]}, ["T1", "rsfMRI", "dMRI"])
+    ('T1', 'dMRI')
+    >>> active_modalities({"T1": torch.zeros(2, 1, 8, 8), "dMRI": None}, ["T1", "dMRI"])
+    ('T1',)
 
     Args:
         batch: The batch or its metadata; it is not changed.
-        modalities: The known modalities, in map order.
+        modalities: The ``M`` known modalities, in map order.
 
     Returns:
-        The active modalities, in the order of `modalities`.
+        The active modalities, in the order of ``modalities``.
 
     Raises:
-        UnknownModalityError: The batch names a modality that is not in `modalities`.
+        UnknownModalityError: The batch names a modality that is not in ``modalities``.
         BatchMetadataError: Nothing recognised, or a form that leaves room for two readings.
-        TypeError: `modalities` is a string.
+        TypeError: ``modalities`` is a string.
 
     Note:
-        Masks on an accelerator are copied to the host, which waits for the device.
+        Masks on an accelerator are copied to the host, which waits for the device. What an
+        attribute or an item of the batch raises when it is asked for is passed on.
     """
     if isinstance(modalities, str):
         raise TypeError(f"`modalities` must be a sequence of names, got {modalities!r}.")
@@ -81,10 +85,11 @@ class Reader:
 
     def fixes(self) -> str:
         """What to do about a batch that cannot be read."""
-        first = self.modalities[0]
+        first = next(iter(self.modalities), "T1")
+        known = ", ".join(map(repr, self.modalities)) or "none"
         return (
-            f"Known modalities: {', '.join(map(repr, self.modalities))}. Put the active ones into "
-            f"the batch, `batch['modalities'] = [{first!r}]`, or name them yourself: "
+            f"Known modalities: {known}. Put the active ones into the batch,"
+            f" `batch['modalities'] = [{first!r}]`, or name them yourself: "
             f"`modalities=[{first!r}]` in a call of a wrapped loss function, `[{first!r}]` in "
             "place of the batch elsewhere. A batch in another form needs "
             "`DummyLossWrapper(..., resolver=...)`."
@@ -116,7 +121,7 @@ class Reader:
                 return self._read_flags(fields, where)
             return self._read_mapping(fields, where, depth)
         if is_plain_collection(value):
-            return self._read_collection(list(value), where, explicit, depth)
+            return self._read_collection(value, where, explicit, depth)
         return None
 
     def known(self, name: object, where: str) -> str:
@@ -133,7 +138,7 @@ class Reader:
             return " Reading an iterator would use it up; pass a list."
         fields = fields_of(value)
         options = EXPLICIT_KEYS + self.modalities
-        for key in () if fields is None else fields.keys:
+        for key in () if fields is None else fields.keys[:_COMPARED]:
             match = (
                 close_match(key, options) if isinstance(key, str) and key not in options else None
             )
@@ -194,10 +199,10 @@ class Reader:
         return {name for name, flag in flags.items() if flag}
 
     def _read_collection(
-        self, items: list[Any], where: str, explicit: bool, depth: int
+        self, items: Collection[Any], where: str, explicit: bool, depth: int
     ) -> set[str] | None:
-        if explicit and items and all(isinstance(item, (bool, np.bool_)) for item in items):
-            return self._read_array(np.asarray(items), where, depth)
+        if explicit and len(items) and all(isinstance(item, (bool, np.bool_)) for item in items):
+            return self._read_array(np.asarray(list(items)), where, depth)
         found: set[str] = set()
         for index, item in enumerate(items):
             if item is None and explicit:
@@ -220,15 +225,19 @@ class Reader:
 
     def _read_array(self, array: Any, where: str, depth: int) -> set[str]:
         width = len(self.modalities)
-        if isinstance(array, np.ndarray) and array.dtype.kind in "UO":
-            return self.read(array.ravel().tolist(), where, explicit=True, depth=depth + 1)
+        if isinstance(array, np.ndarray) and array.dtype.kind in "UTO":
+            return self.read(once(array).ravel().tolist(), where, explicit=True, depth=depth + 1)
+        check_readable(array, where)
+        if isinstance(array, np.matrix):
+            array = np.asarray(array)  # its columns would stay matrices
         if is_mask(array):
             if array.ndim not in (1, 2) or array.shape[-1] != width:
                 raise BatchMetadataError(
                     f"{where} is a bool mask of shape {list(array.shape)}; expected [{width}] or "
                     f"[B, {width}], one column for each of {', '.join(self.modalities)}."
                 )
-            columns = array.reshape(-1, width).any(0).tolist()
+            rows = once(array, array.ndim - 1)
+            columns = (rows[None] if rows.ndim == 1 else rows).any(0).tolist()
             return {name for name, on in zip(self.modalities, columns, strict=True) if on}
         if not is_integer(array) or array.ndim != 1:
             raise BatchMetadataError(
@@ -240,7 +249,7 @@ class Reader:
                 f"{where} is {describe(array)}; uint8 is used for masks as well as for indexes. "
                 "Convert it to bool or to int64."
             )
-        indexes = set(array.tolist()) - {-1}
+        indexes = set(once(array).tolist()) - {-1, None}  # None: hidden by a masked array
         if wrong := sorted(index for index in indexes if not 0 <= index < width):
             raise BatchMetadataError(
                 f"{where} holds the index {wrong[0]}; expected 0 to {width - 1} for "

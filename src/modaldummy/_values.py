@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -13,6 +13,10 @@ from torch import Tensor
 from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
+_INTEGERS = {
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+}
 
 
 class Fields(NamedTuple):
@@ -41,19 +45,25 @@ def fields_of(value: Any) -> Fields | None:
         return Fields(list(value._fields), functools.partial(getattr, value), True)
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-        return Fields(names, functools.partial(getattr, value), True)
+        return Fields(names, functools.partial(_field, value), True)
     if hasattr(value, "node_types") and hasattr(value, "__getitem__"):
         # PyG's HeteroData: its keys are attributes of nodes, and an item that is asked for by such
         # a name becomes a type of nodes.
         return Fields([], value.__getitem__, False)
     if hasattr(value, "keys") and hasattr(value, "__getitem__"):
         keys = value.keys() if callable(value.keys) else value.keys
-        return Fields(list(keys), value.__getitem__, False)
+        if isinstance(keys, Iterable):
+            return Fields(list(keys), value.__getitem__, False)
     return None
 
 
+def _field(record: Any, name: str) -> Any:
+    # One with `init=False` may not have been set yet.
+    return getattr(record, name, None)
+
+
 def is_plain_collection(value: object) -> bool:
-    other = (str, bytes, Tensor, np.ndarray)
+    other = (str, bytes, bytearray, memoryview, Tensor, np.ndarray)
     return (
         isinstance(value, Collection) and not isinstance(value, other) and fields_of(value) is None
     )
@@ -69,7 +79,9 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
         return bool(value)
     is_array = isinstance(value, (Tensor, np.ndarray))
     if is_array and is_mask(value):
-        return value.any() if isinstance(value, Tensor) else bool(value.any())
+        check_readable(value, where)
+        found = once(value).any()
+        return found if isinstance(value, Tensor) else bool(found)
     if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
         if depth > 0:
             return True
@@ -81,7 +93,9 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
         return value.numel() > 0
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.size > 0
-    parts: Any = value if isinstance(value, (list, tuple, np.ndarray)) else None
+    parts: Any = value if isinstance(value, (list, tuple)) else None
+    if isinstance(value, np.ndarray):
+        parts = once(value)
     if parts is None and (fields := fields_of(value)) is not None:
         parts = (fields.get(key) for key in fields.keys)
     if parts is not None:
@@ -106,6 +120,28 @@ def check_depth(depth: int, where: str) -> None:
         )
 
 
+def check_readable(array: Any, where: str) -> None:
+    """Refuse a tensor without values, or with values that only kernels can read."""
+    if isinstance(array, Tensor) and (
+        array.is_meta or array.is_nested or array.layout != torch.strided
+    ):
+        raise BatchMetadataError(
+            f"{where} is a tensor of dtype {array.dtype} and layout {array.layout} on the device "
+            f"{array.device}, whose values cannot be read; pass a dense mask or a list of names."
+        )
+
+
+def once(array: Any, axes: int | None = None) -> Any:
+    """An array without what it holds many times over, having been expanded along its first axes.
+
+    Its values are the same; to read them takes no longer than the memory that they are in.
+    """
+    strides = array.stride() if isinstance(array, Tensor) else array.strides
+    if 0 not in strides[:axes]:
+        return array
+    return array[tuple(slice(None if stride else 1) for stride in strides[:axes])]
+
+
 def is_mask(array: Any) -> bool:
     return array.dtype in (torch.bool, np.bool_)
 
@@ -113,4 +149,4 @@ def is_mask(array: Any) -> bool:
 def is_integer(array: Any) -> bool:
     if isinstance(array, np.ndarray):
         return array.dtype.kind in "iu"
-    return not (array.is_floating_point() or array.is_complex())
+    return array.dtype in _INTEGERS

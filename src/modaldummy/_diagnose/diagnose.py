@@ -7,10 +7,13 @@ from numbers import Real
 from os import PathLike
 from typing import Any
 
+import numpy as np
+
 from modaldummy._diagnose import check_gradients as gradients
 from modaldummy._diagnose import check_loss as loss
 from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Thresholds, Unchecked
 from modaldummy._diagnose.history import HistoryFile, Row
+from modaldummy._diagnose.signals import MOST
 from modaldummy._errors import HistoryError, describe
 from modaldummy._finding import Finding, by_severity
 
@@ -69,29 +72,31 @@ def diagnose(
 ) -> list[Finding]:
     """What logged metrics say is wrong with a run.
 
-    The metrics are those of `gradient_norms(wrapper)` and `wrapper.last.as_dict()` with a `loss`,
-    as they are or behind `train/`; what is not logged is not checked. NaN says that a number is
-    not finite, None or a missing key that there is none. Memory is bounded: counts and extremes are
-    those of all rows; medians, of more than 20,000, those of 10,000 or more drawn at random.
+    The metrics are those of ``gradient_norms(wrapper)`` and ``wrapper.last.as_dict()`` with a
+    ``loss``, as they are or behind ``train/``; what is not logged is not checked. NaN says that a
+    number is not finite, None or a missing key that there is none. Memory is bounded: counts and
+    extremes are those of all rows; medians, of more than 20,000, those of 10,000 or more drawn at
+    random.
 
-        >>> rows = [{"step": step, "loss": 2.0} for step in range(50)]
-        >>> [finding.code for finding in diagnose(rows)]
-        ['MD204']
+    >>> rows = [{"step": step, "loss": 2.0} for step in range(50)]
+    >>> [finding.code for finding in diagnose(rows)]
+    ['MD204']
 
     Args:
         history: Rows of metrics, by step; or the path of a file: one JSON object a line, CSV, also
-            as Weights & Biases exports it, a JSON list, or `trainer_state.json` of Hugging Face.
+            as Weights & Biases exports it, a JSON list, or ``trainer_state.json`` of Hugging Face.
         scale: That of the wrapper.
-        **thresholds: Numbers to go by in place of those in the reference, such as `unrest=3.0`.
+        **thresholds: Numbers to go by in place of those in the reference, such as ``unrest=3.0``.
 
     Returns:
-        Findings, errors first; those of severity `info` are no cause for concern.
+        Findings, errors first; those of severity ``info`` are no cause for concern. One that
+        another brings with it is left out, and named in the evidence of that one.
 
     Raises:
         OSError: The file cannot be opened.
         HistoryError: A line of it cannot be read, there are no rows, or none says anything.
-        TypeError: `history` is neither, or a threshold is unknown.
-        ValueError: `scale` or a threshold is no number that it can be.
+        TypeError: ``history`` or a row of it is of another kind, or a threshold is unknown.
+        ValueError: ``scale`` or a threshold is no number that it can be.
     """
     return examine(history, scale=scale, thresholds=thresholds).findings
 
@@ -114,7 +119,8 @@ def examine(
     evidence = Evidence(history, scale, limits)
     if not evidence.signals.num_rows:
         raise HistoryError("The history has no rows; log at least one step.")
-    outcomes = {name: check(evidence) for name, check in CHECKS.items()}
+    with np.errstate(all="ignore"):
+        outcomes = {name: check(evidence) for name, check in CHECKS.items()}
     if all(isinstance(outcome, Unchecked) for outcome in outcomes.values()):
         ignored = list(evidence.signals.ignored)
         raise HistoryError(
@@ -126,9 +132,16 @@ def examine(
         findings=_causes(by_severity(findings)),
         signs={name: o for name, o in outcomes.items() if isinstance(o, Sign)},
         unchecked={name: o.reason for name, o in outcomes.items() if isinstance(o, Unchecked)},
-        notes=getattr(history, "notes", []),
+        notes=_notes(history, evidence),
         evidence=evidence,
     )
+
+
+def _notes(history: Iterable[Row], evidence: Evidence) -> list[str]:
+    notes = list(getattr(history, "notes", []))
+    if evidence.signals.is_cut:
+        notes.append(f"More than {MOST} quantities of modalities; those beyond are left out.")
+    return notes
 
 
 def _causes(findings: list[Finding]) -> list[Finding]:

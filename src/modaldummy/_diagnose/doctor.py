@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TextIO
 
 from modaldummy._diagnose.diagnose import CHECKS, Diagnosis, examine
 from modaldummy._errors import HistoryError
@@ -47,20 +47,28 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.path, scale=arguments.scale, thresholds=dict(arguments.threshold)
         )
         if arguments.plot:
-            from modaldummy._diagnose.picture import draw
-
-            draw(diagnosis, str(arguments.path), arguments.plot)
+            _draw(diagnosis, arguments)
     except HistoryError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}.")
+        return _fail(f"{error.filename or arguments.path}: {error.strerror or error}.")
     except (TypeError, ValueError) as error:
         return _fail(str(error))
     if arguments.json:
         print(json.dumps(_for_json(_content(arguments.path, diagnosis)), indent=2))
     else:
-        print(*report(arguments.path, diagnosis), sep="\n")
+        lines = report(arguments.path, diagnosis)
+        print(*(_printable(line, sys.stdout) for line in lines), sep="\n")
     return 0 if diagnosis.is_healthy else 1
+
+
+def _draw(diagnosis: Diagnosis, arguments: argparse.Namespace) -> None:
+    from modaldummy._diagnose.picture import draw
+
+    try:
+        draw(diagnosis, str(arguments.path), arguments.plot)
+    except (ArithmeticError, ValueError) as error:  # of numbers near the ends of what there are
+        raise HistoryError(f"The run cannot be drawn: {error}.") from error
 
 
 def report(path: object, diagnosis: Diagnosis) -> Iterator[str]:
@@ -117,8 +125,18 @@ def _for_json(value: Any) -> Any:
 
 
 def _fail(reason: str) -> int:
-    print(reason, file=sys.stderr)
+    print(_printable(reason, sys.stderr), file=sys.stderr)
     return 2
+
+
+def _printable(text: str, file: TextIO) -> str:
+    """As it is, but for what would steer a terminal or cannot be shown: keys may be anything."""
+    text = "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+    encoding = file.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _scale(text: str) -> float | None:

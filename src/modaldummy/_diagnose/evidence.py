@@ -132,7 +132,8 @@ class Evidence:
         self.signals = Signals()
         self._tallies: dict[str, Tally] = {}
         for chunk in in_chunks(rows, _CHUNK):
-            self._count(self.signals.add(chunk))
+            with np.errstate(all="ignore"):  # numbers of a log may be of any size
+                self._count(self.signals.add(chunk))
         self.sample: Columns = self.signals.sample()
 
     def tally(self, name: str) -> Tally:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, repeat
 from os import PathLike
 from typing import IO, Any, TypeAlias
 
@@ -13,6 +14,7 @@ from modaldummy._errors import HistoryError
 Row: TypeAlias = Mapping[str, Any]
 
 _DELIMITERS = ",;\t"
+_LONGEST = 2**24  # characters of a row's line; that of /dev/zero, for one, never ends
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
 
 
@@ -44,26 +46,41 @@ class HistoryFile:
                 raise HistoryError(f"{self.path} is no UTF-8 text: {error}.") from error
 
     def _rows(self, file: IO[str]) -> Iterator[Row]:
-        start = ""
-        while start.isspace() or not start:
-            if not (start := file.readline()):
-                raise HistoryError(f"{self.path} is empty.")
-        file.seek(0)
+        blank = 0
+        while (start := file.readline(_LONGEST)).isspace():
+            blank += 1
+        if not start:
+            raise HistoryError(f"{self.path} is empty.")
+        # What was read is not read again: a pipe has it only once.
+        lines = chain(repeat("\n", blank), self._lines(file, start, blank + 1))
         if start.lstrip()[0] not in "[{":
-            return self._csv(file, start)
+            return self._csv(lines, start)
         try:
             first = json.loads(start)
         except json.JSONDecodeError:
             # A whole file, over several lines; or a single line that was cut off.
-            return self._json(file)
+            return self._json(start + file.read(), blank)
+        except (ValueError, RecursionError) as error:
+            raise self._error(blank + 1, _reason(error)) from error
         whole = isinstance(first, list) or (isinstance(first, dict) and "log_history" in first)
-        return self._json(file) if whole else self._json_lines(file)
+        return self._json(start + file.read(), blank) if whole else self._json_lines(lines)
 
-    def _json(self, file: IO[str]) -> Iterator[Row]:
+    def _lines(self, file: IO[str], line: str, number: int) -> Iterator[str]:
+        """The lines from this one on, which has that number."""
+        while line:
+            if len(line) == _LONGEST:
+                raise self._error(number, f"more than {_LONGEST:,} characters")
+            yield line
+            line = file.readline(_LONGEST)
+            number += 1
+
+    def _json(self, text: str, blank: int) -> Iterator[Row]:
         try:
-            content = json.load(file)
+            content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise self._error(error.lineno, _reason(error)) from error
+            raise self._error(blank + error.lineno, _reason(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise HistoryError(f"{self.path}: {_reason(error)}.") from error
         rows = content.get("log_history") if isinstance(content, dict) else content
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise HistoryError(
@@ -72,9 +89,9 @@ class HistoryFile:
             )
         yield from rows
 
-    def _json_lines(self, file: IO[str]) -> Iterator[Row]:
+    def _json_lines(self, lines: Iterable[str]) -> Iterator[Row]:
         broken: HistoryError | None = None
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
             if broken:
@@ -84,20 +101,20 @@ class HistoryFile:
             except json.JSONDecodeError as error:
                 broken = self._error(number, _reason(error))
                 continue
-            except ValueError as error:  # an integer of thousands of digits
-                raise self._error(number, str(error)) from error
+            except (ValueError, RecursionError) as error:
+                raise self._error(number, _reason(error)) from error
             if not isinstance(row, dict):
                 raise self._error(number, f"expected an object, got {line.strip()[:40]!r}")
             yield row
         if broken:
             self.notes.append(f"The last line was cut off and is left out: {broken}")
 
-    def _csv(self, file: IO[str], header: str) -> Iterator[Row]:
+    def _csv(self, lines: Iterable[str], header: str) -> Iterator[Row]:
         # Names of runs, which stand in quotes, may hold anything.
         delimiter = max(_DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
         names: list[str] = []
         broken: HistoryError | None = None
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if len(row) < 2 and not "".join(row).strip():
@@ -132,25 +149,29 @@ def in_chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         TypeError: A row is no mapping.
     """
     chunk: list[Row] = []
+    whole: dict[str, Any] | None = None  # the last row, where it has been joined
     for row in rows:
         if type(row) is not dict and not isinstance(row, Mapping):
             raise TypeError(f"A row of `history` must be a mapping of metrics, got {row!r}.")
-        whole = _joined(chunk[-1], row) if chunk else None
-        if whole is not None:
-            chunk[-1] = whole
+        if chunk and (more := _parts(chunk[-1], row)) is not None:
+            if whole is None:
+                chunk[-1] = whole = {**chunk[-1]}
+            whole |= more
             continue
         if len(chunk) == size:
             yield chunk
             chunk = []
+        whole = None
         chunk.append(row)
     if chunk:
         yield chunk
 
 
-def _joined(last: Row, row: Row) -> Row | None:
-    """Two rows of the same step of which no known quantity is in both, as one; None of others.
+def _parts(last: Row, row: Row) -> dict[str, Any] | None:
+    """What `row` adds to the last one if both are parts of one row; None if they are not.
 
-    Lightning writes a row of its own beside that of each callback.
+    They are of the same step, and no known quantity is in both. Lightning writes a row of its own
+    beside that of each callback.
     """
     step = next((key for key in STEPS if _says_something(row.get(key))), None)
     if step is None or last.get(step) != row[step]:
@@ -162,7 +183,7 @@ def _joined(last: Row, row: Row) -> Row | None:
     # Labels differ from batch to batch, and so from rank to rank.
     if _has_gradients(told) and _has_gradients(last):
         return None
-    return {**last, **told}
+    return told
 
 
 def _has_gradients(row: Row) -> bool:
@@ -183,5 +204,9 @@ def _decode(line: str) -> Any:
     return value if end == len(line) or line[end:].isspace() else json.loads(line)
 
 
-def _reason(error: json.JSONDecodeError) -> str:
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "brackets within brackets, too many of them"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)  # an integer of thousands of digits
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"

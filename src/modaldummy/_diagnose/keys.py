@@ -5,6 +5,7 @@ import re
 
 # The first of these that a history has is the loss.
 LOSSES = ("loss", "training_loss", "total_loss", "train_loss", "train_loss_step", "loss_step")
+_LONGEST = 1000  # characters of a key that is looked at; to search one takes their square
 STEPS = ("step", "_step", "global_step", "Step")
 _ROLES = {
     "report": r"modaldummy/(real|dummy|uncapped|fraction|num_params|num_elements)",
@@ -27,6 +28,8 @@ def role_of(key: str) -> tuple[str, str]:
     Such as `("norm", "T1")` for `train/grad_norm/T1`, whatever a logger put before it, and
     `("loss", "train_loss")` for a loss.
     """
+    if len(key) > _LONGEST:
+        return "", ""
     # A panel of Weights & Biases writes `<run> - <key>`, and extremes beside it.
     rest = key.rpartition(" - ")[2].strip()
     found = _role(rest)

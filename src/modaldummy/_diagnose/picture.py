@@ -24,6 +24,7 @@ _WINDOW = 9
 _NAMED = 5  # findings above the picture
 
 
+@np.errstate(all="ignore")  # numbers of a log may be of any size
 def draw(diagnosis: Diagnosis, title: str, path: str | PathLike[str]) -> None:
     """Write loss, gradient norms and the dummy's share of the loss against the step as a PNG."""
     evidence = diagnosis.evidence
@@ -43,13 +44,18 @@ def draw(diagnosis: Diagnosis, title: str, path: str | PathLike[str]) -> None:
     rows[-1].set_xlabel("step")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark(rows, diagnosis.findings)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    heading = rows[0].set_title(_verdict(diagnosis.findings), loc="left", fontsize=9)
+    figure.suptitle(_literal(title), x=0.01, ha="left", fontweight="bold")
+    heading = rows[0].set_title(_literal(_verdict(diagnosis.findings)), loc="left", fontsize=9)
     heading.set_color(_SEVERITIES[diagnosis.findings[0].severity] if diagnosis.findings else _WELL)
     handles, labels = rows[1].get_legend_handles_labels()
     columns = min(max(len(_styles(evidence)), 1), 6)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _literal(text: str) -> str:
+    """Text that is drawn as it is: between dollars, names would be read as formulas."""
+    return text.replace("$", r"\$")
 
 
 def _verdict(findings: Sequence[Finding]) -> str:
@@ -111,7 +117,9 @@ def _draw_loss(axes: Axes, evidence: Evidence) -> None:
             axes.scatter(
                 steps[own], losses[own], s=10, marker=marker, color=colour, alpha=0.4, lw=0
             )
-            axes.plot(steps[own], _running_median(losses[own]), color=colour, lw=2, label=name)
+            axes.plot(
+                steps[own], _running_median(losses[own]), color=colour, lw=2, label=_literal(name)
+            )
     rest = rest & (number != 1)
     if rest.any():
         label = "several" if number.any() else "loss"
@@ -139,7 +147,7 @@ def _draw_norms(axes: Axes, evidence: Evidence) -> None:
             own = (taught == active) & np.isfinite(norms) & (norms > 0)
             if own.any():
                 drawn |= own & (taught == 0)
-                label = f"{name} {'active' if active else 'inactive'}"
+                label = f"{_literal(name)} {'active' if active else 'inactive'}"
                 axes.scatter(
                     steps[own], norms[own], s=16, marker=marker, color=colour, facecolors=face,
                     label=label,

@@ -1,6 +1,7 @@
 """What rows of logged metrics say, whatever wrote them: one column for each quantity."""
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ Columns: TypeAlias = dict[str, Column]
 _UNNAMED = ("active", "inactive")  # labels that name no modality; dashboards had both
 _FLAGS = {"present", "active"}  # roles of keys that name a modality and nothing else
 _SHOWN = 100  # unknown keys that are remembered
+_NAMING = {"present", "active", "missing", "norm", "label", "constant"}  # of any modality
+MOST = 500  # quantities of modalities that are read: each is a column of thousands of rows
 
 
 class Signals:
@@ -35,6 +38,7 @@ class Signals:
         modalities: In the order in which they were met.
         fusions: Tuple keys of a map, such as `T1-dMRI`, to the modalities that they are of.
         ignored: Some keys that mean nothing here.
+        is_cut: Whether there were more quantities of modalities than are read.
     """
 
     def __init__(self, room: int = 20_000) -> None:
@@ -42,6 +46,8 @@ class Signals:
         self.modalities: list[str] = []
         self.fusions: dict[str, list[str]] = {}
         self.ignored: dict[str, None] = {}
+        self.is_cut = False
+        self._named: set[str] = set()
         self._met: dict[str, set[str]] = {}
         self._loss: str | None = None
         self._step = np.nan
@@ -92,8 +98,13 @@ class Signals:
                 if len(self.ignored) < _SHOWN:
                     self.ignored[str(key)] = None
                 continue
-            values = _numbers(_column(rows, key))
             full = f"{role}/{name}" if name else role
+            if role in _NAMING and full not in self._named:
+                if len(self._named) == MOST:
+                    self.is_cut = True
+                    continue
+                self._named.add(full)
+            values = _column(rows, key)
             if role == "constant":  # each parameter once, while norms share some
                 total, finite = columns.get("total"), np.where(np.isinf(values), np.nan, values)
                 columns["total"] = finite if total is None else _hypot([total, finite], len(rows))
@@ -205,11 +216,14 @@ def _norms(column: Callable[[str], Column], names: Sequence[str]) -> Columns:
     return norms
 
 
-def _column(rows: Sequence[Row], key: str) -> list[Any]:
+def _column(rows: Sequence[Row], key: str) -> Column:
     try:
-        return list(map(operator.itemgetter(key), rows))  # in half the time, if all rows have it
+        return _numbers(list(map(operator.itemgetter(key), rows)))  # the usual case, and quick
     except KeyError:
-        return [row.get(key) for row in rows]
+        places = [place for place, row in enumerate(rows) if key in row]
+        column = _nothing(len(rows))
+        column[places] = _numbers([rows[place][key] for place in places])
+        return column
 
 
 def _numbers(values: list[Any]) -> Column:
@@ -237,13 +251,18 @@ def _number(value: Any) -> float:
 
 
 def _split(name: str, words: Sequence[str]) -> list[str]:
-    """Two or more of `words` that are `name` when joined by hyphens; none if it is not so."""
-    for word in words:
-        if name.startswith(f"{word}-"):
-            rest = name[len(word) + 1 :]
-            if more := [rest] if rest in words else _split(rest, words):
-                return [word, *more]
-    return []
+    """Two or more of `words` that are `name` when joined by hyphens; none if it is not so.
+
+    From its end on, each part once: there are more ways to split it than can be tried.
+    """
+    parts: list[str] = []
+    rests: dict[int, list[str]] = {}
+    for start in reversed([0, *(hyphen.end() for hyphen in re.finditer("-", name))]):
+        begins = [word for word in words if name.startswith(f"{word}-", start)]
+        ways = ([word, *rests[start + len(word) + 1]] for word in begins)
+        parts = next((way for way in ways if len(way) > 1), [])
+        rests[start] = [name[start:]] if name[start:] in words else parts
+    return parts
 
 
 def _nothing(size: int) -> Column:
