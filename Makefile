@@ -8,9 +8,10 @@ WORKERS := --numprocesses auto --dist loadgroup
 
 DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
+AUDIT := .venv-audit
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test docs typing test-wheel test-integrations test-lowest test-deepspeed mutants soak confusion bench bench-hold bench-monitor \
+.PHONY: demo test docs typing test-wheel test-integrations test-lowest test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
 	bench-ddp gpu lint types clean
 
 demo: $(VENV)/.demo
@@ -48,6 +49,14 @@ typing: $(VENV)/.dev $(VENV)/.typing
 # Breaks the core in hundreds of ways and runs its tests on each; about half an hour on 2 cores.
 mutants: $(VENV)/.dev
 	$(BIN)/python -m tests.mutants
+
+# 100,000 broken logs and batches; about six minutes on one core.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz
+
+# Known vulnerabilities of the pinned packages, from the index's advisories; what it cannot look up is a failure.
+audit: $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(CONSTRAINTS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak
@@ -89,7 +98,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DEEPSPEED) *-output demo-output* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DEEPSPEED) $(AUDIT) *-output demo-output* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -103,6 +112,12 @@ $(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(DEEPSPEED)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(DEEPSPEED)
 	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[deepspeed,testing]'
+	touch $@
+
+# By itself: what it needs is not what it audits.
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit
 	touch $@
 
 # The everyday pins, but for the floors.

@@ -152,7 +152,7 @@ def _numpy(random: Random) -> Any:
 def _numbers(random: Random) -> Any:
     return random.choice(
         [
-            *(0, 1, -1, 10**4000, 0.0, math.nan, math.inf, 1j, Decimal("NaN"), Fraction(1, 3)),
+            *(0, 1, -1, 10**5000, 0.0, math.nan, math.inf, 1j, Decimal("NaN"), Fraction(1, 3)),
             *(np.int8(1), np.float32("nan"), np.datetime64("NaT"), np.bool_(True)),
             *(np.str_("T1"), np.bytes_(b"T1")),
         ]

@@ -29,7 +29,14 @@ _HOLD = ["hold_window", "hold_owners", "hold_step", "hold_optimizers", "hold_lif
 TESTS = {
     "_term.py": ["term", "wrapper", "kinds", "company", "properties", "compile"],
     "_modalities.py": ["modalities", "messages", "kinds", "wrapper", "properties"],
-    "_batch.py": ["batch", "messages", "call", "host_sync", "testing/test_strategies"],
+    "_batch.py": [
+        "batch",
+        "hostile_batches",
+        "messages",
+        "call",
+        "host_sync",
+        "testing/test_strategies",
+    ],
     "_hold/window.py": [*_HOLD, "window", "hold_compile", "distributed/test_hold"],
     "_hold/holder.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
     "_hold/hold.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],

@@ -84,12 +84,20 @@ REFUSED = {
     "items without keys": Piano(),
     "unset field": Unset(None),
     "integers that are no indexes": torch.empty(2, dtype=torch.bits8),
+    "number of thousands of digits": 10**5000,
+    "the same among names": ["T1", 10**5000],
+    "nested tensor among names": [
+        "T1",
+        torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+    ],
 }
 
 
 @pytest.mark.parametrize("batch", REFUSED.values(), ids=REFUSED)
 def test_what_is_no_batch(batch: Any) -> None:
-    with pytest.raises(BatchMetadataError, match=r"Known modalities|does not say which"):
+    with pytest.raises(
+        BatchMetadataError, match=r"Known modalities|does not say which|integers could be"
+    ):
         active_modalities(batch, KNOWN)
 
 

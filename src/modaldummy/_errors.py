@@ -54,7 +54,8 @@ def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownM
 def close_match(word: object, options: Sequence[str]) -> str | None:
     """The one of `options` that looks like `word`, in any case of letters, or None."""
     folded = {option.lower(): option for option in reversed(options)}
-    close = difflib.get_close_matches(str(word).lower(), folded, n=1) if word else []
+    text = word if isinstance(word, str) else describe(word)
+    close = difflib.get_close_matches(text.lower(), folded, n=1) if text else []
     return folded[close[0]] if close else None
 
 
@@ -64,8 +65,17 @@ def describe(value: object) -> str:
         return reprlib.repr(value)
     if isinstance(value, nn.Module):
         return f"a {type(value).__name__} module"
+    if isinstance(value, Tensor) and value.is_nested:  # it may have no shape
+        return f"a nested {type(value).__name__} of dtype {value.dtype}"
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {reprlib.repr(list(value.keys()))}"
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+        return f"a {type(value).__name__} with the keys {_short(list(value.keys()))}"
+    return f"{_short(value)} ({type(value).__name__})"
+
+
+def _short(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except (ValueError, TypeError):  # thousands of digits; a class that is called `list`
+        return "something that cannot be printed"
