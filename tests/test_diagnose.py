@@ -265,7 +265,7 @@ REASONS = {
     "real gradients are finite": "gradient norms are not logged: `gradient_norms(wrapper)`",
     "real gradients are there": "gradient norms are not logged: `gradient_norms(wrapper)`",
     "dummy gradients are there": "no step with an inactive modality, or gradient norms are not",
-    "dummy gradients have their size": "`modaldummy/num_elements` is not logged, or gradient norms",
+    "dummy gradients have their size": "no inactive gradient beside `modaldummy/num_elements`, or",
     "dummy is small beside the loss": "no finite `modaldummy/fraction` is logged",
     "real gradients outweigh dummy ones": "no step with real and dummy gradients, or gradient",
     "every modality occurs": "which modalities were active is not logged: `wrapper",

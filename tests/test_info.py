@@ -70,7 +70,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=120) == 141
 
 
 def test_output_that_nobody_reads_goes_nowhere(
@@ -85,7 +85,7 @@ def test_output_that_nobody_reads_goes_nowhere(
     path = tmp_path / "printed"
     with path.open("w") as file, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", file)
-        assert command.main(["info"]) == 1
+        assert command.main(["info"]) == 141
         sys.stdout.write("more")
         sys.stdout.flush()
     assert path.read_text() == ""

@@ -65,7 +65,7 @@ def sized(evidence: Evidence) -> Outcome:
     norms, elements = evidence.column("dummy_norm"), evidence.column("report/num_elements")
     told = np.isfinite(norms) & (norms > 0) & (elements > 0)
     if not told.any():
-        return Unchecked(f"`modaldummy/num_elements` is not logged, or {_NO_NORMS}")
+        return Unchecked(f"no inactive gradient beside `modaldummy/num_elements`, or {_NO_NORMS}")
     factors = norms[told] / (evidence.scale * np.sqrt(elements[told]))
     low, middle, high = (float(q) for q in np.quantile(factors, (0.25, 0.5, 0.75)))
     limit, steps = evidence.limits.factor, evidence.column("step")[told]
