@@ -11,7 +11,7 @@ from modaldummy._errors import BatchMetadataError, close_match, describe, unknow
 from modaldummy._values import (
     Fields,
     check_depth,
-    check_readable,
+    check_has_values,
     fields_of,
     is_integer,
     is_like_collated_flags,
@@ -227,7 +227,7 @@ class Reader:
         width = len(self.modalities)
         if isinstance(array, np.ndarray) and array.dtype.kind in "UTO":
             return self.read(once(array).ravel().tolist(), where, explicit=True, depth=depth + 1)
-        check_readable(array, where)
+        check_has_values(array, where)
         if isinstance(array, np.matrix):
             array = np.asarray(array)  # its columns would stay matrices
         if is_mask(array):

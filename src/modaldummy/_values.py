@@ -79,7 +79,7 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
         return bool(value)
     is_array = isinstance(value, (Tensor, np.ndarray))
     if is_array and is_mask(value):
-        check_readable(value, where)
+        check_has_values(value, where)
         found = once(value).any()
         return found if isinstance(value, Tensor) else bool(found)
     if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
@@ -120,7 +120,7 @@ def check_depth(depth: int, where: str) -> None:
         )
 
 
-def check_readable(array: Any, where: str) -> None:
+def check_has_values(array: Any, where: str) -> None:
     """Refuse a tensor without values, or with values that only kernels can read."""
     if isinstance(array, Tensor) and (
         array.is_meta or array.is_nested or array.layout != torch.strided
