@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from modaldummy import DummyLossWrapper, hold_inactive
+from modaldummy import DummyLossWrapper, attach_to_outputs, hold_inactive
 from tests.holding import NAMES
 from tests.preflight_models import (
     FOUR,
@@ -95,6 +95,23 @@ def real_loss() -> Arguments:
     return {"wrapper": wrapper, "loss": real}
 
 
+def misspelt(name: str, fusion: tuple[str, ...]) -> Arguments:
+    """With a map of other names than those of the batch, which is keyed by modality."""
+    model = with_head(used=True)
+    paths = {"T1": "towers.T1", "rsfMRI": "towers.rsfMRI", name: "towers.dMRI"}
+    wrapper = DummyLossWrapper(model, {**paths, fusion: "trunk.0"})
+    batch = {name: torch.ones(2, 3) for name in ("T1", "dMRI")}
+    return {"wrapper": wrapper, "loss": wrapper.total(model(batch), batch)}
+
+
+def tied_to_what_runs() -> Arguments:
+    """A tower is inactive, but not the layer of the trunk of which it has the weight."""
+    model = with_head(used=True)
+    model.towers["T1"] = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    model.towers["T1"][1].weight = model.trunk[0].weight
+    return with_loss(model, "dMRI")
+
+
 def unused_part() -> Arguments:
     model = Model()
     model.towers["T1"].extra = nn.Linear(2, 2)
@@ -105,6 +122,21 @@ def ddp_with_unused_part() -> Arguments:
     model = Model()
     model.towers["T1"].extra = nn.Linear(2, 2)
     return with_loss_of(DistributedDataParallel(model), model, "T1")
+
+
+def attached() -> Arguments:
+    model = Model()
+    around = DistributedDataParallel(model, find_unused_parameters=True)
+    wrapper = model.wrapper()
+    attach_to_outputs(wrapper, around)
+    return {"wrapper": wrapper, "model": around, "loss": wrapper.total(around(["T1"]), "T1")}
+
+
+def sum_of_totals() -> Arguments:
+    """Of two batches, the second of which lacks what the first one has."""
+    model = Model()
+    wrapper = model.wrapper()
+    return {"wrapper": wrapper, "loss": model.total(wrapper, "T1") + model.total(wrapper, "dMRI")}
 
 
 def with_loss_of(called: nn.Module, model: nn.Module, *active: str) -> Arguments:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from modaldummy import attach_to_outputs
 from modaldummy._graph import reached_by
 from tests.holding import NAMES
 from tests.preflight_models import Model
@@ -25,6 +26,19 @@ def test_the_dummy_is_part_of_the_graph(names: tuple[str, ...]) -> None:
     model = Model()
     total = model.total(model.wrapper(), *names)
     assert reached_by(total) == {id(parameter) for parameter in model.parameters()}
+
+
+def test_the_dummy_is_left_out_where_asked() -> None:
+    """Also the edges by which an output is tied to all parameters."""
+    model = Model()
+    wrapper = model.wrapper()
+    real = model(["T1"])
+    reached = {id(p) for part in (model.towers["T1"], model.trunk) for p in part.parameters()}
+    assert reached_by(wrapper.total(real, "T1"), dummies=False) == reached
+    with attach_to_outputs(wrapper, model):
+        tied = model(["T1"])
+        assert reached_by(tied) == {id(parameter) for parameter in model.parameters()}
+        assert reached_by(tied, dummies=False) == reached
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

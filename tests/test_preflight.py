@@ -27,7 +27,7 @@ SEVERITIES = {
     },
     "warning": {
         *("MD104", "MD105", "MD107", "MD111", "MD112", "MD117", "MD118", "MD121"),
-        *("MD132", "MD133", "MD135", "MD137", "MD141"),
+        *("MD122", "MD132", "MD133", "MD135", "MD137", "MD141"),
     },
     "info": {"MD113", "MD116", "MD117", "MD119", "MD131", "MD134", "MD142"},
 }
@@ -116,6 +116,8 @@ NAMED: dict[tuple[str, str], list[str]] = {
     ("real loss in place of the total", "MD121"): ["dMRI.bias", "inactive", "wrapper.total"],
     ("part of a tower that forward leaves out", "MD121"): ["towers.T1.extra.bias", "Freeze"],
     ("the same in DDP, part of a tower", "MD121"): ["Expected to have finished reduction"],
+    ("name that is misspelt in the map", "MD122"): ["leaves dmri", "towers.dMRI.bias", "misspelt"],
+    ("name that is misspelt in a tuple of the map", "MD122"): ["T1-dmri", "trunk.0.weight"],
     ("scale 0.0", "MD131"): ["scale=0.0"],
     ("scale of a real gradient", "MD132"): ["0.001", "1e-7"],
     ("scale below float16", "MD133"): ["float16", "1e-08", "5.96"],

@@ -142,6 +142,11 @@ def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     return product.to(dtype)
 
 
+def is_dummy(node: Any) -> bool:
+    """Whether a node of an autograd graph is that of a dummy term."""
+    return getattr(node, "_forward_cls", None) is _Connect
+
+
 def _floor(dtype: torch.dtype) -> float:
     """Smallest magnitude that `dtype` holds and that the accumulation dtype holds as normal.
 
@@ -177,6 +182,7 @@ class _Connect(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    only_connects = True  # for walks of a graph: edges to parameters follow the first
 
     @staticmethod
     def forward(value: Tensor, scale: float | None, groups: Groups, *params: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ class HoldHandle:
         self._group = group
         self._map = wrapper._map
         self._shared = self._map.shared_with_trunk()
+        self._not_looked_at = set(self._map.paths)
         # Gradients that are there already may be anyone's.
         known = self._map.paths if holder.has_gradients() else ()
         self._window = Window(list(self._map.paths), holder.is_cleared, known)

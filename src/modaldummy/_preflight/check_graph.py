@@ -5,13 +5,15 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 
 from modaldummy._finding import Finding
-from modaldummy._graph import reached_by
+from modaldummy._graph import nodes_of, reached_by
 from modaldummy._kinds import is_sharded
+from modaldummy._modalities import text_of
 from modaldummy._preflight.setup import Setup
+from modaldummy._term import is_dummy
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
-    """MD111, MD120 and MD121; silent without a loss, and where its graph cannot tell."""
+    """MD111, MD120, MD121 and MD122; silent without a loss, and where its graph cannot tell."""
     if setup.loss is None:
         return
     reached = reached_by(setup.loss)
@@ -21,6 +23,7 @@ def check_graph(setup: Setup) -> Iterator[Finding]:
     # The leaf that stands for a sharded parameter is another tensor, gathered for a while.
     if any(id(parameter) in reached or is_sharded(parameter) for parameter in trainable):
         yield from _out_of_reach(setup, reached)
+        yield from _reached_though_inactive(setup)
     else:
         yield Finding(
             "MD120",
@@ -63,6 +66,30 @@ def _out_of_reach(setup: Setup, reached: set[int]) -> Iterator[Finding]:
             if real
             else "Freeze what forward does not use, or look for `.detach()` on its way; what only "
             "some batches use belongs to a modality, or tuple of modalities, of its own.",
+        )
+
+
+def _reached_though_inactive(setup: Setup) -> Iterator[Finding]:
+    """MD122; silent where the loss is not one total, and behind compiled code."""
+    last = setup.wrapper.last
+    if setup.loss is None or last is None or sum(map(is_dummy, nodes_of(setup.loss))) != 1:
+        return
+    reached = reached_by(setup.loss, dummies=False) or set()
+    odd = (setup.inactive(last.active) & reached) - setup.wrapper._map.shared_with_trunk()
+    if odd:
+        keys = [text_of(key) for key, own in setup.owned.items() if not odd.isdisjoint(own)]
+        yield Finding(
+            "MD122",
+            "warning",
+            f"The batch leaves {', '.join(keys)} inactive, and yet the loss itself, without the "
+            "dummy, reaches parameters of it.",
+            {
+                "parameters": [name for i, (name, _, _) in setup.towers.items() if i in odd],
+                "active": list(last.active),
+            },
+            "Compare the batch with the map, key by key: one that is misspelt in either is ignored "
+            "like any other. If the model runs absent modalities on filler, or the loss has a "
+            "penalty on weights, there is nothing to do; `hold_inactive` keeps them still.",
         )
 
 

@@ -140,6 +140,8 @@ class AttachHandle:
 class _Tie(torch.autograd.Function):
     """The same tensor, with edges to parameters, which get no gradient from it."""
 
+    only_connects = True
+
     @staticmethod
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.num_parameters = len(parameters)
