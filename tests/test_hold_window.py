@@ -288,6 +288,7 @@ def test_several_optimizers_have_a_window_each() -> None:
     handles = [hold_inactive(wrapper, optimizer) for optimizer in optimizers]
     wrapper.total(model.loss(["T1"]), "T1").backward()
     optimizers[0].step()  # the other one goes on accumulating
+    optimizers[0].zero_grad()
     wrapper.total(model.loss(["dMRI"]), "dMRI").backward()
     for optimizer in optimizers:
         optimizer.step()

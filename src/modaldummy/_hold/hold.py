@@ -1,7 +1,9 @@
 """Keeps parameters that no batch has taught still in `optimizer.step()`."""
 
+import warnings
 import weakref
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Self
 
 import torch
@@ -13,7 +15,8 @@ from modaldummy._arguments import check_wrapper
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._hold.holder import holder_of
 from modaldummy._hold.window import Window
-from modaldummy._modalities import ModalityKey
+from modaldummy._kinds import local_shard
+from modaldummy._modalities import ModalityKey, text_of
 from modaldummy._paths import Located
 from modaldummy._ranks.group import check_group
 from modaldummy._wrapper import DummyLossWrapper
@@ -46,8 +49,11 @@ def hold_inactive(
 
     Several handles may share an optimizer or a wrapper: what one wrapper sees taught, no handle of
     the same optimizer holds. A step before which no loss of the wrapper was backwarded holds
-    nothing for it. Beside such a loss, gradients from elsewhere are not seen: a modality that only
-    a loss without the wrapper taught is held.
+    nothing for it. Beside such a loss, gradients from elsewhere do not count: a modality that only
+    a loss without the wrapper taught is held, and so is one whose name is misspelt in a batch. Of
+    that a ``UserWarning`` tells, once for each key of the map: the values of its gradients are
+    looked at in the first, second, fourth, eighth... step that holds it, which waits for the
+    device.
 
     Args:
         wrapper: What knows which modalities were active.
@@ -131,7 +137,9 @@ class HoldHandle:
         self._group = group
         self._map = wrapper._map
         self._shared = self._map.shared_with_trunk()
-        self._not_looked_at = set(self._map.paths)
+        self._inactive: list[ModalityKey] = []
+        self._times_held: Counter[ModalityKey] = Counter()
+        self._warned: set[ModalityKey] = set()
         # Gradients that are there already may be anyone's.
         known = self._map.paths if holder.has_gradients() else ()
         self._window = Window(list(self._map.paths), holder.is_cleared, known)
@@ -169,6 +177,7 @@ class HoldHandle:
     def _outcome(self, device: torch.device) -> tuple[set[int], dict[int, Located]]:
         """`id` of parameters that something taught, and parameters that an inactive key owns."""
         taught, inactive = self._window.outcome(self._has_learned, self._group, device)
+        self._inactive = inactive
         # Of several handles any may hold what this one knows to be taught.
         known = self._map.owned(taught) if inactive or len(self._holder.handles) > 1 else {}
         return known.keys() | self._shared, {} if self._removed else self._map.owned(inactive)
@@ -182,17 +191,43 @@ class HoldHandle:
                 "does; `remove()` the handle, and use scale=0.0."
             )
 
+    def _check_gradients(self, held: Mapping[int, Located]) -> None:
+        """Warn, once for each inactive key, if gradients that are held are more than dummies.
+
+        Reading them makes the host wait for the device, so it is done at the first step that holds
+        a key, and at each that is twice as late as the one before.
+        """
+        for key in self._inactive:
+            self._times_held[key] += 1
+            times = self._times_held[key]
+            if key in self._warned or times & (times - 1):
+                continue
+            own = [held[identity] for identity in self._map.owned([key]) if identity in held]
+            real = [name for name, p, _ in own if p.grad is not None and not _may_be_dummy(p.grad)]
+            if real:
+                self._warned.add(key)
+                warnings.warn(
+                    f"`hold_inactive` holds {text_of(key)}, which the batches leave inactive, but "
+                    f"the gradient of {real[0]!r} is more than a dummy. A name that is misspelt in "
+                    "the batch or in the map is ignored: compare them. A loss without the wrapper "
+                    "may have taught it: pass that through the wrapper too. If it is filler for an "
+                    "absent modality, a penalty on weights or noise, nothing is wrong.",
+                    stacklevel=2,
+                )
+
     def _has_learned(self, key: ModalityKey, taught: Collection[ModalityKey]) -> bool:
         """Whether gradients of parameters that are `key`'s alone are more than those of dummies."""
         own = self._map.owned([key])
         alone = own.keys() - self._map.owned(taught).keys() - self._shared
         gradients = [g for g in (own[identity][1].grad for identity in alone) if g is not None]
         telling = [gradient for gradient in gradients if gradient.numel() > 1]
-        return bool(gradients) and not (telling and all(map(_is_uniform, telling)))
+        return bool(gradients) and not (telling and all(map(_may_be_dummy, telling)))
 
 
-def _is_uniform(gradient: Tensor) -> bool:
+def _may_be_dummy(gradient: Tensor) -> bool:
     """Whether a gradient can be that of dummies alone: the same number everywhere, or empty."""
-    if gradient.layout != torch.strided:
-        return gradient._nnz() == 0
-    return bool((gradient == gradient.reshape(-1)[:1]).all())
+    shard = local_shard(gradient)
+    if shard.layout != torch.strided:
+        return shard._nnz() == 0
+    # Sums over ranks may be rounded in another order from one part to the next.
+    return torch.allclose(shard, shard.reshape(-1)[:1], rtol=1 / 16, atol=0.0)

@@ -107,6 +107,7 @@ class Holder:
             if inactive and not own:
                 handle._check_has_any(self.identities())
             handle.held = tuple(name for name, _, _ in own.values())
+            handle._check_gradients(own)
             held |= own
         self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]
         for taken in self._taken:
