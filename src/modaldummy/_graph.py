@@ -1,5 +1,6 @@
 """Which leaves an autograd graph reaches, without walking it backward."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -15,19 +16,20 @@ def reached_by(*tensors: Tensor, dummies: bool = True) -> set[int] | None:
         tensors: Any, with graphs or without.
         dummies: Whether to follow the edges that do nothing but hand out dummy gradients.
     """
-    leaves = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.is_leaf}
-    for node in nodes_of(*tensors, dummies=dummies):
-        if "CheckpointFunction" in type(node).__name__:
-            return None
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.add(id(leaf))
-    return leaves
+    leaves = leaves_of(nodes_from([tensor.grad_fn for tensor in tensors], dummies))
+    themselves = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.is_leaf}
+    return None if leaves is None else leaves | themselves
 
 
-def nodes_of(*tensors: Tensor, dummies: bool = True) -> set[Any]:
-    """Each node of the graphs of `tensors`; `dummies` as for `reached_by`."""
-    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen: set[Any] = set(waiting)
+def nodes_from(roots: Iterable[Any], dummies: bool = True) -> set[Any]:
+    """Each node that backward from `roots` would visit, themselves included; None is none.
+
+    Args:
+        roots: Nodes of autograd graphs, such as `tensor.grad_fn`.
+        dummies: As for `reached_by`.
+    """
+    seen: set[Any] = {node for node in roots if node is not None}
+    waiting = list(seen)
     while waiting:
         node = waiting.pop()
         edges = node.next_functions
@@ -37,6 +39,17 @@ def nodes_of(*tensors: Tensor, dummies: bool = True) -> set[Any]:
         waiting += following
         seen |= following
     return seen
+
+
+def leaves_of(nodes: Iterable[Any]) -> set[int] | None:
+    """`id` of each leaf that gets a gradient from one of the `nodes`; None where none can tell."""
+    leaves = set()
+    for node in nodes:
+        if "CheckpointFunction" in type(node).__name__:
+            return None
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+    return leaves
 
 
 def _only_connects(node: Any) -> bool:

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from modaldummy._finding import Finding
-from modaldummy._graph import nodes_of, reached_by
+from modaldummy._graph import leaves_of, nodes_from, reached_by
 from modaldummy._kinds import is_sharded
 from modaldummy._modalities import text_of
 from modaldummy._preflight.setup import Setup
@@ -23,7 +23,7 @@ def check_graph(setup: Setup) -> Iterator[Finding]:
     # The leaf that stands for a sharded parameter is another tensor, gathered for a while.
     if any(id(parameter) in reached or is_sharded(parameter) for parameter in trainable):
         yield from _out_of_reach(setup, reached)
-        yield from _reached_though_inactive(setup)
+        yield from _reached_though_inactive(setup, setup.loss)
     else:
         yield Finding(
             "MD120",
@@ -69,24 +69,21 @@ def _out_of_reach(setup: Setup, reached: set[int]) -> Iterator[Finding]:
         )
 
 
-def _reached_though_inactive(setup: Setup) -> Iterator[Finding]:
+def _reached_though_inactive(setup: Setup, loss: Tensor) -> Iterator[Finding]:
     """MD122; silent where the loss is not one total, and behind compiled code."""
-    last = setup.wrapper.last
-    if setup.loss is None or last is None or sum(map(is_dummy, nodes_of(setup.loss))) != 1:
+    dummies = [node for node in nodes_from([loss.grad_fn]) if is_dummy(node)]
+    if len(dummies) != 1:
         return
-    reached = reached_by(setup.loss, dummies=False) or set()
-    odd = (setup.inactive(last.active) & reached) - setup.wrapper._map.shared_with_trunk()
-    if odd:
+    inactive = leaves_of(nodes_from(after for after, _ in dummies[0].next_functions[1:])) or set()
+    reached = reached_by(loss, dummies=False) or set()
+    if odd := (inactive & reached) - setup.wrapper._map.shared_with_trunk():
         keys = [text_of(key) for key, own in setup.owned.items() if not odd.isdisjoint(own)]
         yield Finding(
             "MD122",
             "warning",
             f"The batch leaves {', '.join(keys)} inactive, and yet the loss itself, without the "
             "dummy, reaches parameters of it.",
-            {
-                "parameters": [name for i, (name, _, _) in setup.towers.items() if i in odd],
-                "active": list(last.active),
-            },
+            {"parameters": [name for i, (name, _, _) in setup.towers.items() if i in odd]},
             "Compare the batch with the map, key by key: one that is misspelt in either is ignored "
             "like any other. If the model runs absent modalities on filler, or the loss has a "
             "penalty on weights, there is nothing to do; `hold_inactive` keeps them still.",
