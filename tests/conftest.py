@@ -32,6 +32,7 @@ settings.register_profile("mutants", max_examples=50, deadline=None, derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what is marked `gpu` where there is no GPU, and keep together what shares a fixture."""
     if config.pluginmanager.hasplugin("xdist"):

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -40,7 +40,6 @@ def lists(draw: st.DrawFn) -> list[Tensor]:
     return tensors
 
 
-@settings(max_examples=60)  # interpreted on a CPU, an example takes a tenth of a second
 @given(lists(), st.sampled_from([torch.float32, torch.float64]))
 def test_sums_agree_with_the_loop(tensors: list[Tensor], dtype: torch.dtype) -> None:
     tensors = [t for t in tensors if t.dtype != torch.float64 or dtype == torch.float64]
@@ -52,7 +51,6 @@ def test_sums_agree_with_the_loop(tensors: list[Tensor], dtype: torch.dtype) -> 
         assert abs(found.item() - naive_dummy(tensors, 1.0).item()) <= tolerance * size
 
 
-@settings(max_examples=60)
 @given(lists())
 def test_norms_agree_with_the_loop(tensors: list[Tensor]) -> None:
     found = [norm.item() for norm in _triton.norms(tensors, torch.float64)]
