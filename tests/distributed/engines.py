@@ -56,7 +56,7 @@ class EveryTower(Model):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = batch["text"]
         for name in NAMES:
-            data = batch.get(name, torch.empty(0, 3))
+            data = batch.get(name, hidden.new_empty(0, 3))
             output = self.towers[name](data).tanh()
             hidden = hidden + (output if name in batch else output.sum())
         both = {"T1", "dMRI"} <= batch.keys()
@@ -65,7 +65,14 @@ class EveryTower(Model):
         return logits
 
 
-class DDP(Run):
+class Exact(Run):
+    """In float64, so that no rounding hides the share of a dummy in a gradient."""
+
+    dtype = torch.float64
+    relative = 2**-40
+
+
+class DDP(Exact):
     def syncing(self, last: bool) -> AbstractContextManager[Any]:
         engine: Any = getattr(self.call, "_orig_mod", self.call)
         return nullcontext() if last else engine.no_sync()
@@ -74,14 +81,16 @@ class DDP(Run):
 class Compressed(DDP):
     """A dummy of 1e-7 is below the normal numbers of float16."""
 
+    dtype = torch.float32
     relative, absolute = 2**-8, 2**-23
 
 
 class Rough(DDP):
+    dtype = torch.float32
     relative = 2**-6
 
 
-class FSDP(Run):
+class FSDP(Exact):
     def syncing(self, last: bool) -> AbstractContextManager[Any]:
         model: Any = self.bare
         model.set_requires_gradient_sync(last)
@@ -102,6 +111,7 @@ class EveryTowerRuns(ShardedDummies):
 class RoughFSDP(FSDP):
     """Forward and backward run in bfloat16."""
 
+    dtype = torch.float32
     relative, absolute = 2**-4, 2**-7
 
 
@@ -115,7 +125,7 @@ def ddp(
     **options: Any,
 ) -> Make:
     def make(scale: float | None) -> Run:
-        bare = model()
+        bare = model().to(kind.dtype)
         engine = DistributedDataParallel(bare, **options)
         if hook is not None:
             engine.register_comm_hook(None, hook)
@@ -148,7 +158,7 @@ def fsdp(
     """
 
     def make(scale: float | None) -> Run:
-        bare = model()
+        bare = model().to(kind.dtype)
         wrapper = DummyLossWrapper(bare, MAP, scale) if early else None
         for part in parts:
             fully_shard(bare.get_submodule(part))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +71,12 @@ class Run:
         call: What forward calls.
         bare: The model itself, as the engine has left it.
         wrapper: Of which the total is backwarded.
-        relative: By what part of its largest element a gradient may be wrong; a quarter as much
-            of the step's largest comes on top where it is more than a dummy, since such an element
-            may be what is left of larger numbers.
+        dtype: Of parameters and data.
+        relative: By what part of its size, as of `Expected`, a gradient may be wrong.
         absolute: By how much more.
     """
 
+    dtype = torch.float32
     relative = 2**-20
     absolute = 0.0
 
@@ -125,18 +125,26 @@ def whole(tensor: Any) -> Tensor:
     return full
 
 
+class Expected(NamedTuple):
+    """A true gradient, and the largest element of the average magnitude of what it is made of.
+
+    That is what rounding is in proportion to, also where the parts cancel.
+    """
+
+    gradient: Tensor
+    size: float
+
+
 def truth(
     values: dict[str, Tensor], scale: float | None, step: Step, place: int
-) -> tuple[dict[str, Tensor], set[str]]:
-    """The average over ranks and micro-batches of real gradients plus `scale` where inactive.
-
-    The second of the two are the names of those that are not dummies alone.
-    """
+) -> dict[str, Expected]:
+    """The average over ranks and micro-batches of real gradients plus `scale` where inactive."""
     model = Model().double()
     model.load_state_dict(values)
     owned = {name: key for key, path in MAP.items() for name in _below(model, path)}
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    taught = set()
+    parts: dict[str, list[Tensor]] = {
+        name: [torch.zeros_like(p)] for name, p in model.named_parameters()
+    }
     cases = [(micro, rank) for micro in range(len(step)) for rank in range(len(step[0]))]
     for micro, rank in cases:
         active = step[micro][rank]
@@ -148,11 +156,14 @@ def truth(
             members = {key} if isinstance(key, str) else set(key)
             if not members <= set(active):
                 assert parameter.grad is None
-                total[name] += scale or 0.0
+                parts[name].append(torch.full_like(parameter, scale or 0.0))
             elif parameter.grad is not None:
-                total[name] += parameter.grad
-                taught.add(name)
-    return {name: gradient / len(cases) for name, gradient in total.items()}, taught
+                parts[name].append(parameter.grad)
+    found = {}
+    for name, own in parts.items():
+        stacked = torch.stack(own) / len(cases)
+        found[name] = Expected(stacked.sum(0), float(stacked.abs().sum(0).max()))
+    return found
 
 
 def _below(model: nn.Module, path: str) -> Iterator[str]:
@@ -194,13 +205,13 @@ def held_against_truth(
         values = run.values()
         for micro, ranks in enumerate(step):
             active = ranks[rank]
-            batch = batch_of(active, place, micro, rank)
+            batch = batch_of(active, place, micro, rank, dtype=run.dtype)
             with run.syncing(micro == len(step) - 1):
                 if agree:
                     check_ranks(run.wrapper, run.running(active), model=run.call)
                 real = loss_of(run.call(batch))
                 run.learn(real, active, len(step))
-        _compare(found, run, *truth(values, run.wrapper._scale, step, place), place)
+        _compare(found, run, truth(values, run.wrapper._scale, step, place), place)
         run.step()
     return found
 
@@ -214,23 +225,18 @@ def verdict(rank: int, make: Make, scale: float | None, schedule: Schedule) -> s
     return "correct" if found.worst <= 1 else f"wrong: {found}"
 
 
-def _compare(
-    found: Outcome, run: Run, expected: dict[str, Tensor], taught: set[str], place: int
-) -> None:
+def _compare(found: Outcome, run: Run, expected: dict[str, Expected], place: int) -> None:
     actual = run.gradients()
     assert actual.keys() == expected.keys()
-    largest = max(float(right.abs().max()) for right in expected.values())
-    for name, right in expected.items():
+    for name, (right, size) in expected.items():
         gradient = actual[name]
         if gradient is None:
             found.missing += (f"{name}, step {place}",)
             gradient = torch.zeros_like(right)
         error = float((gradient.double() - right).abs().max())
-        size = float(right.abs().max())
-        found.error, found.largest = max(found.error, error), max(found.largest, size)
+        found.error = max(found.error, error)
+        found.largest = max(found.largest, float(right.abs().max()))
         tolerance = run.relative * size + run.absolute
-        if name in taught:
-            tolerance += run.relative / 4 * largest
         # Where the truth is zero nothing but zero is right.
         multiple = error / tolerance if tolerance else error and math.inf
         if not multiple <= found.worst:
