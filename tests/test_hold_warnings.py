@@ -98,6 +98,15 @@ def test_dummies_are_not_warned_of(
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize(("spread", "warns"), [(2**-8, False), (1 / 17, False), (1 / 15, True)])
+def test_rounding_is_not_warned_of(spread: float, warns: bool) -> None:
+    """As where the dummies of several ranks differ, and are added up in another order."""
+    case = Case()
+    bias = case.model.towers["dMRI"].bias
+    bias.register_hook(lambda gradient: gradient * torch.tensor([1.0, 1.0, 1.0, 1 + spread]))
+    assert bool(case.step(case.model.loss(["T1"]), "T1")) == warns
+
+
 def test_what_is_left_of_real_gradients_is_not_warned_of() -> None:
     """`zero_grad(set_to_none=False)` leaves zeros, which may be those of dummies."""
     model = Towers()

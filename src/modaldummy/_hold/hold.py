@@ -1,9 +1,7 @@
 """Keeps parameters that no batch has taught still in `optimizer.step()`."""
 
-import warnings
 import weakref
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Self
 
 import torch
@@ -14,9 +12,9 @@ from torch.optim import Optimizer
 from modaldummy._arguments import check_wrapper
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._hold.holder import holder_of
+from modaldummy._hold.lookout import Lookout, may_be_dummy
 from modaldummy._hold.window import Window
-from modaldummy._kinds import local_shard
-from modaldummy._modalities import ModalityKey, text_of
+from modaldummy._modalities import ModalityKey
 from modaldummy._paths import Located
 from modaldummy._ranks.group import check_group
 from modaldummy._wrapper import DummyLossWrapper
@@ -137,9 +135,7 @@ class HoldHandle:
         self._group = group
         self._map = wrapper._map
         self._shared = self._map.shared_with_trunk()
-        self._inactive: list[ModalityKey] = []
-        self._times_held: Counter[ModalityKey] = Counter()
-        self._warned: set[ModalityKey] = set()
+        self._lookout = Lookout()
         # Gradients that are there already may be anyone's.
         known = self._map.paths if holder.has_gradients() else ()
         self._window = Window(list(self._map.paths), holder.is_cleared, known)
@@ -174,46 +170,34 @@ class HoldHandle:
         self._holder.loss_seen.raised = True
         self._window.watch(active, loss)
 
-    def _outcome(self, device: torch.device) -> tuple[set[int], dict[int, Located]]:
-        """`id` of parameters that something taught, and parameters that an inactive key owns."""
+    def _outcome(self, device: torch.device) -> tuple[set[int], list[ModalityKey]]:
+        """`id` of parameters that something taught, and the keys that are inactive."""
         taught, inactive = self._window.outcome(self._has_learned, self._group, device)
-        self._inactive = inactive
         # Of several handles any may hold what this one knows to be taught.
         known = self._map.owned(taught) if inactive or len(self._holder.handles) > 1 else {}
-        return known.keys() | self._shared, {} if self._removed else self._map.owned(inactive)
+        return known.keys() | self._shared, [] if self._removed else inactive
 
-    def _check_has_any(self, identities: Collection[int]) -> None:
-        """Raise if none of the parameters, by `id`, that the optimizer has now is of the map."""
-        if self._map.owned(self._map.paths).keys().isdisjoint(identities):
+    def _to_hold(
+        self, inactive: list[ModalityKey], untaught: Collection[int]
+    ) -> dict[int, Located]:
+        """Those of `untaught`, by `id`, that the inactive keys own; also noted as held."""
+        located = self._map.owned(inactive)
+        own = {identity: located[identity] for identity in located if identity in untaught}
+        if inactive and not own:
+            self._check_has_any()
+        self.held = tuple(name for name, _, _ in own.values())
+        for key in filter(self._lookout.is_due, inactive):
+            self._lookout.look(key, (own[i] for i in self._map.owned([key]) if i in own))
+        return own
+
+    def _check_has_any(self) -> None:
+        """Raise if none of the parameters that the optimizer has now is of the map."""
+        if self._map.owned(self._map.paths).keys().isdisjoint(self._holder.identities()):
             raise UnsupportedEngineError(
                 "The optimizer has no parameter of the modalities any more, so that none can be "
                 "held: its parameters were replaced after `hold_inactive`, as DeepSpeed's ZeRO "
                 "does; `remove()` the handle, and use scale=0.0."
             )
-
-    def _check_gradients(self, held: Mapping[int, Located]) -> None:
-        """Warn, once for each inactive key, if gradients that are held are more than dummies.
-
-        Reading them makes the host wait for the device, so it is done at the first step that holds
-        a key, and at each that is twice as late as the one before.
-        """
-        for key in self._inactive:
-            self._times_held[key] += 1
-            times = self._times_held[key]
-            if key in self._warned or times & (times - 1):
-                continue
-            own = [held[identity] for identity in self._map.owned([key]) if identity in held]
-            real = [name for name, p, _ in own if p.grad is not None and not _may_be_dummy(p.grad)]
-            if real:
-                self._warned.add(key)
-                warnings.warn(
-                    f"`hold_inactive` holds {text_of(key)}, which the batches leave inactive, but "
-                    f"the gradient of {real[0]!r} is more than a dummy. A name that is misspelt in "
-                    "the batch or in the map is ignored: compare them. A loss without the wrapper "
-                    "may have taught it: pass that through the wrapper too. If it is filler for an "
-                    "absent modality, a penalty on weights or noise, nothing is wrong.",
-                    stacklevel=2,
-                )
 
     def _has_learned(self, key: ModalityKey, taught: Collection[ModalityKey]) -> bool:
         """Whether gradients of parameters that are `key`'s alone are more than those of dummies."""
@@ -221,13 +205,4 @@ class HoldHandle:
         alone = own.keys() - self._map.owned(taught).keys() - self._shared
         gradients = [g for g in (own[identity][1].grad for identity in alone) if g is not None]
         telling = [gradient for gradient in gradients if gradient.numel() > 1]
-        return bool(gradients) and not (telling and all(map(_may_be_dummy, telling)))
-
-
-def _may_be_dummy(gradient: Tensor) -> bool:
-    """Whether a gradient can be that of dummies alone: the same number everywhere, or empty."""
-    shard = local_shard(gradient)
-    if shard.layout != torch.strided:
-        return shard._nnz() == 0
-    # Sums over ranks may be rounded in another order from one part to the next.
-    return torch.allclose(shard, shard.reshape(-1)[:1], rtol=1 / 16, atol=0.0)
+        return bool(gradients) and not (telling and all(map(may_be_dummy, telling)))

@@ -103,12 +103,7 @@ class Holder:
         untaught = self.identities().difference(*(known for known, _ in outcomes)) if some else ()
         held: dict[int, Located] = {}
         for handle, (_, inactive) in zip(self.handles, outcomes, strict=True):
-            own = {identity: inactive[identity] for identity in inactive if identity in untaught}
-            if inactive and not own:
-                handle._check_has_any(self.identities())
-            handle.held = tuple(name for name, _, _ in own.values())
-            handle._check_gradients(own)
-            held |= own
+            held |= handle._to_hold(inactive, untaught)
         self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]
         for taken in self._taken:
             taken.parameter.grad = None

@@ -74,7 +74,7 @@ def _reached_though_inactive(setup: Setup, loss: Tensor) -> Iterator[Finding]:
     dummies = [node for node in nodes_from([loss.grad_fn]) if is_dummy(node)]
     if len(dummies) != 1:
         return
-    inactive = leaves_of(nodes_from(after for after, _ in dummies[0].next_functions[1:])) or set()
+    inactive = leaves_of(nodes_from(dummies)) or set()
     reached = reached_by(loss, dummies=False) or set()
     if odd := (inactive & reached) - setup.wrapper._map.shared_with_trunk():
         keys = [text_of(key) for key, own in setup.owned.items() if not odd.isdisjoint(own)]
