@@ -34,7 +34,7 @@ from measure import (
     write_csv,
 )
 from modaldummy import DummyLossWrapper, hold_inactive
-from modaldummy._reduce import norms
+from modaldummy._core.reduce import norms
 
 Add = Callable[[Tensor, dict[str, Tensor]], Tensor]
 

@@ -34,7 +34,7 @@ from measure import (
     write_csv,
 )
 from modaldummy import DummyLossWrapper
-from modaldummy._reduce import fused_kernels
+from modaldummy._core.reduce import fused_kernels
 from shapes import SHAPES, USUAL
 
 SCALE = 1e-7

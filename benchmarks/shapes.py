@@ -46,7 +46,7 @@ def lora_factors() -> nn.Module:
 
 
 def mixed() -> nn.Module:
-    """2,000 vectors of 10 to 100,000 elements, each magnitude as frequent as any other."""
+    """2,000 vectors of 10 to 100,000 elements, each scalar_loss as frequent as any other."""
     draw = random.Random(0)
     return tensors(int(10 ** draw.uniform(1, 5)) for _ in range(2000))
 

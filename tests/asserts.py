@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy import DummyLossWrapper, StepReport
-from modaldummy._paths import strip_wrappers
+from modaldummy._core.paths import strip_wrappers
 from modaldummy.testing._compare import difference
 
 
@@ -45,7 +45,7 @@ def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
 
 def connected(wrapper: DummyLossWrapper, active: Collection[str]) -> set[str]:
     """Names, without wrapper segments, of the parameters that a dummy reaches."""
-    model = wrapper._map.model
+    model = wrapper.parameters.model
     model.zero_grad()
     dummy = wrapper.dummy(active)
     if dummy.requires_grad:

@@ -18,8 +18,8 @@ Gather = Callable[[list[Tensor], Tensor], None]
 
 def said(wrapper: DummyLossWrapper, batch: Any) -> Tensor:
     """The bytes of a rank: whether it could read its batch, and which keys are active."""
-    active = [] if batch is UNREADABLE else wrapper._map.active_keys(batch)
-    marks = [key in active for key in wrapper._map.paths]
+    active = [] if batch is UNREADABLE else wrapper.parameters.active_keys(batch)
+    marks = [key in active for key in wrapper.parameters.paths]
     return torch.tensor([batch is not UNREADABLE, *marks], dtype=torch.uint8)
 
 

@@ -38,7 +38,7 @@ import torch
 from modaldummy import BatchMetadataError, UnknownModalityError, active_modalities
 from modaldummy._diagnose import diagnose, doctor
 from modaldummy._errors import HistoryError, describe
-from modaldummy._finding import Finding
+from modaldummy._findings import Finding
 from tests import fuzz_batches, fuzz_logs
 from tests.fuzz_logs import MONSTERS, Log, placed
 from tests.fuzz_values import Planted

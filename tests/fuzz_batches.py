@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modaldummy._batch import EXPLICIT_KEYS
+from modaldummy._core.batch import EXPLICIT_KEYS
 from tests.fuzz_values import (
     LEAVES,
     STRINGS,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modaldummy._batch import EXPLICIT_KEYS
+from modaldummy._core.batch import EXPLICIT_KEYS
 
 
 class Planted(Exception):  # noqa: N818  # no error of ours

@@ -214,7 +214,7 @@ def on_meta(*names: str, **options: Any) -> Arguments:
 def without_modalities(arguments: Arguments) -> Arguments:
     """With the loss of a batch that only the trunk learns from."""
     wrapper = arguments["wrapper"]
-    trunk = wrapper._map.model.trunk
+    trunk = wrapper.parameters.model.trunk
     return arguments | {"loss": wrapper.total(trunk(torch.ones(1, 4)).sum(), [])}
 
 
@@ -264,7 +264,7 @@ def optimizer_for_each_tower(scale: float | None) -> Arguments:
 
 def ddp_with_optimizers() -> Arguments:
     arguments = optimizer_for_each_tower(None)
-    return arguments | {"model": DistributedDataParallel(arguments["wrapper"]._map.model)}
+    return arguments | {"model": DistributedDataParallel(arguments["wrapper"].parameters.model)}
 
 
 def one_optimizer(scale: float | None) -> Arguments:

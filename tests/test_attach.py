@@ -184,7 +184,7 @@ def test_copies_do_not_share_what_is_tied() -> None:
     attach_to_outputs(wrapper, model)
     model("T1")
     twin = copy.deepcopy(wrapper)
-    twin_model: Any = twin._map.model
+    twin_model: Any = twin.parameters.model
     twin.total(twin_model("T1").sum(), "T1").backward()
     assert missing_gradients(twin) == {}
     assert all(parameter.grad is None for parameter in model.parameters())

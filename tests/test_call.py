@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy import BatchMetadataError, DummyLossWrapper, UnknownModalityError
-from modaldummy._call import may_hold_metadata
+from modaldummy._core.loss_function import may_contain_metadata
 from tests.asserts import gradients_of
 from tests.zoo import brain
 
@@ -322,7 +322,7 @@ def test_a_bug_in_a_resolver_is_not_swallowed() -> None:
     ids=repr,
 )
 def test_arguments_that_are_never_asked(argument: Any) -> None:
-    assert not may_hold_metadata(argument, KNOWN)
+    assert not may_contain_metadata(argument, KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -331,4 +331,4 @@ def test_arguments_that_are_never_asked(argument: Any) -> None:
     ids=repr,
 )
 def test_arguments_that_are_asked(argument: Any) -> None:
-    assert may_hold_metadata(argument, KNOWN)
+    assert may_contain_metadata(argument, KNOWN)

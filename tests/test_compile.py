@@ -13,7 +13,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modaldummy import DummyLossWrapper, active_modalities
-from modaldummy._term import dummy_term, nonzero_product
+from modaldummy._core.term import dummy_term, nonzero_product
 from tests.asserts import assert_connected, assert_same_bits
 from tests.zoo import brain, sparse_tables
 

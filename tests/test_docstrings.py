@@ -68,7 +68,10 @@ def methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
 def statements(module: str) -> list[ast.stmt]:
     path = SOURCE.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(file.read_text()).body
+    body = ast.parse(file.read_text()).body
+    # What is imported lazily is imported for type checkers.
+    lazy = [inner for node in body if isinstance(node, ast.If) for inner in node.body]
+    return body + lazy
 
 
 def public_names(module: str) -> list[str]:

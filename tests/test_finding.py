@@ -1,7 +1,7 @@
 """How findings read, and in which order they come."""
 
 from modaldummy import Finding
-from modaldummy._finding import by_severity
+from modaldummy._findings import by_severity
 
 
 def test_a_finding_reads_as_a_sentence_its_evidence_and_its_remedy() -> None:

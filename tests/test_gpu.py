@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from modaldummy import DummyLossWrapper
-from modaldummy._reduce import fused_kernels, norms, sum_all
+from modaldummy._core.reduce import fused_kernels, norms, sum_all
 
 pytestmark = pytest.mark.gpu
 
@@ -177,9 +177,9 @@ def test_each_stream_has_tables_of_its_own(reductions: str) -> None:
     torch.cuda.synchronize()
     assert [total.item() for total in found] == pytest.approx([200_000.0] * 8)
     if reductions == "triton":
-        from modaldummy import _triton
+        from modaldummy._core import triton_kernels
 
-        used = {stream for _, stream, _, _ in _triton._tables}
+        used = {stream for _, stream, _, _ in triton_kernels._tables}
         assert {stream.cuda_stream for stream in streams} <= used
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from modaldummy import attach_to_outputs
-from modaldummy._graph import reached_by
+from modaldummy._core.graph import reached_leaves
 from tests.holding import NAMES
 from tests.preflight_models import Model
 
@@ -16,16 +16,16 @@ def test_a_graph_is_walked_to_its_leaves() -> None:
     value = leaves[0] * leaves[1] + leaves[2].detach()
     for _ in range(3000):
         value = value + value
-    assert reached_by(value.sum()) == {id(leaves[0]), id(leaves[1])}
-    assert reached_by(leaves[2]) == {id(leaves[2])}
-    assert reached_by(torch.ones(2)) == set()
+    assert reached_leaves(value.sum()) == {id(leaves[0]), id(leaves[1])}
+    assert reached_leaves(leaves[2]) == {id(leaves[2])}
+    assert reached_leaves(torch.ones(2)) == set()
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:1]])
 def test_the_dummy_is_part_of_the_graph(names: tuple[str, ...]) -> None:
     model = Model()
     total = model.total(model.wrapper(), *names)
-    assert reached_by(total) == {id(parameter) for parameter in model.parameters()}
+    assert reached_leaves(total) == {id(parameter) for parameter in model.parameters()}
 
 
 def test_the_dummy_is_left_out_where_asked() -> None:
@@ -34,11 +34,11 @@ def test_the_dummy_is_left_out_where_asked() -> None:
     wrapper = model.wrapper()
     real = model(["T1"])
     reached = {id(p) for part in (model.towers["T1"], model.trunk) for p in part.parameters()}
-    assert reached_by(wrapper.total(real, "T1"), dummies=False) == reached
+    assert reached_leaves(wrapper.total(real, "T1"), follow_dummies=False) == reached
     with attach_to_outputs(wrapper, model):
         tied = model(["T1"])
-        assert reached_by(tied) == {id(parameter) for parameter in model.parameters()}
-        assert reached_by(tied, dummies=False) == reached
+        assert reached_leaves(tied) == {id(parameter) for parameter in model.parameters()}
+        assert reached_leaves(tied, follow_dummies=False) == reached
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -47,4 +47,4 @@ def test_a_reentrant_checkpoint_hides_what_is_in_it(reentrant: bool) -> None:
     hidden = model.towers["T1"](torch.ones(2, 3))
     loss = checkpoint(model.trunk, hidden, use_reentrant=reentrant).sum()
     parameters = [*model.towers["T1"].parameters(), *model.trunk.parameters()]
-    assert reached_by(loss) == (None if reentrant else set(map(id, parameters)))
+    assert reached_leaves(loss) == (None if reentrant else set(map(id, parameters)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modaldummy._loss import replace_loss, take_loss
+from modaldummy._core.loss_function import replace_loss, take_loss
 
 LOGITS = torch.zeros(2)
 TOTAL = torch.tensor(3.0)

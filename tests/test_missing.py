@@ -63,7 +63,7 @@ def test_a_loss_that_bypassed_the_wrapper() -> None:
 
 def test_a_tower_that_forward_left_out() -> None:
     wrapper = towers()
-    model: Any = wrapper._map.model
+    model: Any = wrapper.parameters.model
     model.zero_grad()
     wrapper.total(model.loss(["T1"]), ["T1", "rsfMRI"]).backward()
     assert list(missing_gradients(wrapper)) == ["rsfMRI"]
@@ -73,7 +73,7 @@ def test_a_tower_that_forward_left_out() -> None:
 
 def test_before_backward_and_after_zero_grad() -> None:
     wrapper = towers()
-    wrapper._map.model.zero_grad()
+    wrapper.parameters.model.zero_grad()
     assert list(missing_gradients(wrapper)) == list(NAMES)
     with pytest.raises(MissingGradientError, match=r"`zero_grad\(\)` has run since"):
         missing_gradients(wrapper, strict=True)
@@ -92,7 +92,7 @@ def test_a_wrapper_that_is_not_used() -> None:
 def test_zeros_in_an_inactive_modality() -> None:
     """As underflow leaves them; every element counts, also one that squares to zero."""
     wrapper = towers()
-    model: Any = wrapper._map.model
+    model: Any = wrapper.parameters.model
     gradient = model.towers["dMRI"].weight.grad
     gradient.zero_()
     assert missing_gradients(wrapper) == {"dMRI": ("towers.dMRI.weight",)}
@@ -120,7 +120,7 @@ def test_gradients_that_are_not_finite(value: float) -> None:
 
 def test_one_element_is_enough_to_be_not_finite() -> None:
     wrapper = towers()
-    model: Any = wrapper._map.model
+    model: Any = wrapper.parameters.model
     model.towers["T1"].weight.grad[0, 1] = math.nan
     assert missing_gradients(wrapper) == {"T1": ("towers.T1.weight",)}
 
@@ -165,14 +165,14 @@ def test_a_message_lists_a_few_names() -> None:
 @pytest.mark.parametrize("scale", [1e-7, 0.0, None])
 def test_zeros_of_an_active_modality_are_never_meant(scale: float | None) -> None:
     wrapper = towers(scale)
-    model: Any = wrapper._map.model
+    model: Any = wrapper.parameters.model
     model.towers["T1"].bias.grad.zero_()
     assert missing_gradients(wrapper) == {"T1": ("towers.T1.bias",)}
 
 
 def test_a_zero_in_a_wrapper_that_is_not_used_is_called_a_zero() -> None:
     wrapper = Towers().wrapper()
-    for parameter in wrapper._map.model.parameters():
+    for parameter in wrapper.parameters.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with pytest.raises(MissingGradientError) as caught:
         missing_gradients(wrapper, strict=True)

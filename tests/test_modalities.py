@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 
 from modaldummy import DummyLossWrapper, ParameterMapError
-from modaldummy._paths import strip_wrappers
+from modaldummy._core.paths import strip_wrappers
 from tests.asserts import connected
 from tests.zoo import T1, WAYS, ZOO, Brain, brain
 
@@ -179,9 +179,9 @@ def test_what_an_active_modality_shares_gets_no_dummy() -> None:
 def test_only_what_the_trunk_names_too_is_shared_with_it() -> None:
     model = nn.ModuleDict({"T1": nn.Linear(3, 2), "head": nn.Linear(3, 2)})
     wrapper = DummyLossWrapper(model, {"T1": "T1"})
-    assert wrapper._map.shared_with_trunk() == set()
+    assert wrapper.parameters.shared_with_trunk() == set()
     model["head"].weight = model["T1"].weight
-    assert wrapper._map.shared_with_trunk() == {id(model["T1"].weight)}
+    assert wrapper.parameters.shared_with_trunk() == {id(model["T1"].weight)}
 
 
 def test_freezing_is_read_at_each_call() -> None:

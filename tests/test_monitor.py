@@ -25,7 +25,7 @@ from modaldummy import (
     UnsupportedEngineError,
     gradient_norms,
 )
-from modaldummy._modalities import ModalityKey
+from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._monitor.gradients import Stock, _factor, stock_of
 from tests.distributed.engines import needs_averages
 from tests.holding import NAMES, Towers
@@ -355,7 +355,7 @@ def test_what_is_known_of_the_parameters_is_kept_as_long_as_it_holds() -> None:
     wrapper = step(brain(), "T1")
     stock = stock_of(wrapper)
     assert stock_of(wrapper) is stock
-    model: Any = wrapper._map.model
+    model: Any = wrapper.parameters.model
     model.fusion.bias = nn.Parameter(torch.ones(4))
     assert stock_of(wrapper) is not stock
 

@@ -7,7 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from modaldummy import DummyLossWrapper
-from modaldummy._paths import strip_wrappers
+from modaldummy._core.paths import strip_wrappers
 from tests.asserts import connected
 from tests.zoo import T1, WAYS, Brain
 

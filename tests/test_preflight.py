@@ -187,7 +187,7 @@ class Noisy(SGD):
 @cases
 def test_nothing_is_changed(arguments: dict[str, Any]) -> None:
     """Values, gradients, optimizers, modes, the report and the state of the random numbers."""
-    wrapper, model = arguments["wrapper"], arguments["wrapper"]._map.model
+    wrapper, model = arguments["wrapper"], arguments["wrapper"].parameters.model
     optimizers = arguments.get("optimizer", [])
     optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
     last, observers = wrapper.last, list(wrapper._observers)
@@ -219,7 +219,7 @@ def test_an_optimizer_that_draws_random_numbers_draws_the_same_afterwards() -> N
 @pytest.mark.parametrize("arguments", ["plain SGD", "AdamW, held"], indirect=True)
 def test_the_graph_can_be_used_afterwards(arguments: dict[str, Any]) -> None:
     """Backward gives what it would have given without."""
-    model = arguments["wrapper"]._map.model
+    model = arguments["wrapper"].parameters.model
     gradients: list[list[Tensor | None]] = []
     for check in (preflight, lambda **_: None):
         model.zero_grad()

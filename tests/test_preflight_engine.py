@@ -268,7 +268,7 @@ def test_what_stops_in_any_case_is_an_error(arguments: dict[str, Any], severity:
 def test_the_engine_tells_more_than_what_it_left_on_parameters() -> None:
     arguments = partitioned("_hp_mapping")
     for stage, expected in ((0, set()), (1, set()), (2, {"MD105"})):
-        model = Engine(arguments["wrapper"]._map.model, stage)
+        model = Engine(arguments["wrapper"].parameters.model, stage)
         assert codes(**arguments, model=model) == expected
 
 

@@ -17,7 +17,7 @@ from tests.preflight_models import Around, Model, mapped, partition, sparse_tabl
 def test_what_no_optimizer_has_does_not_move() -> None:
     arguments = left_out()
     wrapper, optimizer = arguments["wrapper"], arguments["optimizer"]
-    model = wrapper._map.model
+    model = wrapper.parameters.model
     (finding,) = preflight(**arguments)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name in NAMES:
@@ -116,10 +116,10 @@ def test_a_scaler_stops_at_an_optimizer_without_gradients() -> None:
     for arguments in (optimizer_for_each_tower(None), optimizer_for_each_tower(0.0)):
         wrapper, scaler = arguments["wrapper"], arguments["scaler"]
         first, second, *_ = arguments["optimizer"]
-        scaler.scale(wrapper.total(wrapper._map.model(["T1"]), "T1")).backward()
+        scaler.scale(wrapper.total(wrapper.parameters.model(["T1"]), "T1")).backward()
         scaler.step(first)
         found = [f for f in preflight(**arguments) if f.code == "MD143"]
-        if wrapper._scale is None:
+        if wrapper.scale is None:
             assert [f.evidence["active"] for f in found] == [["rsfMRI"], ["T1"], ["T1"]]
             with pytest.raises(AssertionError, match="No inf checks were recorded"):
                 scaler.step(second)
@@ -138,7 +138,7 @@ def test_without_a_scaler_an_optimizer_may_be_without_gradients() -> None:
 def test_a_batch_without_a_modality_counts_where_the_trunk_can_learn_from_it() -> None:
     """An optimizer of all towers is without gradients only then."""
     arguments = optimizer_for_each_tower(None)
-    model = arguments["wrapper"]._map.model
+    model = arguments["wrapper"].parameters.model
     optimizers = [SGD(part.parameters(), lr=0.1) for part in (model.towers, model.trunk)]
     (finding,) = preflight(**arguments | {"optimizer": optimizers})
     assert (finding.code, finding.evidence["active"]) == ("MD143", [])

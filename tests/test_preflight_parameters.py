@@ -32,7 +32,7 @@ def test_a_frozen_modality_gets_no_dummy_and_an_unfrozen_one_does() -> None:
 def test_a_value_that_is_not_finite_is_left_out_of_the_loss(value: float) -> None:
     """And spoils it as soon as its modality is active; the trunk is looked at too."""
     wrapper = with_value(value)["wrapper"]
-    model = wrapper._map.model
+    model = wrapper.parameters.model
     assert evidence(wrapper, "MD114") == {"parameters": ["towers.dMRI.weight"]}
     assert wrapper.total(model(["T1"]), "T1").isfinite()
     assert wrapper.last is not None
@@ -127,7 +127,7 @@ def test_a_gradient_is_made_where_the_parameter_is() -> None:
     wrapper = on_meta("T1", gradient_only=True)["wrapper"]
     found = evidence(wrapper, "MD116")
     assert found == {"parameters": {"meta": 2, "cpu": 4}, "loss": None}
-    model = wrapper._map.model
+    model = wrapper.parameters.model
     loss = wrapper.total(model(["dMRI"]), "dMRI")
     assert evidence(wrapper, "MD116", loss=loss)["loss"] == "cpu"
     loss.backward()

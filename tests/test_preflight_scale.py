@@ -74,7 +74,7 @@ def test_only_the_narrow_dtypes_are_named() -> None:
 @pytest.mark.parametrize("given", [False, True])
 def test_the_fraction_is_that_of_the_worst_batch(given: bool) -> None:
     """Of one modality: the largest that the report then shows."""
-    model: Any = with_gains(600)["wrapper"]._map.model
+    model: Any = with_gains(600)["wrapper"].parameters.model
     nn.init.constant_(model.towers["rsfMRI"][0].weight, -3.0)
     wrapper = mapped(model)
     fractions = {}
@@ -94,7 +94,7 @@ def test_the_fraction_is_that_of_the_worst_batch(given: bool) -> None:
 
 
 def test_what_is_not_capped_or_not_read_is_not_talked_about() -> None:
-    model = with_gains(600)["wrapper"]._map.model
+    model = with_gains(600)["wrapper"].parameters.model
     assert codes(wrapper=mapped(model)) == {"MD134"}
     for options in ({"max_fraction": None}, {"gradient_only": True}, {"scale": None}):
         assert preflight(mapped(model, **options)) == []
@@ -106,7 +106,7 @@ def test_what_is_not_capped_or_not_read_is_not_talked_about() -> None:
 def test_a_loss_that_says_nothing_is_passed_over(value: float) -> None:
     """For the last one, and then for an assumed one."""
     wrapper = with_gains(600)["wrapper"]
-    trunk = wrapper._map.model.trunk
+    trunk = wrapper.parameters.model.trunk
     loss = wrapper.total(trunk(torch.ones(1, 4)).sum() * 0 + value, NAMES)
     (found,) = (f.evidence for f in preflight(wrapper, loss=loss) if f.code == "MD134")
     assert (found["loss"], found["loss_from"]) == (1.0, "assumed")
@@ -116,7 +116,7 @@ def test_a_loss_that_says_nothing_is_passed_over(value: float) -> None:
 
 def test_a_batch_of_a_fusion_leaves_the_others_inactive() -> None:
     """Sums are those of what is inactive together, tuples and shared parameters included."""
-    model = with_gains(600)["wrapper"]._map.model
+    model = with_gains(600)["wrapper"].parameters.model
     paths: dict[Any, Any] = {
         "T1": "towers.T1.1",
         "dMRI": ["towers.dMRI.1", "towers.T1.1.bias"],
@@ -132,7 +132,7 @@ def test_a_batch_of_a_fusion_leaves_the_others_inactive() -> None:
 
 def test_a_sum_that_is_not_finite_counts_as_nothing() -> None:
     """As it does in the loss."""
-    model = with_gains(600)["wrapper"]._map.model
+    model = with_gains(600)["wrapper"].parameters.model
     for name, value in (("T1", torch.inf), ("dMRI", torch.nan)):
         nn.init.constant_(model.towers[name][0].bias, value)
     wrapper = mapped(model)
@@ -150,7 +150,7 @@ def test_a_sum_that_is_not_finite_counts_as_nothing() -> None:
 @pytest.mark.parametrize("max_norm", [0.2, 0.3, 1e-5, 5e-33])
 def test_clipping_rounds_as_it_says(dtype: torch.dtype, max_norm: float) -> None:
     """For gradients that are there; what torch leaves of the dummy is the judge."""
-    model = with_gradients(0.1)["wrapper"]._map.model.to(dtype)
+    model = with_gradients(0.1)["wrapper"].parameters.model.to(dtype)
     dummies(model, 1e-7)
     nn.init.ones_(model.trunk.weight)
     for parameter in model.trunk.parameters():

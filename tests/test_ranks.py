@@ -77,7 +77,7 @@ def test_one_rank_reads_its_batch_and_asks_nobody(
     readable: Any
     for readable in ([], "T1", {"modality": NAMES}):
         check_ranks(wrapper, readable)
-        check_ranks(wrapper, readable, model=Engine(wrapper._map.model, 2))
+        check_ranks(wrapper, readable, model=Engine(wrapper.parameters.model, 2))
     assert wrapper.last is None
 
 

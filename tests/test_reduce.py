@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modaldummy import _reduce
-from modaldummy._reduce import (
+from modaldummy._core import reduce
+from modaldummy._core.reduce import (
     accumulation_dtype,
     by_layout,
     fill_like,
@@ -217,9 +217,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def test_the_kernels_are_used_where_they_are_asked_for(asked: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from modaldummy import _triton
+    from modaldummy._core import triton_kernels
 
-    assert kernels_for(CUDA) is _triton
+    assert kernels_for(CUDA) is triton_kernels
     assert kernels_for(CPU) is None
     for wanted in ("torch", ""):
         asked.setenv("MODALDUMMY_REDUCTIONS", wanted)
@@ -251,8 +251,8 @@ def test_plain_torch_without_triton_or_with_one_too_old(
 ) -> None:
     """Silently: the result is the same."""
     fused_kernels.cache_clear()
-    asked.delitem(sys.modules, "modaldummy._triton", raising=False)
-    asked.delattr("modaldummy._triton", raising=False)
+    asked.delitem(sys.modules, "modaldummy._core.triton_kernels", raising=False)
+    asked.delattr("modaldummy._core.triton_kernels", raising=False)
     asked.setitem(sys.modules, "triton", broken)
     assert fused_kernels() is None
     assert kernels_for(CUDA) is None
@@ -276,7 +276,7 @@ def test_what_the_kernels_do_not_take_goes_to_plain_torch() -> None:
 
     stand_in = SimpleNamespace(takes=takes, sum_all=sum_three, norms=norm_three)
     sizes = [3, 4, 3, 1, 4]
-    with patch.object(_reduce, "kernels_for", return_value=stand_in):
+    with patch.object(reduce, "kernels_for", return_value=stand_in):
         for chosen in (sizes, [3, 3], [4, 4]):
             tensors = [torch.full((size,), float(size)) for size in chosen]
             assert sum_all(tensors, dtype=F32, device=CPU).item() == sum(n * n for n in chosen)

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations, prune
 
 from modaldummy import ParameterMapError
-from modaldummy._reduce import accumulation_dtype
-from modaldummy._term import nonzero_product
+from modaldummy._core.reduce import accumulation_dtype
+from modaldummy._core.term import nonzero_product
 from tests.asserts import assert_bounded
 from tests.zoo import Pair, holder
 

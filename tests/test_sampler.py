@@ -25,8 +25,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from modaldummy import UnsupportedEngineError
-from modaldummy._ranks.sample_kinds import allot
-from modaldummy._ranks.sampler import ModalityBatchSampler
+from modaldummy._sampler.sample_kinds import allot
+from modaldummy._sampler.sampler import ModalityBatchSampler
 
 # A kind that `drop_last` leaves out warns; `test_a_kind_that_is_left_out_warns` looks at that.
 pytestmark = pytest.mark.filterwarnings("ignore:`drop_last=True` leaves these kinds:UserWarning")

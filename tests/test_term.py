@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modaldummy._term import Term, connect, dummy_term, magnitude
+from modaldummy._core.term import Term, connect, dummy_term, scalar_loss
 from tests.asserts import assert_same_bits
 
 HALF = (torch.float16, torch.bfloat16)
@@ -20,7 +20,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 def term(*params: Tensor, scale: float | None = 1e-7, real: float | Tensor | None = None) -> Term:
     loss = torch.tensor(real) if isinstance(real, float) else real
-    return dummy_term(params, scale, real=loss, max_fraction=1e-4)
+    return dummy_term(params, scale, loss=loss, max_fraction=1e-4)
 
 
 def nodes(root: Tensor) -> Iterator[object]:
@@ -51,16 +51,16 @@ def test_a_float64_loss_is_held_against_a_float64_sum() -> None:
     """The dtype is the widest of parameters and loss, whether the parameters are read or not."""
     loss = torch.tensor(2.0, dtype=torch.float64)
     for read in (True, False):
-        result = dummy_term([ones(2)], 1e-7, real=loss, read=read)
-        for tensor in (result.value, result.uncapped, result.real, result.connected):
+        result = dummy_term([ones(2)], 1e-7, loss=loss, read=read)
+        for tensor in (result.value, result.uncapped, result.loss, result.connected):
             assert tensor.dtype == torch.float64
 
 
 @pytest.mark.parametrize("read", [True, False])
 def test_everything_is_where_the_loss_is(read: bool) -> None:
     loss = torch.ones((), device="meta")
-    result = dummy_term([ones(2)], 1e-7, real=loss, read=read)
-    for tensor in (result.value, result.uncapped, result.real, result.connected):
+    result = dummy_term([ones(2)], 1e-7, loss=loss, read=read)
+    for tensor in (result.value, result.uncapped, result.loss, result.connected):
         assert tensor.is_meta
 
 
@@ -122,7 +122,7 @@ def test_the_largest_finite_loss_stays_finite(
         for losses in (loss, -loss, spread, spread[:2]):
             for scale in (1.0, -1.0):
                 params = [nn.Parameter(huge.detach() * scale)]
-                result = dummy_term(params, 1.0, real=losses, max_fraction=max_fraction)
+                result = dummy_term(params, 1.0, loss=losses, max_fraction=max_fraction)
                 assert (losses + result.connected.to(dtype)).isfinite().all(), real
 
 
@@ -145,7 +145,7 @@ def test_the_bound_holds_for_losses_of_every_kind(
             continue
         loss = torch.full(shape, number).to(dtype)
         parameter = nn.Parameter(torch.tensor([sum_of_parameters, 0.0]))
-        result = dummy_term([parameter], 1.0, real=loss, max_fraction=1e-4)
+        result = dummy_term([parameter], 1.0, loss=loss, max_fraction=1e-4)
         assert_same_bits(
             result.uncapped, torch.tensor(sum_of_parameters).to(result.uncapped), "sum"
         )
@@ -162,8 +162,8 @@ def test_the_bound_holds_for_losses_of_every_kind(
 def test_losses_whose_mean_overflows_get_no_dummy() -> None:
     """Each is finite, their mean is not a number that anything could be held against."""
     losses = torch.full((4,), 1e38)
-    result = dummy_term([nn.Parameter(torch.tensor([3e38]))], 1.0, real=losses, max_fraction=1e-4)
-    assert result.real.isinf()
+    result = dummy_term([nn.Parameter(torch.tensor([3e38]))], 1.0, loss=losses, max_fraction=1e-4)
+    assert result.loss.isinf()
     assert result.value == 0
 
 
@@ -193,7 +193,7 @@ def test_scale_zero_and_none_read_nothing(scale: float | None) -> None:
 def test_an_unread_term_changes_no_bit(real: float) -> None:
     """Negative zero is the neutral element of addition, also for negative zero."""
     loss = torch.tensor(real)
-    result = dummy_term([ones(2)], 1e-7, real=loss, read=False)
+    result = dummy_term([ones(2)], 1e-7, loss=loss, read=False)
     assert_same_bits((loss + result.connected).detach(), loss, "loss")
 
 
@@ -391,9 +391,9 @@ def test_an_optimizer_may_step_between_forward_and_backward() -> None:
 def test_magnitude() -> None:
     """Signed for a scalar, mean of sizes otherwise; always a copy."""
     scalar = torch.tensor(-2.0)
-    seen = magnitude(scalar, torch.float32)
+    seen = scalar_loss(scalar, torch.float32)
     scalar.mul_(3)
     assert seen.item() == -2
-    assert magnitude(torch.tensor([-2.0, 4.0]), torch.float32).item() == 3
-    assert magnitude(torch.tensor([-2, 4]), torch.float32).item() == 3
-    assert magnitude(torch.tensor([60000.0] * 4, dtype=torch.float16), torch.float32) == 60000
+    assert scalar_loss(torch.tensor([-2.0, 4.0]), torch.float32).item() == 3
+    assert scalar_loss(torch.tensor([-2, 4]), torch.float32).item() == 3
+    assert scalar_loss(torch.tensor([60000.0] * 4, dtype=torch.float16), torch.float32) == 60000

@@ -17,7 +17,7 @@ from tests.strategies import FLOATS
 
 pytest.importorskip("triton")
 
-from modaldummy import _reduce, _triton
+from modaldummy._core import reduce, triton_kernels
 
 # Triton 3.4 with a numpy that warns about what its interpreter does.
 pytestmark = pytest.mark.filterwarnings(
@@ -46,28 +46,30 @@ def test_sums_agree_with_the_loop(tensors: list[Tensor], dtype: torch.dtype) -> 
     if tensors:
         size = sum(tensor.double().abs().sum().item() for tensor in tensors)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-13
-        found = _triton.sum_all(tensors, dtype)
+        found = triton_kernels.sum_all(tensors, dtype)
         assert (found.dtype, found.shape, found.device) == (dtype, (), tensors[0].device)
         assert abs(found.item() - naive_dummy(tensors, 1.0).item()) <= tolerance * size
 
 
 @given(lists())
 def test_norms_agree_with_the_loop(tensors: list[Tensor]) -> None:
-    found = [norm.item() for norm in _triton.norms(tensors, torch.float64)]
+    found = [norm.item() for norm in triton_kernels.norms(tensors, torch.float64)]
     assert found == pytest.approx([naive_norm(tensor) for tensor in tensors], rel=1e-12)
 
 
 def test_the_same_bits_each_time() -> None:
     tensors = [torch.randn(size, device=DEVICE) for size in (100_000, 3, 70_000)]
-    sums = {_triton.sum_all(tensors, torch.float32).item() for _ in range(5)}
+    sums = {triton_kernels.sum_all(tensors, torch.float32).item() for _ in range(5)}
     assert len(sums) == 1
 
 
 def test_numbers_that_are_none_stay_visible() -> None:
     for bad in (float("inf"), float("nan")):
         tensors = [torch.ones(5, device=DEVICE), torch.tensor([1.0, bad], device=DEVICE)]
-        assert not _triton.sum_all(tensors, torch.float32).isfinite()
-        assert [norm.isfinite().item() for norm in _triton.norms(tensors, torch.float32)] == [1, 0]
+        assert not triton_kernels.sum_all(tensors, torch.float32).isfinite()
+        assert [
+            norm.isfinite().item() for norm in triton_kernels.norms(tensors, torch.float32)
+        ] == [1, 0]
 
 
 # --- the table --------------------------------------------------------------------------------
@@ -75,9 +77,9 @@ def test_numbers_that_are_none_stay_visible() -> None:
 
 @pytest.fixture(autouse=True)
 def no_tables() -> Iterator[None]:
-    _triton._tables.clear()
+    triton_kernels._tables.clear()
     yield
-    _triton._tables.clear()
+    triton_kernels._tables.clear()
 
 
 @given(st.lists(st.integers(0, 2**33), min_size=1, max_size=5), st.sampled_from([2, 4, 8]))
@@ -87,8 +89,8 @@ def test_pieces_cover_each_tensor_once(lengths: list[int], element_size: int) ->
     for length in lengths:
         places.append((start, length))
         start += length * element_size + 16 * (length % 3)
-    with patch.object(_triton, "_PIECE", 2**28):
-        table = _triton._new_table(places, element_size, torch.device("cpu"))
+    with patch.object(triton_kernels, "_PIECE", 2**28):
+        table = triton_kernels._new_table(places, element_size, torch.device("cpu"))
     assert ((table.pieces[:, 1] > 0) & (table.pieces[:, 1] <= 2**28)).all()
     for (address, length), first, last in zip(
         places, table.bounds[:-1].tolist(), table.bounds[1:].tolist(), strict=True
@@ -105,38 +107,38 @@ def test_pieces_cover_each_tensor_once(lengths: list[int], element_size: int) ->
 
 def test_a_table_is_kept_while_the_addresses_are() -> None:
     tensors = [torch.ones(5, device=DEVICE), torch.ones(7, device=DEVICE)]
-    _triton.sum_all(tensors, torch.float32)
-    with patch.object(_triton, "_new_table", side_effect=AssertionError("a new table")):
+    triton_kernels.sum_all(tensors, torch.float32)
+    with patch.object(triton_kernels, "_new_table", side_effect=AssertionError("a new table")):
         tensors[0].mul_(3)
-        assert _triton.sum_all(tensors, torch.float32).item() == 22
-        _triton.norms(tensors, torch.float32)
+        assert triton_kernels.sum_all(tensors, torch.float32).item() == 22
+        triton_kernels.norms(tensors, torch.float32)
         with pytest.raises(AssertionError, match="a new table"):
-            _triton.sum_all([*tensors, torch.ones(1, device=DEVICE)], torch.float32)
+            triton_kernels.sum_all([*tensors, torch.ones(1, device=DEVICE)], torch.float32)
 
 
 def test_memory_that_was_used_again_makes_a_new_table() -> None:
     """The same address with another length or dtype is another tensor."""
     storage = torch.ones(8, device=DEVICE)
-    assert _triton.sum_all([storage], torch.float32).item() == 8
-    assert _triton.sum_all([storage[:4]], torch.float32).item() == 4
+    assert triton_kernels.sum_all([storage], torch.float32).item() == 8
+    assert triton_kernels.sum_all([storage[:4]], torch.float32).item() == 4
     whole = torch.ones(100_000, device=DEVICE)
     whole[60_000:] = 3
-    assert _triton.sum_all([whole], torch.float32).item() == 180_000
+    assert triton_kernels.sum_all([whole], torch.float32).item() == 180_000
     halves = whole.view(torch.float16)[:100_000]
     expected = halves.float().sum().item()
-    assert _triton.sum_all([halves], torch.float32).item() == expected
+    assert triton_kernels.sum_all([halves], torch.float32).item() == expected
 
 
 def test_tables_do_not_pile_up() -> None:
     """What has not been asked for longest goes first."""
     often, *others = torch.ones(100, device=DEVICE).split(1)
-    with patch.object(_triton, "_new_table", wraps=_triton._new_table) as new_table:
+    with patch.object(triton_kernels, "_new_table", wraps=triton_kernels._new_table) as new_table:
         for tensor in others:
-            _triton.sum_all([tensor], torch.float32)
-            _triton.sum_all([often], torch.float32)
+            triton_kernels.sum_all([tensor], torch.float32)
+            triton_kernels.sum_all([often], torch.float32)
     assert new_table.call_count == 100
-    assert len(_triton._tables) == _triton._MAX_TABLES
-    assert _triton.sum_all([others[0]], torch.float32).item() == 1
+    assert len(triton_kernels._tables) == triton_kernels._MAX_TABLES
+    assert triton_kernels.sum_all([others[0]], torch.float32).item() == 1
 
 
 TAKEN = {
@@ -157,21 +159,21 @@ NOT_TAKEN = {
 
 @pytest.mark.parametrize("tensor", TAKEN.values(), ids=TAKEN.keys())
 def test_takes(tensor: Tensor) -> None:
-    assert _triton.takes(tensor)
+    assert triton_kernels.takes(tensor)
 
 
 @pytest.mark.parametrize("tensor", NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
 def test_leaves_to_plain_torch(tensor: Tensor) -> None:
-    assert not _triton.takes(tensor)
+    assert not triton_kernels.takes(tensor)
 
 
 def test_the_term_is_the_same_through_the_kernels() -> None:
     """What they do not take is added by plain torch, and all of it is counted once."""
     tensors = [torch.ones(5, 3), torch.ones(5, 3).t(), torch.ones(70_000), torch.ones(2, 2)]
     tensors = [tensor.to(DEVICE) for tensor in tensors]
-    with patch.object(_reduce, "kernels_for", return_value=_triton):
-        total = _reduce.sum_all(tensors, dtype=torch.float32, device=DEVICE)
-        found = _reduce.norms(tensors, device=DEVICE)
+    with patch.object(reduce, "kernels_for", return_value=triton_kernels):
+        total = reduce.sum_all(tensors, dtype=torch.float32, device=DEVICE)
+        found = reduce.norms(tensors, device=DEVICE)
     assert total.item() == sum(tensor.numel() for tensor in tensors)
     expected = [tensor.numel() ** 0.5 for tensor in tensors]
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
@@ -182,7 +184,7 @@ import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from modaldummy import _triton
+from modaldummy._core import triton_kernels
 
 def ptx(kernel, signature, constants, capability):
     names = dict.fromkeys(constants, "constexpr")
@@ -191,13 +193,13 @@ def ptx(kernel, signature, constants, capability):
 
 for capability in (80, 90):
     for kind in (tl.float16, tl.bfloat16, tl.float32, tl.float64):
-        constants = {"KIND": kind, "SQUARE": True, "ALIGNED": True, "BLOCK": _triton._BLOCK}
+        constants = {"KIND": kind, "SQUARE": True, "ALIGNED": True, "BLOCK": triton_kernels._BLOCK}
         partial = "*fp64" if kind is tl.float64 else "*fp32"
         signature = {"pieces": "*i64", "partial": partial}
-        code = ptx(_triton._pieces_kernel, signature, constants, capability)
+        code = ptx(triton_kernels._pieces_kernel, signature, constants, capability)
         assert re.search(r"ld\\.global\\.(v4\\.b32|v2\\.b64)", code), (capability, kind)
     signature = {"partial": "*fp32", "bounds": "*i64", "result": "*fp32"}
-    ptx(_triton._norms_kernel, signature, {"BLOCK": 1024}, capability)
+    ptx(triton_kernels._norms_kernel, signature, {"BLOCK": 1024}, capability)
 print("compiled")
 """
 

@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.typing import stringify_annotation
 
-from modaldummy._modalities import ModalityKey, ParameterMap, ParamSpec
+from modaldummy._core.parameter_map import ModalityKey, ParameterMap, ParamSpec
 
 # What Python makes of a type alias, and its name; the longest first, as one is part of another.
 ALIASES = {

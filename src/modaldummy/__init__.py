@@ -1,7 +1,21 @@
-"""Gradients for the parameters of absent modalities: connect, bound, hold."""
+"""Gradients for the parameters of inactive modalities, for any PyTorch training loop.
 
-from modaldummy._batch import active_modalities
-from modaldummy._diagnose.diagnose import diagnose
+A batch without dMRI scans gives the dMRI tower no gradient, at which distributed engines stop or
+go wrong. Wrap the loss, and every parameter gets one::
+
+    from modaldummy import DummyLossWrapper, hold_inactive
+
+    wrapper = DummyLossWrapper(model, {"T1": "encoders.T1", "dMRI": "encoders.dMRI"})
+    hold_inactive(wrapper, optimizer)           # the optimizer skips what no batch has trained
+    for batch in loader:
+        loss = criterion(model(batch), batch["target"])
+        wrapper.total(loss, batch).backward()   # real loss plus dummy term
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from modaldummy._core import DummyLossWrapper, StepReport, active_modalities
 from modaldummy._errors import (
     BatchMetadataError,
     HistoryError,
@@ -12,17 +26,17 @@ from modaldummy._errors import (
     UnknownModalityError,
     UnsupportedEngineError,
 )
-from modaldummy._finding import Finding
-from modaldummy._hold.hold import HoldHandle, hold_inactive
-from modaldummy._monitor.missing import missing_gradients
-from modaldummy._monitor.norms import gradient_norms
-from modaldummy._preflight.preflight import preflight
-from modaldummy._ranks.attach import AttachHandle, attach_to_outputs
-from modaldummy._ranks.check import check_ranks
-from modaldummy._ranks.sampler import ModalityBatchSampler
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
+from modaldummy._findings import Finding
+from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._monitor import gradient_norms, missing_gradients
+from modaldummy._ranks import AttachHandle, attach_to_outputs, check_ranks
+from modaldummy._sampler import ModalityBatchSampler
 
+if TYPE_CHECKING:
+    from modaldummy._diagnose import diagnose
+    from modaldummy._preflight import preflight
+
+__version__ = "0.1.0"
 __all__ = [
     "AttachHandle",
     "BatchMetadataError",
@@ -47,3 +61,17 @@ __all__ = [
     "missing_gradients",
     "preflight",
 ]
+# Imported at first use: they take a third of the import time and serve before or after training.
+_LAZY = {"diagnose": "_diagnose", "preflight": "_preflight"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals() | _LAZY)

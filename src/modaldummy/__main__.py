@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from modaldummy._core.reduce import fused_kernels, kernels_for
 from modaldummy._diagnose import doctor
-from modaldummy._reduce import fused_kernels, kernels_for
 
 _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
 

@@ -1,27 +1,30 @@
-"""Exceptions of the library, each also the builtin that a user would catch, and their words."""
+"""The exceptions of the library, and how error messages describe values.
+
+Each exception is also of the builtin type that a user would catch.
+"""
 
 import difflib
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
 
 class ModalDummyError(Exception):
-    """Base class of the library's own exceptions; mere wrong arguments raise builtin ones."""
+    """Base class of the library's own exceptions; wrong arguments raise builtin ones."""
 
 
 class UnknownModalityError(ModalDummyError, ValueError):
-    """A batch or a call names a modality that the parameter map does not have."""
+    """A batch or a call names a modality that is not in the parameter map."""
 
 
 class BatchMetadataError(ModalDummyError, ValueError):
-    """A batch does not say, in any form that is understood, which modalities it holds."""
+    """A batch does not say, in any form that is understood, which modalities it contains."""
 
 
 class ParameterMapError(ModalDummyError, ValueError):
-    """A ``modality_param_map`` does not fit the model, or what it selects can get no gradient."""
+    """A ``modality_param_map`` does not fit the model, or its parameters can get no gradient."""
 
 
 class MissingGradientError(ModalDummyError, RuntimeError):
@@ -29,15 +32,15 @@ class MissingGradientError(ModalDummyError, RuntimeError):
 
 
 class RankDisagreementError(ModalDummyError, RuntimeError):
-    """Ranks hold different modalities where their engine cannot bear it, or one does not answer."""
+    """Ranks have different modalities under an engine that does not support it, or one is silent."""
 
 
 class HistoryError(ModalDummyError, ValueError):
-    """Logged metrics cannot be read, or say nothing that has a meaning here."""
+    """Logged metrics cannot be read, or contain no key that this library knows."""
 
 
 class UnsupportedEngineError(ModalDummyError, RuntimeError):
-    """An optimizer or a training engine works in a way that does not allow what was asked for."""
+    """An optimizer or a training engine does not support what was asked for."""
 
 
 def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownModalityError:
@@ -45,18 +48,25 @@ def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownM
     match = close_match(name, known)
     hint = f"; did you mean {match!r}?" if match else "."
     return UnknownModalityError(
-        f"{where} names the modality {describe(name)}, which `modality_param_map` does not have"
-        f"{hint} Known modalities: {', '.join(map(repr, known))}. Names that own no "
-        "parameters have to be left out, for instance by a `resolver` of the wrapper."
+        f"{where} names the modality {describe(name)}, which is not in `modality_param_map`"
+        f"{hint} Known modalities: {', '.join(map(repr, known))}. Leave out names that own no "
+        "parameters, for instance with a `resolver` of the wrapper."
     )
 
 
 def close_match(word: object, options: Sequence[str]) -> str | None:
-    """The one of `options` that looks like `word`, in any case of letters, or None."""
+    """The one of `options` that is spelt most like `word`, or None; upper case does not matter."""
     folded = {option.lower(): option for option in reversed(options)}
     text = word if isinstance(word, str) else describe(word)
     close = difflib.get_close_matches(text.lower(), folded, n=1) if text else []
     return folded[close[0]] if close else None
+
+
+def first_few(words: Iterable[str], number: int = 6, separator: str = ", ") -> str:
+    """The first words of a list, and how many more there are."""
+    listed = list(words)
+    more = [f"and {len(listed) - number} more"] if len(listed) > number else []
+    return separator.join(listed[:number] + more)
 
 
 def describe(value: object) -> str:
@@ -70,11 +80,11 @@ def describe(value: object) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {_short(list(value.keys()))}"
-    return f"{_short(value)} ({type(value).__name__})"
+        return f"a {type(value).__name__} with the keys {_repr(list(value.keys()))}"
+    return f"{_repr(value)} ({type(value).__name__})"
 
 
-def _short(value: object) -> str:
+def _repr(value: object) -> str:
     try:
         return reprlib.repr(value)
     except (ValueError, TypeError):  # thousands of digits; a class that is called `list`

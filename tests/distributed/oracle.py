@@ -126,7 +126,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 class Expected(NamedTuple):
-    """A true gradient, and the largest element of the average magnitude of what it is made of.
+    """A true gradient, and the largest element of the average scalar_loss of what it is made of.
 
     That is what rounding is in proportion to, also where the parts cancel.
     """
@@ -211,7 +211,7 @@ def held_against_truth(
                     check_ranks(run.wrapper, run.running(active), model=run.call)
                 real = loss_of(run.call(batch))
                 run.learn(real, active, len(step))
-        _compare(found, run, truth(values, run.wrapper._scale, step, place), place)
+        _compare(found, run, truth(values, run.wrapper.scale, step, place), place)
         run.step()
     return found
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from modaldummy import DummyLossWrapper, gradient_norms
-from modaldummy._report import StepReport
+from modaldummy._core import StepReport
 from modaldummy.integrations import _trainer_norms
 from modaldummy.integrations._batches import summed
 from modaldummy.integrations.transformers import GradientNormCallback

@@ -104,13 +104,13 @@ def test_models_that_are_made_anew_are_wrapped_anew(tmp_path: Path) -> None:
     args = arguments(tmp_path, optim="adamw_torch")
     options = {"model_init": make, "train_dataset": samples(scanner()), "wrapper": wrapper_of}
     trainer = mixed(None, args, hold=True, callbacks=[GradientNormCallback()], **options)
-    assert trainer.wrapper._map.model is made[0]
+    assert trainer.wrapper.parameters.model is made[0]
     rows = []
     for number, rate in enumerate((0.05, 0.01), start=1):
         trainer.args.learning_rate = rate
         trainer.train()
         assert trainer.model is made[number]
-        assert trainer.wrapper._map.model is made[number]
+        assert trainer.wrapper.parameters.model is made[number]
         rows.append(rows_of(trainer))
         assert len(rows[-1]) == 10
         assert {row["learning_rate"] for row in rows[-1]} == {rate}

@@ -38,7 +38,7 @@ def test_all_hold_for_random_maps(data: st.DataObject, scale: float) -> None:
     wrapper = DummyLossWrapper(model, data.draw(param_maps(model)), scale)
     active = data.draw(active_sets(wrapper.modalities))
     batch = data.draw(batches(wrapper.modalities, active))
-    idle = {id(parameter) for _, parameter, _ in wrapper._map.inactive_parameters(active)}
+    idle = {id(parameter) for _, parameter, _ in wrapper.parameters.inactive_parameters(active)}
     reached = [p for p in model.parameters() if id(p) not in idle]
 
     def loss_fn(_: Any) -> Tensor:

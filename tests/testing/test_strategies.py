@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modaldummy import DummyLossWrapper, UnknownModalityError, active_modalities
-from modaldummy._paths import strip_wrappers
+from modaldummy._core.paths import strip_wrappers
 from modaldummy.testing import active_sets, batches, param_maps, scales
 from tests.zoo import Brain
 

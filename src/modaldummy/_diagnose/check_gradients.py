@@ -6,7 +6,7 @@ import numpy as np
 
 from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Unchecked
 from modaldummy._diagnose.signals import Column
-from modaldummy._finding import Finding
+from modaldummy._findings import Finding
 
 _NO_NORMS = "gradient norms are not logged: `gradient_norms(wrapper)`"
 _AVERAGED = "gradients are averages over ranks, labels are of one rank"

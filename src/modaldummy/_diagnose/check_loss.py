@@ -6,7 +6,7 @@ import numpy as np
 
 from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Unchecked
 from modaldummy._diagnose.signals import Column
-from modaldummy._finding import Finding
+from modaldummy._findings import Finding
 
 _MANY = 8  # losses of one set of modalities that say something about its course
 _CERTAIN = 4.0  # standard errors; several beginnings are tried

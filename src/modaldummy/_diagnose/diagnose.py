@@ -15,7 +15,7 @@ from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Thresholds, U
 from modaldummy._diagnose.history import HistoryFile, Row
 from modaldummy._diagnose.signals import MOST
 from modaldummy._errors import HistoryError, describe
-from modaldummy._finding import Finding, by_severity
+from modaldummy._findings import Finding, by_severity
 
 CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
     "loss is finite": loss.finite,

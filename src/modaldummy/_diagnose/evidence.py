@@ -11,7 +11,7 @@ import numpy as np
 from modaldummy._diagnose.history import Row, in_chunks
 from modaldummy._diagnose.signals import Column, Columns, Signals
 from modaldummy._errors import close_match, describe
-from modaldummy._finding import Finding
+from modaldummy._findings import Finding
 
 _CHUNK = 4096
 

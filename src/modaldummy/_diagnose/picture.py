@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from modaldummy._diagnose.diagnose import Diagnosis
 from modaldummy._diagnose.evidence import Evidence
 from modaldummy._diagnose.signals import Column
-from modaldummy._finding import Finding
+from modaldummy._findings import Finding
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart; shapes help too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Collection
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -10,14 +9,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from modaldummy._arguments import check_wrapper
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter_map import ModalityKey, Step
 from modaldummy._errors import UnsupportedEngineError, describe
+from modaldummy._handles import Handle
 from modaldummy._hold.holder import holder_of
 from modaldummy._hold.lookout import Lookout, may_be_dummy
 from modaldummy._hold.window import Window
-from modaldummy._modalities import ModalityKey
-from modaldummy._paths import Located
 from modaldummy._ranks.group import check_group
-from modaldummy._wrapper import DummyLossWrapper
 
 
 def hold_inactive(
@@ -104,7 +104,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-class HoldHandle:
+class HoldHandle(Handle):
     """What ``hold_inactive`` returns; also a context manager, which removes it at its end.
 
     >>> from torch import nn
@@ -129,70 +129,59 @@ class HoldHandle:
     ) -> None:
         holder = holder_of(optimizer)
         self.held: tuple[str, ...] = ()
-        self._removed = False
-        self._wrapper = wrapper
         self._holder = holder
         self._group = group
-        self._map = wrapper._map
+        self._map = wrapper.parameters
         self._shared = self._map.shared_with_trunk()
         self._lookout = Lookout()
         # Gradients that are there already may be anyone's.
         known = self._map.paths if holder.has_gradients() else ()
         self._window = Window(list(self._map.paths), holder.is_cleared, known)
-        if holder.identities().isdisjoint(self._map.owned(self._map.paths)):
+        if holder.identities().isdisjoint(self._map.all()):
             raise ValueError(
                 f"`optimizer` ({type(optimizer).__name__}) has no parameter of the "
                 f"modalities {', '.join(map(repr, wrapper.modalities))}; pass the one that has "
                 "the model's own parameters, made after the model was moved or sharded; under "
                 "DeepSpeed's ZeRO none has: use scale=0.0 there."
             )
-        wrapper._observers.append(self._observe)
+        unsubscribe = wrapper.subscribe(self._observe)
+        super().__init__(unsubscribe, type(optimizer).__name__)
+        self.wrapper = wrapper
         holder.handles.append(self)
         # The wrapper may outlive the optimizer.
-        weakref.finalize(optimizer, self._unwatch).atexit = False
+        weakref.finalize(optimizer, unsubscribe).atexit = False
 
-    def remove(self) -> None:
-        """Let the optimizer go; a second call does nothing."""
-        self._removed = True
-        self._unwatch()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def _unwatch(self) -> None:
-        if self._observe in self._wrapper._observers:
-            self._wrapper._observers.remove(self._observe)
-
-    def _observe(self, active: list[ModalityKey], loss: Tensor) -> None:
+    def _observe(self, step: Step, loss: Tensor) -> None:
         self._holder.loss_seen.raised = True
-        self._window.watch(active, loss)
+        self._window.watch(step.active_keys, loss)
 
-    def _outcome(self, device: torch.device) -> tuple[set[int], list[ModalityKey]]:
+    def close_window(self) -> None:
+        """Start anew after a step."""
+        self._window.close()
+
+    def outcome(self, device: torch.device) -> tuple[set[int], list[ModalityKey]]:
         """`id` of parameters that something taught, and the keys that are inactive."""
         taught, inactive = self._window.outcome(self._has_learned, self._group, device)
         # Of several handles any may hold what this one knows to be taught.
-        known = self._map.owned(taught) if inactive or len(self._holder.handles) > 1 else {}
-        return known.keys() | self._shared, [] if self._removed else inactive
+        known = self._map.of_keys(taught) if inactive or len(self._holder.handles) > 1 else {}
+        return known.keys() | self._shared, [] if self.removed else inactive
 
-    def _to_hold(
+    def to_hold(
         self, inactive: list[ModalityKey], untaught: Collection[int]
-    ) -> dict[int, Located]:
+    ) -> dict[int, OwnedParameter]:
         """Those of `untaught`, by `id`, that the inactive keys own; also noted as held."""
-        located = self._map.owned(inactive)
+        located = self._map.of_keys(inactive)
         own = {identity: located[identity] for identity in located if identity in untaught}
         if inactive and not own:
             self._check_has_any()
         self.held = tuple(name for name, _, _ in own.values())
         for key in filter(self._lookout.is_due, inactive):
-            self._lookout.look(key, (own[i] for i in self._map.owned([key]) if i in own))
+            self._lookout.look(key, (own[i] for i in self._map.of_keys([key]) if i in own))
         return own
 
     def _check_has_any(self) -> None:
         """Raise if none of the parameters that the optimizer has now is of the map."""
-        if self._map.owned(self._map.paths).keys().isdisjoint(self._holder.identities()):
+        if self._map.all().keys().isdisjoint(self._holder.identities()):
             raise UnsupportedEngineError(
                 "The optimizer has no parameter of the modalities any more, so that none can be "
                 "held: its parameters were replaced after `hold_inactive`, as DeepSpeed's ZeRO "
@@ -201,8 +190,8 @@ class HoldHandle:
 
     def _has_learned(self, key: ModalityKey, taught: Collection[ModalityKey]) -> bool:
         """Whether gradients of parameters that are `key`'s alone are more than those of dummies."""
-        own = self._map.owned([key])
-        alone = own.keys() - self._map.owned(taught).keys() - self._shared
+        own = self._map.of_keys([key])
+        alone = own.keys() - self._map.of_keys(taught).keys() - self._shared
         gradients = [g for g in (own[identity][1].grad for identity in alone) if g is not None]
         telling = [gradient for gradient in gradients if gradient.numel() > 1]
         return bool(gradients) and not (telling and all(map(may_be_dummy, telling)))

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._engines import is_sharded, version_of
 from modaldummy._errors import UnsupportedEngineError
 from modaldummy._hold.window import Mark, check_not_capturing
-from modaldummy._paths import Located
 
 if TYPE_CHECKING:
     from modaldummy._hold.hold import HoldHandle
@@ -63,7 +65,7 @@ class Holder:
         """Whether there is no gradient, and nothing keeps any elsewhere."""
         # FSDP2 keeps gradients that are not reduced yet to itself.
         return not self.has_gradients() and not any(
-            hasattr(parameter, "to_local") for parameter in self.parameters()
+            is_sharded(parameter) for parameter in self.parameters()
         )
 
     def _before_step(
@@ -98,13 +100,13 @@ class Holder:
 
     def _take(self) -> None:
         """Take the gradients of all parameters to be held away."""
-        outcomes = [handle._outcome(next(self.parameters()).device) for handle in self.handles]
+        outcomes = [handle.outcome(next(self.parameters()).device) for handle in self.handles]
         some = any(inactive for _, inactive in outcomes)
         untaught = self.identities().difference(*(known for known, _ in outcomes)) if some else ()
-        held: dict[int, Located] = {}
+        held: dict[int, OwnedParameter] = {}
         for handle, (_, inactive) in zip(self.handles, outcomes, strict=True):
-            held |= handle._to_hold(inactive, untaught)
-        self._taken = [_Taken(name, p, p.grad, p._version) for name, p, _ in held.values()]
+            held |= handle.to_hold(inactive, untaught)
+        self._taken = [_Taken(name, p, p.grad, version_of(p)) for name, p, _ in held.values()]
         for taken in self._taken:
             taken.parameter.grad = None
         self._others_had_gradients = self.has_gradients()
@@ -125,11 +127,11 @@ class Holder:
         self._depth -= 1
         if self._depth:
             return
-        moved = [name for name, p, _, version in self._taken if p._version != version]
+        moved = [name for name, p, _, version in self._taken if version_of(p) != version]
         self._give_back()
         for handle in self.handles:
-            handle._window.close()
-        self.handles = [handle for handle in self.handles if not handle._removed]
+            handle.close_window()
+        self.handles = [handle for handle in self.handles if not handle.removed]
         if self.loss_seen.raised:
             raise UnsupportedEngineError(
                 f"{type(optimizer).__name__} computes losses in `step()` by other means than its "
@@ -145,9 +147,18 @@ class Holder:
 
 
 def holder_of(optimizer: Optimizer) -> Holder:
-    """The one `Holder` of an optimizer, kept where it is neither copied nor saved."""
-    holder: Holder | None = getattr(optimizer, "_modaldummy_holder", None)
-    if holder is None:
-        holder = Holder(optimizer)
-        optimizer._modaldummy_holder = holder  # type: ignore[attr-defined]
-    return holder
+    """The one `Holder` of an optimizer."""
+    if optimizer not in _HOLDERS:
+        _HOLDERS[optimizer] = Holder(optimizer)
+    return _HOLDERS[optimizer]
+
+
+def is_held(wrapper: DummyLossWrapper, optimizer: Optimizer) -> bool:
+    """Whether a handle holds what the wrapper leaves inactive in the steps of an optimizer."""
+    holder = _HOLDERS.get(optimizer)
+    handles = [] if holder is None else holder.handles
+    return any(handle.wrapper is wrapper and not handle.removed for handle in handles)
+
+
+# Beside the optimizers, so that no copy of one and no checkpoint contains a holder.
+_HOLDERS: weakref.WeakKeyDictionary[Optimizer, Holder] = weakref.WeakKeyDictionary()

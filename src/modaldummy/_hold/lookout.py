@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from modaldummy._kinds import local_shard
-from modaldummy._modalities import ModalityKey, text_of
-from modaldummy._paths import Located
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter_map import ModalityKey, text_of
+from modaldummy._engines import local_shard, num_stored_values
 
 # Spread of the elements of a dummy, as a part of the first: those of several ranks may differ, and
 # are then added up in another order from one part of a gradient to the next, perhaps in bfloat16.
@@ -33,7 +33,7 @@ class Lookout:
         times = self._times_held[key]
         return key not in self._warned and not times & (times - 1)
 
-    def look(self, key: ModalityKey, held: Iterable[Located]) -> None:
+    def look(self, key: ModalityKey, held: Iterable[OwnedParameter]) -> None:
         """Warn if a gradient of the parameters that are held for `key` is more than a dummy."""
         real = (name for name, p, _ in held if p.grad is not None and not _is_near_dummy(p.grad))
         if (name := next(real, None)) is None:
@@ -58,7 +58,7 @@ def may_be_dummy(gradient: Tensor, tolerance: float = 0.0) -> bool:
     """
     shard = local_shard(gradient)
     if shard.layout != torch.strided:
-        return shard._nnz() == 0
+        return num_stored_values(shard) == 0
     return torch.allclose(shard, shard.reshape(-1)[:1], rtol=tolerance, atol=0.0)
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._errors import UnsupportedEngineError
-from modaldummy._modalities import ModalityKey
 from modaldummy._ranks.group import num_ranks, tensor_device
 
 # What the ranks tell each other of a key; the largest number wins.

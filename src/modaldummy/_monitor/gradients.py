@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter_map import ModalityKey, text_of
+from modaldummy._core.paths import strip_wrappers
+from modaldummy._core.reduce import Groups, by_layout, norms
+from modaldummy._engines import has_unscaled, local_shard
 from modaldummy._errors import UnsupportedEngineError, describe
-from modaldummy._kinds import local_shard
-from modaldummy._modalities import ModalityKey, text_of
-from modaldummy._paths import Located, strip_wrappers
-from modaldummy._reduce import Groups, by_layout, norms
-from modaldummy._wrapper import DummyLossWrapper
 
 Numbers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
 Places: TypeAlias = np.ndarray[tuple[int], np.dtype[np.intp]]
@@ -40,7 +41,7 @@ class Stock:
         names: Keys for a logger, one for each parameter; see `_names`.
     """
 
-    def __init__(self, located: Mapping[ModalityKey, Sequence[Located]]) -> None:
+    def __init__(self, located: Mapping[ModalityKey, Sequence[OwnedParameter]]) -> None:
         self._found = _flat(located)
         self._sizes = list(map(len, located.values()))
         self.parameters = list({id(parameter): parameter for parameter in self._found}.values())
@@ -58,7 +59,7 @@ class Stock:
         self._there: list[bool] = []
         self._groups: Groups = {}
 
-    def fits(self, located: Mapping[ModalityKey, Sequence[Located]]) -> bool:
+    def fits(self, located: Mapping[ModalityKey, Sequence[OwnedParameter]]) -> bool:
         """Whether these are the same parameters at the same places."""
         same_sizes = list(map(len, located.values())) == self._sizes
         return same_sizes and all(map(operator.is_, _flat(located), self._found))
@@ -100,14 +101,14 @@ _STOCKS: weakref.WeakKeyDictionary[DummyLossWrapper, Stock] = weakref.WeakKeyDic
 
 def stock_of(wrapper: DummyLossWrapper) -> Stock:
     """The parameters of the wrapper's map, as the model is now."""
-    located = {key: wrapper._map._lookup(key) for key in wrapper._map.paths}
+    located = {key: wrapper.parameters.occurrences(key) for key in wrapper.parameters.paths}
     stock = _STOCKS.get(wrapper)
     if stock is None or not stock.fits(located):
         stock = _STOCKS[wrapper] = Stock(located)
     return stock
 
 
-def _flat(located: Mapping[ModalityKey, Sequence[Located]]) -> list[nn.Parameter]:
+def _flat(located: Mapping[ModalityKey, Sequence[OwnedParameter]]) -> list[nn.Parameter]:
     return [parameter for own in located.values() for _, parameter, _ in own]
 
 
@@ -151,8 +152,7 @@ def _factor(scaler: Any, device: torch.device) -> Tensor:
         return torch.tensor(float(scaler), device=device)
     if not callable(getattr(scaler, "scale", None)):
         raise TypeError(f"`scaler` must be a GradScaler or a number, got {describe(scaler)}.")
-    states = getattr(scaler, "_per_optimizer_states", {}).values()
-    if any(getattr(state.get("stage"), "name", "READY") != "READY" for state in states):
+    if has_unscaled(scaler):
         raise ValueError(
             "`scaler` has unscaled the gradients already; leave it out, or call `gradient_norms` "
             "before `scaler.unscale_(optimizer)` and `scaler.step(optimizer)`."

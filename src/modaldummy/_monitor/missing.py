@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from modaldummy._arguments import check_wrapper
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter_map import text_of
+from modaldummy._engines import is_zero_parameter
 from modaldummy._errors import MissingGradientError
-from modaldummy._kinds import is_partitioned
-from modaldummy._modalities import text_of
 from modaldummy._monitor.gradients import Stock, dense, stock_of
-from modaldummy._wrapper import DummyLossWrapper
 
 Kind = Literal["none", "zero", "not finite"]
 
@@ -98,8 +98,8 @@ def missing_gradients(
 
 def _kinds(wrapper: DummyLossWrapper, stock: Stock) -> dict[int, tuple[Kind, bool]]:
     """Place of each parameter that misses a gradient to how it does, and whether it is active."""
-    last, scale = wrapper.last, wrapper._scale
-    keys = stock.members if last is None else wrapper._map.active_keys(last.active)
+    last, scale = wrapper.last, wrapper.scale
+    keys = stock.members if last is None else wrapper.parameters.active_keys(last.active)
     active = {index for key in keys for index in stock.members[key]}
     norm, _ = stock.measure(None, False)
     kinds: dict[int, tuple[Kind, bool]] = {}
@@ -136,7 +136,7 @@ def _message(
         kind, active = group
         if kind == "none" and wrapper.last is None:
             cause = _NOT_WRAPPED
-        elif kind == "none" and any(map(is_partitioned, stock.parameters)):
+        elif kind == "none" and any(map(is_zero_parameter, stock.parameters)):
             cause = _PARTITIONED
         elif kind == "none" and len(kinds) == trainable:
             cause = _NO_BACKWARD

@@ -8,11 +8,10 @@ import numpy as np
 import torch.distributed as dist
 
 from modaldummy._arguments import check_wrapper
+from modaldummy._core import DummyLossWrapper, StepReport
+from modaldummy._core.parameter_map import text_of
 from modaldummy._errors import describe
-from modaldummy._modalities import text_of
 from modaldummy._monitor.gradients import Mask, Places, stock_of
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
 
 
 def gradient_norms(
@@ -92,9 +91,9 @@ def gradient_norms(
         raise ValueError(f"`prefix` must be a string such as 'grad', got {describe(prefix)}.")
     batches = _batches(wrapper, active)
     present = {name for names in batches for name in names}
-    keys = {key for names in batches for key in wrapper._map.active_keys(names)}
-    taught = tuple(key for key in wrapper._map.paths if key in keys)
-    everything = len(taught) == len(wrapper._map.paths)
+    keys = {key for names in batches for key in wrapper.parameters.active_keys(names)}
+    taught = tuple(key for key in wrapper.parameters.paths if key in keys)
+    everything = len(taught) == len(wrapper.parameters.paths)
     stock = stock_of(wrapper)
     norm, there = stock.measure(scaler, full)
     names = stock.names(prefix, label, taught, everything)
@@ -134,7 +133,7 @@ def _batches(wrapper: DummyLossWrapper, active: Any) -> list[Collection[str]]:
     if isinstance(reports, list) and reports and isinstance(reports[0], StepReport):
         return [report.active for report in reports]
     if active is not None:
-        return [wrapper._reader.read(active, "`active`", explicit=True)]
+        return [wrapper.reader.read_value(active, "`active`", explicit=True)]
     if wrapper.last is None:
         raise RuntimeError(
             "No loss has gone through the wrapper, so that nobody knows which modalities are "

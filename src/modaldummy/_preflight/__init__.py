@@ -1,1 +1,5 @@
-"""What will go wrong, before training."""
+"""What will go wrong in a training, told before it starts."""
+
+from modaldummy._preflight.preflight import preflight
+
+__all__ = ["preflight"]

@@ -3,18 +3,20 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modaldummy._ddp import (
-    TWICE,
-    TWICE_REMEDY,
-    UNREDUCED,
-    UNREDUCED_REMEDY,
-    leaves_unreduced,
-    marks_twice,
+from modaldummy._engines import (
+    DDP_MARKS_TWICE,
+    DDP_MARKS_TWICE_REMEDY,
+    DDP_NEVER_REDUCES,
+    DDP_NEVER_REDUCES_REMEDY,
+    ddp_marks_twice,
+    ddp_never_reduces,
+    is_compiled,
+    recompile_limit,
+    zero_stage,
 )
-from modaldummy._finding import Finding, Severity
+from modaldummy._findings import Finding, Severity
 from modaldummy._preflight.setup import Setup
 from modaldummy._ranks.attach import is_attached
 from modaldummy._ranks.limits import (
@@ -28,7 +30,7 @@ from modaldummy._ranks.limits import (
     ZERO_3,
     Limit,
 )
-from modaldummy._ranks.sharding import limits, stage_of
+from modaldummy._ranks.sharding import limits
 
 _LIMITS: dict[Limit, tuple[str, Severity]] = {
     GATHERED: ("MD104", "warning"),
@@ -55,18 +57,18 @@ def check_engine(setup: Setup) -> Iterator[Finding]:
 def _unused_parameters(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
     values = (value for module in ddp.modules() for value in vars(module).values())
     inside = any(
-        setup.wrapper is value or setup.wrapper is getattr(value, "_modaldummy_wrapper", None)
+        setup.wrapper is value or setup.wrapper is getattr(value, "modaldummy_wrapper", None)
         for value in values
     )
-    if marks_twice(ddp) and not inside and not is_attached(setup.wrapper, ddp.module):
+    if ddp_marks_twice(ddp) and not inside and not is_attached(setup.wrapper, ddp.module):
         evidence = {"model": type(ddp.module).__name__, "find_unused_parameters": True}
-        yield Finding("MD101", "error", TWICE, evidence, TWICE_REMEDY)
+        yield Finding("MD101", "error", DDP_MARKS_TWICE, evidence, DDP_MARKS_TWICE_REMEDY)
 
 
 def _unreduced_gradients(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
-    if leaves_unreduced(ddp, setup.scale):
+    if ddp_never_reduces(ddp, setup.scale):
         evidence = {"model": type(ddp.module).__name__, "static_graph": True, "scale": None}
-        yield Finding("MD102", "error", UNREDUCED, evidence, UNREDUCED_REMEDY)
+        yield Finding("MD102", "error", DDP_NEVER_REDUCES, evidence, DDP_NEVER_REDUCES_REMEDY)
 
 
 def _undefined_sparse_gradients(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
@@ -90,7 +92,7 @@ def _limits(setup: Setup) -> Iterator[Finding]:
         code, severity = _LIMITS[found.limit]
         evidence: dict[str, Any] = {"parameters": [name for name, _, _ in found.parameters]}
         if found.engine is not None:
-            stage = stage_of(found.engine)
+            stage = zero_stage(found.engine)
             engine = {"engine": type(found.engine).__name__, "zero_optimization_stage": stage}
             evidence = engine | evidence
         yield Finding(code, severity, found.limit.message, evidence, found.limit.remedy)
@@ -98,13 +100,12 @@ def _limits(setup: Setup) -> Iterator[Finding]:
 
 def _too_many_graphs(setup: Setup) -> Iterator[Finding]:
     for module in setup.modules:
-        # `torch.compile(module)` and `module.compile()`.
-        if "_orig_mod" not in module._modules and module._compiled_call_impl is None:
+        if not is_compiled(module):
             continue
         inside = {id(parameter) for parameter in module.parameters()}
         keys = [key for key, own in setup.owned.items() if not inside.isdisjoint(own)]
         names = {name for key in keys for name in ([key] if isinstance(key, str) else key)}
-        sets, limit = 2 ** len(names) - 1, _recompile_limit(module)
+        sets, limit = 2 ** len(names) - 1, recompile_limit(module)
         if sets > limit:
             yield Finding(
                 "MD107",
@@ -115,11 +116,3 @@ def _too_many_graphs(setup: Setup) -> Iterator[Finding]:
                 f"Set `torch._dynamo.config.recompile_limit = {sets}`, or compile the parts of the "
                 "model that have one modality each, and leave the wrapper out of compiled code.",
             )
-
-
-def _recompile_limit(module: nn.Module) -> int:
-    from torch._dynamo import config
-
-    context = getattr(module, "dynamo_ctx", None)
-    own = getattr(getattr(context, "callback", None), "_recompile_limit", None)
-    return int(own or config.recompile_limit)

@@ -4,19 +4,19 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from modaldummy._finding import Finding
-from modaldummy._graph import leaves_of, nodes_from, reached_by
-from modaldummy._kinds import is_sharded
-from modaldummy._modalities import text_of
+from modaldummy._core.graph import leaves_of, reached_leaves, reached_nodes
+from modaldummy._core.parameter_map import text_of
+from modaldummy._core.term import is_dummy_term
+from modaldummy._engines import is_sharded
+from modaldummy._findings import Finding
 from modaldummy._preflight.setup import Setup
-from modaldummy._term import is_dummy
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
     """MD111, MD120, MD121 and MD122; silent without a loss, and where its graph cannot tell."""
     if setup.loss is None:
         return
-    reached = reached_by(setup.loss)
+    reached = reached_leaves(setup.loss)
     if reached is None:
         return
     trainable = [parameter for _, parameter in setup.named.values() if parameter.requires_grad]
@@ -71,12 +71,12 @@ def _out_of_reach(setup: Setup, reached: set[int]) -> Iterator[Finding]:
 
 def _reached_though_inactive(setup: Setup, loss: Tensor) -> Iterator[Finding]:
     """MD122; silent where the loss is not one total, and behind compiled code."""
-    dummies = [node for node in nodes_from([loss.grad_fn]) if is_dummy(node)]
+    dummies = [node for node in reached_nodes([loss.grad_fn]) if is_dummy_term(node)]
     if len(dummies) != 1:
         return
-    inactive = leaves_of(nodes_from(dummies)) or set()
-    reached = reached_by(loss, dummies=False) or set()
-    if odd := (inactive & reached) - setup.wrapper._map.shared_with_trunk():
+    inactive = leaves_of(reached_nodes(dummies)) or set()
+    reached = reached_leaves(loss, follow_dummies=False) or set()
+    if odd := (inactive & reached) - setup.wrapper.parameters.shared_with_trunk():
         keys = [text_of(key) for key, own in setup.owned.items() if not odd.isdisjoint(own)]
         yield Finding(
             "MD122",

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 from torch.optim import Optimizer
 
-from modaldummy._finding import Finding
-from modaldummy._kinds import is_partitioned, is_sharded
-from modaldummy._modalities import text_of
+from modaldummy._core.parameter_map import text_of
+from modaldummy._engines import is_sharded, is_zero_parameter
+from modaldummy._findings import Finding
+from modaldummy._hold import is_held
 from modaldummy._preflight.drift import expected_drift
 from modaldummy._preflight.setup import Setup
-from modaldummy._wrapper import DummyLossWrapper
 
 # Displacement per step, in learning rates, from which on it counts.
 _RATE = 0.01
@@ -54,7 +54,7 @@ def _left_out(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Findi
     trainable = {
         identity: name
         for identity, (name, parameter) in setup.named.items()
-        if parameter.requires_grad and not is_partitioned(parameter)
+        if parameter.requires_grad and not is_zero_parameter(parameter)
     }
     missing = [name for identity, name in trainable.items() if identity not in known]
     if missing:
@@ -72,7 +72,7 @@ def _left_out(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Findi
 def _drifting(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
     chain = _chain(optimizer)
     if setup.towers.keys().isdisjoint(_identities(optimizer)) or any(
-        _is_held(setup.wrapper, link) for link in chain
+        is_held(setup.wrapper, link) for link in chain
     ):
         return
     name = type(optimizer).__name__
@@ -116,11 +116,6 @@ def _chain(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer, and the one that it steps, if it is around a single one; and so on."""
     inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
     return [optimizer, *(_chain(inner[0]) if len(inner) == 1 else [])]
-
-
-def _is_held(wrapper: DummyLossWrapper, optimizer: Optimizer) -> bool:
-    handles = getattr(getattr(optimizer, "_modaldummy_holder", None), "handles", [])
-    return any(handle._wrapper is wrapper and not handle._removed for handle in handles)
 
 
 def _identities(optimizer: Optimizer) -> set[int]:

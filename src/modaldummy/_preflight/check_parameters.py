@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from modaldummy._finding import Finding
-from modaldummy._kinds import local_shard
-from modaldummy._modalities import text_of
+from modaldummy._core.parameter_map import text_of
+from modaldummy._engines import local_shard
+from modaldummy._findings import Finding
 from modaldummy._preflight.setup import Setup, has_values
 
 
@@ -122,7 +122,7 @@ def _several_owners(setup: Setup) -> Iterator[Finding]:
 
 
 def _shared_with_trunk(setup: Setup) -> Iterator[Finding]:
-    shared = setup.wrapper._map.shared_with_trunk()
+    shared = setup.wrapper.parameters.shared_with_trunk()
     names = [name for identity, (name, _, _) in setup.towers.items() if identity in shared]
     if names:
         yield Finding(

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from modaldummy._finding import Finding
-from modaldummy._kinds import local_shard, reached
-from modaldummy._modalities import ModalityKey
+from modaldummy._core.parameter_map import ModalityKey
+from modaldummy._core.reduce import accumulation_dtype, norms, sum_all
+from modaldummy._core.term import connected_tensor, nonzero_product, scalar_loss
+from modaldummy._engines import local_shard
+from modaldummy._findings import Finding
 from modaldummy._preflight.setup import Setup, has_values
-from modaldummy._reduce import accumulation_dtype, norms, sum_all
-from modaldummy._term import magnitude, nonzero_product
 
 _LARGE = 1e-3
 
@@ -68,7 +68,7 @@ def _raised(setup: Setup, scale: float) -> Iterator[Finding]:
 
 
 def _capped(setup: Setup, scale: float) -> Iterator[Finding]:
-    bound = setup.wrapper._max_fraction
+    bound = setup.wrapper.max_fraction
     if bound is None or not setup.reads:
         return
     loss, source = _loss_size(setup)
@@ -96,7 +96,7 @@ def _alone(setup: Setup, scale: float) -> dict[str, float]:
     sums = _sums(setup, scale)
     found: dict[str, float] = {}
     for name in setup.wrapper.modalities:
-        present = set(setup.wrapper._map.active_keys([name]))
+        present = set(setup.wrapper.parameters.active_keys([name]))
         size = abs(sum(sums[keys] for keys in sums if present.isdisjoint(keys)))
         found[name] = size if math.isfinite(size) else 0.0  # as the dummy term has it
     return found
@@ -107,7 +107,7 @@ def _sums(setup: Setup, scale: float) -> dict[tuple[ModalityKey, ...], float]:
     together: dict[tuple[ModalityKey, ...], list[Tensor]] = {}
     for identity, located in setup.towers.items():
         if has_values(located[1]):
-            together.setdefault(setup.owners[identity], []).append(reached(located))
+            together.setdefault(setup.owners[identity], []).append(connected_tensor(located))
     if not together:
         return {}
     dtype = accumulation_dtype(setup.dtypes)
@@ -120,7 +120,7 @@ def _loss_size(setup: Setup) -> tuple[float, str]:
     """A finite size of the loss that is not 0, and where it comes from."""
     known: dict[str, Tensor] = {}
     if setup.loss is not None:
-        known["loss"] = magnitude(setup.loss, accumulation_dtype([setup.loss.dtype]))
+        known["loss"] = scalar_loss(setup.loss, accumulation_dtype([setup.loss.dtype]))
     if setup.wrapper.last is not None:
         known["wrapper.last"] = setup.wrapper.last.real
     for source, value in known.items():

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter_map import ModalityKey
+from modaldummy._core.term import nonzero_product
+from modaldummy._engines import local_shard
 from modaldummy._errors import UnsupportedEngineError
-from modaldummy._kinds import is_sparse_table, local_shard
-from modaldummy._modalities import ModalityKey
-from modaldummy._paths import Located
-from modaldummy._term import nonzero_product
-from modaldummy._wrapper import DummyLossWrapper
 
 # In place of a rate of 0, as at the start of a warm-up; the result is in units of it.
 _RATE = 1e-3
@@ -62,20 +62,22 @@ def expected_drift(
             + (f"steps another optimizer; ask of its `{inner[0]}`." if inner else "has no `lr`.")
         )
     found = {}
-    for key in wrapper._map.paths:
-        owned = wrapper._map.owned([key])
+    for key in wrapper.parameters.paths:
+        owned = wrapper.parameters.of_keys([key])
         drifts = [
             drift
             for group in optimizer.param_groups
             if (samples := _samples(group["params"], owned))
-            for drift in _drifts(optimizer, group, samples, wrapper._scale, steps)
+            for drift in _drifts(optimizer, group, samples, wrapper.scale, steps)
         ]
         if drifts:
             found[key] = Drift(*(max(column) for column in zip(*drifts, strict=True)))
     return found
 
 
-def _samples(params: Iterable[nn.Parameter], owned: Mapping[int, Located]) -> list[nn.Parameter]:
+def _samples(
+    params: Iterable[nn.Parameter], owned: Mapping[int, OwnedParameter]
+) -> list[nn.Parameter]:
     """Of `params` that are owned and get a dummy of their size, small ones of every kind."""
     eligible = [
         parameter
@@ -83,7 +85,7 @@ def _samples(params: Iterable[nn.Parameter], owned: Mapping[int, Located]) -> li
         if (located := owned.get(id(parameter))) is not None
         and parameter.requires_grad
         and parameter.numel()
-        and not is_sparse_table(located)
+        and not located.is_sparse_table
     ]
     # Some rules go by the shape: a matrix, however large, says what a vector does not.
     least = {

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._arguments import called_model, check_model, check_wrapper
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.loss_function import check_loss
 from modaldummy._errors import describe
-from modaldummy._finding import Finding, by_severity
-from modaldummy._loss import check_loss
+from modaldummy._findings import Finding, by_severity
 from modaldummy._preflight.check_engine import check_engine
 from modaldummy._preflight.check_graph import check_graph
 from modaldummy._preflight.check_optimizer import check_optimizers
 from modaldummy._preflight.check_parameters import check_parameters
 from modaldummy._preflight.check_scale import check_scale
 from modaldummy._preflight.setup import Setup
-from modaldummy._wrapper import DummyLossWrapper
 
 _CHECKS = (check_engine, check_parameters, check_graph, check_scale, check_optimizers)
 

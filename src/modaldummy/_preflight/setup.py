@@ -10,12 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from modaldummy._ddp import ddps_around
-from modaldummy._kinds import is_sparse_table
-from modaldummy._modalities import ModalityKey
-from modaldummy._paths import Located
-from modaldummy._ranks.sharding import is_unit
-from modaldummy._wrapper import DummyLossWrapper
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter_map import ModalityKey
+from modaldummy._engines import ddps_around, is_fsdp2_unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,32 +43,34 @@ class Setup:
     @property
     def scale(self) -> float | None:
         """The scale of the wrapper."""
-        return self.wrapper._scale
+        return self.wrapper.scale
 
     @property
     def reads(self) -> bool:
         """Whether the dummy term reads parameters."""
-        return bool(self.scale) and not self.wrapper._gradient_only
+        return self.wrapper.reads_parameters
 
     @cached_property
     def modules(self) -> list[nn.Module]:
         """Each module of the model and of the wrapper's model once."""
-        both = (self.model, self.wrapper._map.model)
+        both = (self.model, self.wrapper.parameters.model)
         return list(dict.fromkeys(module for model in both for module in model.modules()))
 
     @cached_property
     def named(self) -> dict[int, tuple[str, nn.Parameter]]:
         """All parameters with their full names, by `id`; the names of the wrapper's model first."""
         found: dict[int, tuple[str, nn.Parameter]] = {}
-        for model in (self.wrapper._map.model, self.model):
+        for model in (self.wrapper.parameters.model, self.model):
             for name, parameter in model.named_parameters():
                 found.setdefault(id(parameter), (name, parameter))
         return found
 
     @cached_property
-    def owned(self) -> dict[ModalityKey, dict[int, Located]]:
+    def owned(self) -> dict[ModalityKey, dict[int, OwnedParameter]]:
         """Parameters of each key of the map, frozen ones included."""
-        return {key: self.wrapper._map.owned([key]) for key in self.wrapper._map.paths}
+        return {
+            key: self.wrapper.parameters.of_keys([key]) for key in self.wrapper.parameters.paths
+        }
 
     @cached_property
     def owners(self) -> dict[int, tuple[ModalityKey, ...]]:
@@ -82,11 +82,11 @@ class Setup:
         return found
 
     @cached_property
-    def towers(self) -> dict[int, Located]:
+    def towers(self) -> dict[int, OwnedParameter]:
         """Trainable parameters of any key of the map, by `id`: in a batch without a modality all
         of them get a dummy.
         """
-        return {id(found[1]): found for found in self.wrapper._map.inactive_parameters(())}
+        return {id(found[1]): found for found in self.wrapper.parameters.split(()).parameters}
 
     @cached_property
     def trunk(self) -> dict[int, tuple[str, nn.Parameter]]:
@@ -98,14 +98,14 @@ class Setup:
         }
 
     @cached_property
-    def tables(self) -> list[Located]:
+    def tables(self) -> list[OwnedParameter]:
         """Those of `towers` whose gradients are sparse."""
-        return [located for located in self.towers.values() if is_sparse_table(located)]
+        return [located for located in self.towers.values() if located.is_sparse_table]
 
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
         """Dtypes in which dummy gradients are handed out."""
-        dense = (located for located in self.towers.values() if not is_sparse_table(located))
+        dense = (located for located in self.towers.values() if not located.is_sparse_table)
         return list(dict.fromkeys(parameter.dtype for _, parameter, _ in dense))
 
     @cached_property
@@ -116,11 +116,11 @@ class Setup:
     @cached_property
     def sharding(self) -> list[nn.Module]:
         """Modules that FSDP2's `fully_shard` was called on."""
-        return [module for module in self.modules if is_unit(module)]
+        return [module for module in self.modules if is_fsdp2_unit(module)]
 
     def inactive(self, active: Collection[str]) -> set[int]:
         """`id` of each of `towers` that is inactive in a batch of these modalities."""
-        present = set(self.wrapper._map.active_keys(active))
+        present = set(self.wrapper.parameters.active_keys(active))
         return {identity for identity in self.towers if present.isdisjoint(self.owners[identity])}
 
 

@@ -1,1 +1,6 @@
-"""Many ranks: what they must agree on, where, and batches on which they do."""
+"""Several processes: whether their batches fit together, and what DDP sees of the parameters."""
+
+from modaldummy._ranks.attach import AttachHandle, attach_to_outputs
+from modaldummy._ranks.check import check_ranks
+
+__all__ = ["AttachHandle", "attach_to_outputs", "check_ranks"]

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modaldummy._arguments import check_wrapper
-from modaldummy._containers import with_item
-from modaldummy._ddp import check_reduced, ddps_around
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.graph import reached_leaves
+from modaldummy._core.loss_function import with_item
+from modaldummy._engines import check_ddp_reduces, ddps_around, forward_hooks, is_sharded
 from modaldummy._errors import UnsupportedEngineError, describe
-from modaldummy._graph import reached_by
-from modaldummy._kinds import is_sharded
-from modaldummy._wrapper import DummyLossWrapper
+from modaldummy._handles import Handle
 
 
 def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHandle":
@@ -56,7 +56,7 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
     check_wrapper(wrapper)
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
-    owned = wrapper._map.owned(wrapper._map.paths)
+    owned = wrapper.parameters.all()
     if owned.keys().isdisjoint(map(id, model.parameters())):
         raise ValueError(
             f"`model` ({type(model).__name__}) has none of the parameters of the modalities "
@@ -65,7 +65,7 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
         )
     ddps = list(ddps_around(model.modules(), owned))
     for ddp in ddps:
-        check_reduced(ddp, wrapper._scale)
+        check_ddp_reduces(ddp, wrapper.scale)
     if len(ddps) > 1:
         raise ValueError(
             f"`model` ({type(model).__name__}) has {len(ddps)} DDP modules around parameters of "
@@ -76,11 +76,11 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
 
 def is_attached(wrapper: DummyLossWrapper, module: nn.Module) -> bool:
     """Whether `module`, which DDP calls, ties what `wrapper` adds to its outputs."""
-    handles = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return any(isinstance(h, AttachHandle) and h._wrapper is wrapper for h in handles)
+    handles = (getattr(hook, "__self__", None) for hook in forward_hooks(module))
+    return any(isinstance(h, AttachHandle) and h.wrapper is wrapper for h in handles)
 
 
-class AttachHandle:
+class AttachHandle(Handle):
     """What ``attach_to_outputs`` returns; also a context manager, which removes it at its end.
 
     >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
@@ -93,24 +93,15 @@ class AttachHandle:
     """
 
     def __init__(self, wrapper: DummyLossWrapper, module: nn.Module) -> None:
-        self._wrapper = wrapper
-        self._hook = module.register_forward_hook(self._after_forward)
-
-    def remove(self) -> None:
-        """Let the model go; a second call does nothing."""
-        self._hook.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+        self.wrapper = wrapper
+        hook = module.register_forward_hook(self._after_forward)
+        super().__init__(hook.remove, type(module).__name__)
 
     def _after_forward(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """`output` with edges to the parameters of the map; None to leave it as it is."""
         if not torch.is_grad_enabled():
             return None
-        parameters = [p for _, p, _ in self._wrapper._map.inactive_parameters(())]
+        parameters = [p for _, p, _ in self.wrapper.parameters.split(()).parameters]
         if not parameters:
             return None
         if any(map(is_sharded, parameters)):
@@ -120,7 +111,7 @@ class AttachHandle:
             )
         tensors = list(_tensors(output))
         # Dynamo traces neither the walk nor what it looks for.
-        if not torch.compiler.is_compiling() and reached_by(*tensors) is None:
+        if not torch.compiler.is_compiling() and reached_leaves(*tensors) is None:
             raise UnsupportedEngineError(
                 f"{type(module).__name__} runs parts under reentrant checkpointing, which DDP and "
                 "`attach_to_outputs` would each reduce at another time; pass use_reentrant=False "

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 from modaldummy._arguments import called_model, check_model, check_wrapper
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import RankDisagreementError, UnsupportedEngineError
-from modaldummy._modalities import ModalityKey, text_of
 from modaldummy._ranks.group import check_group, num_ranks, tensor_device
 from modaldummy._ranks.limits import STOPPING
 from modaldummy._ranks.sharding import limits
-from modaldummy._wrapper import DummyLossWrapper
 
 # Whether a rank could read its batch, told before which keys of the map are active in it.
 _UNREADABLE, _READ = range(2)
@@ -66,11 +66,11 @@ def check_ranks(
     check_model(model)
     check_group(group)
     if num_ranks(group) == 1:
-        wrapper._active(batch)
+        wrapper.reader.read(batch)
         return
-    keys = list(wrapper._map.paths)
+    keys = list(wrapper.parameters.paths)
     try:
-        active = wrapper._map.active_keys(wrapper._active(batch))
+        active = wrapper.parameters.active_keys(wrapper.reader.read(batch))
     except Exception:
         # The error of this rank says more than that another did not answer.
         with contextlib.suppress(RankDisagreementError):
@@ -88,7 +88,7 @@ def _gather(
     wrapper: DummyLossWrapper, said: list[int], group: "dist.ProcessGroup | None"
 ) -> list[list[int]]:
     """What each rank says, in the order of the ranks of `group`."""
-    parameter = next(wrapper._map.model.parameters())
+    parameter = next(wrapper.parameters.model.parameters())
     device = tensor_device(group, parameter.device)
     own = torch.tensor(said, dtype=torch.uint8, device=device)
     everyone = own.new_empty(num_ranks(group), len(said))
@@ -117,9 +117,9 @@ def _check_absent(
     wrapper: DummyLossWrapper, model: nn.Module | None, marks: Sequence[Sequence[int]]
 ) -> None:
     """Raise where backward would stop at a modality that no rank holds, as it has no gradient."""
-    if wrapper._scale is not None:
+    if wrapper.scale is not None:
         return
-    columns = zip(wrapper._map.paths, zip(*marks, strict=True), strict=True)
+    columns = zip(wrapper.parameters.paths, zip(*marks, strict=True), strict=True)
     absent = [key for key, column in columns if not any(column)]
     if absent and any(
         found.limit is STOPPING for found in limits(wrapper, called_model(wrapper, model), absent)
@@ -134,7 +134,7 @@ def _check_agreement(
     marks: Sequence[Sequence[int]],
 ) -> None:
     """Raise where ranks differ in a key that has a parameter which cannot bear it."""
-    keys = list(wrapper._map.paths)
+    keys = list(wrapper.parameters.paths)
     columns = zip(keys, zip(*marks, strict=True), strict=True)
     differing = [key for key, column in columns if len(set(column)) > 1]
     if not differing:
@@ -142,7 +142,7 @@ def _check_agreement(
     problems = []
     for found in limits(wrapper, called_model(wrapper, model), differing):
         own = {id(parameter) for _, parameter, _ in found.parameters}
-        split = [key for key in differing if not own.isdisjoint(wrapper._map.owned([key]))]
+        split = [key for key in differing if not own.isdisjoint(wrapper.parameters.of_keys([key]))]
         names = _some((name for name, _, _ in found.parameters), 3)
         concerned = f"Concerned: {_some(map(text_of, split))} ({names})."
         problems.append(f"{found.limit.message} {concerned} {found.limit.remedy}")

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from modaldummy._kinds import reached
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
+from modaldummy._core import DummyLossWrapper, StepReport
+from modaldummy._core.term import connected_tensor
 
 
 def summed(
@@ -30,10 +29,10 @@ def summed(
     found["modaldummy/fraction"] = max(
         (row["modaldummy/fraction"] for row, _ in rows), key=lambda f: (math.isnan(f), f)
     )
-    taught = {key for report, _ in reports for key in wrapper._map.active_keys(report.active)}
-    known = wrapper._map.owned(taught)
-    idle = [one for one in wrapper._map.inactive_parameters(()) if id(one[1]) not in known]
+    taught = {key for report, _ in reports for key in wrapper.parameters.active_keys(report.active)}
+    known = wrapper.parameters.of_keys(taught)
+    idle = [one for one in wrapper.parameters.split(()).parameters if id(one[1]) not in known]
     found["modaldummy/num_params"] = float(len(idle))
-    found["modaldummy/num_elements"] = float(sum(reached(one).numel() for one in idle))
+    found["modaldummy/num_elements"] = float(sum(connected_tensor(one).numel() for one in idle))
     active = {name for report, _ in reports for name in report.active}
     return found | {f"modaldummy/active/{name}": 1.0 for name in active}

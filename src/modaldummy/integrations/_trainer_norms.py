@@ -6,9 +6,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from modaldummy._arguments import check_wrapper
+from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._monitor.norms import gradient_norms
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
 
 
 class GradientNormCallback(TrainerCallback):

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._arguments import called_model, check_wrapper
-from modaldummy._ddp import check_reduced, ddps_around
-from modaldummy._finding import Finding, log_findings
+from modaldummy._core import DummyLossWrapper, StepReport
+from modaldummy._engines import check_ddp_reduces, ddps_around
+from modaldummy._findings import Finding, log_findings
 from modaldummy._hold.hold import HoldHandle, hold_inactive
 from modaldummy._monitor.norms import gradient_norms
 from modaldummy._preflight.preflight import preflight
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
 from modaldummy.integrations._batches import summed
 
 __all__ = ["DummyLossCallback"]
@@ -93,10 +92,10 @@ class DummyLossCallback(Callback):
         wrapper = self._given or _wrapper_in(pl_module)
         called_model(wrapper, pl_module)
         model = trainer.strategy.model or pl_module
-        owned = wrapper._map.owned(wrapper._map.paths).keys()
+        owned = wrapper.parameters.all().keys()
         ddps = ddps_around(model.modules(), owned)
         for ddp in ddps:
-            check_reduced(ddp, wrapper._scale)
+            check_ddp_reduces(ddp, wrapper.scale)
         self._wrapper, self._last = wrapper, wrapper.last
         self._noted = self._missed = self._measured = False
         own = [o for o in trainer.optimizers if not owned.isdisjoint(map(id, _parameters(o)))]
@@ -182,7 +181,7 @@ def _wrapper_in(module: LightningModule) -> DummyLossWrapper:
         ValueError: There is none, or there are several.
     """
     values = [value for part in module.modules() for value in vars(part).values()]
-    values += [getattr(value, "_modaldummy_wrapper", None) for value in values]
+    values += [getattr(value, "modaldummy_wrapper", None) for value in values]
     found = {id(value): value for value in values if isinstance(value, DummyLossWrapper)}
     if len(found) != 1:
         raise ValueError(

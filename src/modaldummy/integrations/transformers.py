@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from modaldummy._arguments import called_model
-from modaldummy._batch import EXPLICIT_KEYS
-from modaldummy._ddp import check_reduced, ddps_around, marks_twice
+from modaldummy._core import DummyLossWrapper, StepReport
+from modaldummy._core.batch import EXPLICIT_KEYS
+from modaldummy._core.loss_function import check_loss
+from modaldummy._engines import check_ddp_reduces, ddp_marks_twice, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
-from modaldummy._finding import log_findings
+from modaldummy._findings import log_findings
 from modaldummy._hold.hold import hold_inactive
-from modaldummy._loss import check_loss
 from modaldummy._preflight.preflight import preflight
 from modaldummy._ranks.attach import attach_to_outputs, is_attached
 from modaldummy._ranks.check import check_ranks
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
 from modaldummy.integrations._batches import summed
 from modaldummy.integrations._trainer_norms import GradientNormCallback
 
@@ -139,11 +138,11 @@ class DummyLossMixin(_TrainerMethods):
             if loss.requires_grad:
                 loss.register_hook(lambda _: backwarded.append(report))
 
-        self.wrapper._observers.append(observe)
+        unsubscribe = self.wrapper.subscribe(observe)
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self.wrapper._observers.remove(observe)
+            unsubscribe()
         if self._added in backwarded and len(backwarded) > 1:
             raise RuntimeError(_TWICE)
         if not backwarded:
@@ -187,7 +186,7 @@ class DummyLossMixin(_TrainerMethods):
         check_loss(real, "The loss that `compute_loss` of the Trainer returns")
         # Batches that are not divided later have to share one dummy.
         weight = 1 / self._divisor(self._is_normalised(num_items_in_batch))
-        total = self.wrapper._add(real, active, weight)
+        total = self.wrapper.add(real, active, weight)
         self._added = self.wrapper.last
         return (total, *outputs) if return_outputs else total
 
@@ -222,7 +221,7 @@ class DummyLossMixin(_TrainerMethods):
         try:
             if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
                 check_ranks(self.wrapper, inputs, model=model)
-            return self.wrapper._active(inputs)
+            return self.wrapper.reader.read(inputs)
         except BatchMetadataError as error:
             error.add_note(_LOST)
             raise
@@ -286,8 +285,8 @@ class DummyLossMixin(_TrainerMethods):
 
     def _connect(self, model: nn.Module) -> None:
         """Make DDP bear the dummy, or refuse it."""
-        owned = self.wrapper._map.owned(self.wrapper._map.paths)
+        owned = self.wrapper.parameters.all()
         for ddp in ddps_around(model.modules(), owned):
-            check_reduced(ddp, self.wrapper._scale)
-            if marks_twice(ddp) and not is_attached(self.wrapper, ddp.module):
+            check_ddp_reduces(ddp, self.wrapper.scale)
+            if ddp_marks_twice(ddp) and not is_attached(self.wrapper, ddp.module):
                 attach_to_outputs(self.wrapper, ddp)

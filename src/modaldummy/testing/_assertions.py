@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modaldummy._kinds import reached
-from modaldummy._loss import check_loss
-from modaldummy._reduce import sum_all
-from modaldummy._report import StepReport
-from modaldummy._wrapper import DummyLossWrapper
+from modaldummy._core import DummyLossWrapper, StepReport
+from modaldummy._core.loss_function import check_loss
+from modaldummy._core.reduce import sum_all
+from modaldummy._core.term import connected_tensor
 from modaldummy.testing._compare import count_zeros, difference, preserved
 
 
@@ -39,7 +38,7 @@ def assert_every_parameter_has_gradient(
     """
     owners = {} if wrapper is None else _owners(wrapper)
     inactive = set() if wrapper is None else _inactive(wrapper)
-    positive = wrapper is not None and bool(wrapper._scale)
+    positive = wrapper is not None and bool(wrapper.scale)
     problems = []
     for name, parameter in model.named_parameters():
         label = f"{_label(owners.get(id(parameter)))}{name}"
@@ -105,7 +104,7 @@ def assert_gradients_unchanged(
         AssertionError: A gradient differs, or ``loss_fn`` gives two results for one batch, as an
             operator without a deterministic implementation may.
     """
-    model = wrapper._map.model
+    model = wrapper.parameters.model
     with preserved(model):
         real = loss_fn(batch)
         check_loss(real, "`loss_fn(batch)`")
@@ -145,14 +144,14 @@ def _last(wrapper: DummyLossWrapper) -> StepReport:
 
 def _inactive(wrapper: DummyLossWrapper) -> set[int]:
     """Identities of the parameters that the last call took for inactive."""
-    idle = wrapper._map.inactive_parameters(_last(wrapper).active)
+    idle = wrapper.parameters.inactive_parameters(_last(wrapper).active)
     return {id(parameter) for _, parameter, _ in idle}
 
 
 def _owners(wrapper: DummyLossWrapper) -> dict[int, list[str]]:
     """Keys of the map that own each parameter, by identity."""
     owners: dict[int, list[str]] = {}
-    for key in wrapper._map.paths:
+    for key in wrapper.parameters.paths:
         for parameter in wrapper.named_parameters(key).values():
             owners.setdefault(id(parameter), []).append(
                 key if isinstance(key, str) else "+".join(key)
@@ -176,7 +175,7 @@ def _cause(
         return "; it is in no modality of the map, and the loss does not reach it"
     if id(parameter) not in inactive:
         return "; it was active, but the loss does not reach it"
-    if wrapper._scale is None:
+    if wrapper.scale is None:
         return "; it was inactive, and `scale=None` hands out none"
     return "; it was inactive: call backward on what the wrapper returned"
 
@@ -186,9 +185,9 @@ def _largest_sums(wrapper: DummyLossWrapper) -> str:
     owners, report = _owners(wrapper), _last(wrapper)
     sums = {
         f"  {_label(owners[id(located[1])])}{located[0]}": sum_all(
-            [reached(located)], dtype=report.dummy.dtype, device=report.dummy.device
+            [connected_tensor(located)], dtype=report.dummy.dtype, device=report.dummy.device
         ).item()
-        for located in wrapper._map.inactive_parameters(set(report.active))
+        for located in wrapper.parameters.split(report.active).parameters
     }
     largest = sorted(sums, key=lambda label: -abs(sums[label]))[:5]
     return "\n".join(f"{label}: {sums[label]:.6g}" for label in largest)

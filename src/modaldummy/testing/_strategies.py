@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modaldummy._batch import EXPLICIT_KEYS
+from modaldummy._core.batch import EXPLICIT_KEYS
+from modaldummy._core.parameter_map import ModalityKey, ParamSpec
 from modaldummy._errors import describe, unknown_modality
-from modaldummy._modalities import ModalityKey, ParamSpec
 
 try:
     from hypothesis import strategies as st

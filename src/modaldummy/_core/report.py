@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from modaldummy._core.parameter_map import Step
+from modaldummy._core.term import Term
+
 
 @dataclass(frozen=True, eq=False)
 class StepReport:
     """What the last call of a ``DummyLossWrapper`` did.
 
     The tensors are detached copies of shape ``[]`` in the accumulation dtype, float32 or wider, on
-    the device of the loss. ``fraction`` and ``as_dict`` make the host wait for it, once each;
-    nothing else does.
+    the device of the loss. Only ``fraction`` and ``as_dict`` synchronize with the device, once per
+    call.
 
     >>> from torch import nn
     >>> from modaldummy import DummyLossWrapper
@@ -30,15 +33,15 @@ class StepReport:
     Attributes:
         active: Modalities in the batch, in map order.
         inactive: The other modalities of the map, in map order.
-        real: The real loss; the mean of its magnitudes if it is not a scalar; NaN after
-            ``DummyLossWrapper.dummy``, which sees no real loss.
-        dummy: The value added to the loss, after the cap; an exact zero where the sum or the real
-            loss is not finite.
+        real: The real loss; the mean of its absolute values if it is not a scalar; NaN after
+            ``DummyLossWrapper.dummy``, which gets no real loss.
+        dummy: The value added to the loss, after the cap. It is exactly zero where the sum or the
+            real loss is not finite.
         uncapped: ``scale * sum`` before the cap; inf or NaN if a parameter is; 0 where no parameter
             is read.
-        num_params: How many parameters the dummy term reached.
-        num_elements: How many elements of these it reached: of a DTensor those of this rank's
-            shard, of a sparse embedding none; with a scale of None all elements of both.
+        num_params: Number of parameters that the dummy term reaches.
+        num_elements: Number of elements that it reaches. A DTensor counts with this rank's shard
+            and a sparse embedding with none; with a scale of None both count in full.
     """
 
     active: tuple[str, ...]
@@ -51,9 +54,10 @@ class StepReport:
 
     @property
     def fraction(self) -> float:
-        """``|dummy| / |real|``, 0 where the dummy is 0, NaN where the real loss is NaN.
+        """``|dummy| / |real|``; 0 where the dummy is 0, NaN where the real loss is NaN.
 
-        Infinite where the real loss is 0 and the dummy is not, for which ``max_fraction`` is None.
+        It is infinite where the real loss is 0 and the dummy is not, which needs a ``max_fraction``
+        of None.
         """
         real, dummy, _ = self._values()
         return _fraction(real, dummy)
@@ -62,7 +66,7 @@ class StepReport:
         """Everything as numbers for a logger, under keys that are the same at each step.
 
         Args:
-            prefix: What stands before each key.
+            prefix: Text before each key.
 
         Returns:
             ``real``, ``dummy``, ``uncapped``, ``fraction``, ``num_params``, ``num_elements``, and
@@ -82,9 +86,22 @@ class StepReport:
         return {prefix + key: number for key, number in (numbers | flags).items()}
 
     def _values(self) -> tuple[float, float, float]:
-        # Stacked, so that a logger waits for the device once.
+        # Stacked, so that a logger synchronizes with the device once.
         real, dummy, uncapped = torch.stack([self.real, self.dummy, self.uncapped]).tolist()
         return real, dummy, uncapped
+
+
+def report_of(step: Step, term: Term) -> StepReport:
+    """The report of a step and of the term that was added in it."""
+    return StepReport(
+        active=step.active,
+        inactive=step.inactive,
+        real=term.loss,
+        dummy=term.value,
+        uncapped=term.uncapped,
+        num_params=term.num_params,
+        num_elements=term.num_elements,
+    )
 
 
 def _fraction(real: float, dummy: float) -> float:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import close_match, describe
-from modaldummy._modalities import ModalityKey, text_of
 
 Ints: TypeAlias = NDArray[np.int64]
 

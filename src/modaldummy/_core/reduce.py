@@ -1,7 +1,7 @@
 """Sums, fills and norms over many tensors at once, with few calls and few kernel launches.
 
-Nothing here records autograd history of its own or waits for a device. Why the sizes are what they
-are, and what all this costs: docs/explanation/cost.md.
+Nothing here records autograd history of its own or synchronizes with a device. Why the sizes are
+what they are, and what all this costs: docs/explanation/cost.md.
 """
 
 import functools
@@ -13,63 +13,60 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from modaldummy._engines import foreach_norm, is_transformed, without_tensor_subclasses
+
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 Groups: TypeAlias = dict[Layout, list[int]]
 
-# Up to so many elements, copying tensors of one shape side by side costs less than a call for each.
-_SMALL = 8192
+# Largest number of elements for which copying tensors of one shape side by side costs less than
+# one call for each tensor.
+MAX_BATCHED_ELEMENTS = 8192
 # The same for norms, which torch takes of many tensors with one call.
-_GATHERED = 2048
-# So many elements are copied at once. On a CPU, just so few that torch does not wake its other
-# threads for them, which takes longer than the work.
-_SUMMED, _SUMMED_ON_CPU = 2**22, 2**15
-# So many elements are cast at once, where the sum is in another dtype.
-_CAST = 2**20
-# So many elements of gradients share a buffer. It lives as long as any of them, and `torch.save`
-# writes all of it.
-_SLICED = 2**17
+MAX_STACKED_ELEMENTS = 2048
+# Elements copied per chunk. On CPU this stays below torch's threading threshold, because starting
+# threads costs more than the copy.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 2**22, 2**15
+# Elements cast at once, where the sum is taken in another dtype.
+CAST_ELEMENTS = 2**20
+# Elements of gradients that share one buffer. The buffer lives as long as any of them, and
+# `torch.save` writes all of it.
+BUFFER_ELEMENTS = 2**17
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def transformed() -> bool:
-    """Whether `torch.compile` or `torch.func` is at work, and tensors stand for something else."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The fused kernels, where they are to reduce tensors on `device`; None for plain torch.
+    """The module of fused kernels if they shall reduce tensors on `device`, None for plain torch.
 
-    This is the one place where that is decided. The kernels are for where they have been measured
-    to win. They have not been measured yet, so they must be asked for, in the environment. Plain
-    torch is what `torch.compile` can trace, what `torch.func` can transform, and what a CUDA graph
-    can capture: a table of addresses would have to be copied to the device first.
+    The kernels have not been measured yet, so the environment variable MODALDUMMY_REDUCTIONS has to
+    ask for them. Only plain torch can be traced by `torch.compile`, transformed by `torch.func` and
+    captured by a CUDA graph: the kernels first copy a table of addresses to the device.
 
     Raises:
-        ValueError: MODALDUMMY_REDUCTIONS is neither torch nor triton.
+        ValueError: MODALDUMMY_REDUCTIONS is neither "torch" nor "triton".
     """
     if device.type != "cuda":
         return None
     wanted = os.environ.get("MODALDUMMY_REDUCTIONS") or "torch"
     if wanted not in ("torch", "triton"):
         raise ValueError(f"MODALDUMMY_REDUCTIONS must be torch or triton, got {wanted!r}.")
-    if wanted == "torch" or transformed() or torch.cuda.is_current_stream_capturing():
+    if wanted == "torch" or is_transformed() or torch.cuda.is_current_stream_capturing():
         return None
     return fused_kernels()
 
 
 @functools.cache
 def fused_kernels() -> ModuleType | None:
-    """The module of fused kernels; None without Triton, or with one that is too old for it."""
+    """The module of fused kernels; None without Triton or with a Triton that is too old."""
     try:
-        from modaldummy import _triton
+        from modaldummy._core import triton_kernels
     except (ImportError, AttributeError):
         return None
-    return _triton
+    return triton_kernels
 
 
 def accumulation_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Smallest real dtype, float32 or wider, that holds the real part of all `dtypes`."""
+    """Smallest real dtype, float32 or wider, that represents the real part of all `dtypes`."""
     widest = torch.float32
     for dtype in set(dtypes):
         widest = torch.promote_types(widest, dtype.to_real() if dtype.is_complex else dtype)
@@ -77,7 +74,7 @@ def accumulation_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def by_layout(tensors: Sequence[Tensor]) -> Groups:
-    """Indexes of the tensors of each shape, dtype and device."""
+    """Indexes of the tensors that share a shape, dtype and device."""
     groups: Groups = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
@@ -92,19 +89,19 @@ def sum_all(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Sum of all elements of all `tensors`, the real part of complex ones, as a 0-d tensor.
+    """Sum of all elements of all `tensors`, the real part of complex ones, of shape `[]`.
 
-    Each device adds up its own tensors in `dtype`; the partial sums then meet on `device`.
-    No tensors at all give an exact zero.
+    Each device sums its own tensors in `dtype`; the partial sums are then added on `device`.
+    Without any tensors the sum is an exact zero.
 
     Args:
         tensors: Tensors of any shapes, floating or complex dtypes and devices.
-        groups: `by_layout(tensors)`, where the caller has it.
-        dtype: What to add up in, and dtype of the result.
+        groups: `by_layout(tensors)`, if the caller has it.
+        dtype: Dtype of the accumulation and of the result.
         device: Device of the result.
     """
     # A subclass that only relabels tensors must not relabel the loss.
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_tensor_subclasses():
         groups = by_layout(tensors) if groups is None else groups
         totals = [
             torch.stack(_sums(tensors, own, dtype, place)).sum().to(device)
@@ -116,6 +113,7 @@ def sum_all(
 
 
 def _by_device(groups: Groups) -> dict[torch.device, Groups]:
+    """The groups of each device."""
     parts: dict[torch.device, Groups] = {}
     for layout, indexes in groups.items():
         parts.setdefault(layout[2], {})[layout] = indexes
@@ -125,38 +123,47 @@ def _by_device(groups: Groups) -> dict[torch.device, Groups]:
 def _sums(
     tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """Sums that together cover the tensors of the groups, all on one device."""
+    """Partial sums that together cover the tensors of the groups, all on one device."""
     sums: list[Tensor] = []
     if (kernels := kernels_for(device)) is not None:
         fused, groups = _split(tensors, groups, kernels.takes)
         if fused:
             sums.append(kernels.sum_all([tensors[index] for index in fused], dtype))
-    room = _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
-    for (shape, kind, _), indexes in groups.items():
+    for (shape, tensor_dtype, _), indexes in groups.items():
         size = shape.numel()
-        together = room // size if shape and 0 < size <= _SMALL else 1
-        for start in range(0, len(indexes), together):
-            values = [tensors[index] for index in indexes[start : start + together]]
-            if len(values) > 1 and _plain(values):
+        batched = shape and 0 < size <= MAX_BATCHED_ELEMENTS
+        for chunk in _chunks(indexes, _chunk_elements(device) // size if batched else 1):
+            values = [tensors[index] for index in chunk]
+            if len(values) > 1 and _are_plain(values):
                 values = [torch.cat(values)]
             for value in values:
-                value = value.real if kind.is_complex else value
-                sums += [value.sum(dtype=dtype)] if kind is dtype else _cast_sums(value, dtype)
+                value = value.real if tensor_dtype.is_complex else value
+                same = tensor_dtype is dtype
+                sums += [value.sum(dtype=dtype)] if same else _cast_sums(value, dtype)
     return sums
 
 
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors can be copied into one: no subclass that lacks it, no sparse one."""
+def _chunk_elements(device: torch.device) -> int:
+    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def _chunks(indexes: list[int], length: int) -> Iterator[list[int]]:
+    return (indexes[start : start + length] for start in range(0, len(indexes), length))
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors can be copied into one: all are strided, none is a subclass."""
     return all(type(t) in _PLAIN and t.layout is torch.strided for t in tensors)
 
 
 def _cast_sums(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Sums of the parts of a tensor that torch would first make a copy of, in another dtype."""
-    # On CUDA, what is narrower than float32 is cast on the way.
+    """Partial sums of a tensor in another dtype, without a copy of the whole tensor."""
+    # CUDA casts narrower dtypes to float32 while it sums; everywhere else torch copies first.
     copied = tensor.dtype is not dtype and not (tensor.is_cuda and dtype is torch.float32)
-    if not copied or tensor.numel() <= _SMALL or not _plain([tensor]) or transformed():
+    small = tensor.numel() <= MAX_BATCHED_ELEMENTS
+    if not copied or small or not _are_plain([tensor]) or is_transformed():
         return [tensor.sum(dtype=dtype)]
-    parts = tensor.reshape(-1).split(_CAST)
+    parts = tensor.reshape(-1).split(CAST_ELEMENTS)
     cast = torch.empty(parts[0].numel(), dtype=dtype, device=tensor.device)
     return [cast[: part.numel()].copy_(part).sum() for part in parts]
 
@@ -181,11 +188,12 @@ def fill_like(
     values: Mapping[tuple[torch.dtype, torch.device], Tensor],
     fresh: Collection[Layout],
 ) -> dict[int, Tensor]:
-    """Gradients that hold the number `values[dtype, device]` everywhere, by index.
+    """Gradients that are the number `values[dtype, device]` everywhere, by index.
 
-    They are expanded scalars, which take no memory, and which autograd copies, or adds to what is
-    there: one kernel launch for each of them. Small ones of the layouts in `fresh`, which autograd
-    keeps as they are handed over, are slices of buffers instead, one fill for many of one layout.
+    They are expanded scalars, which take no memory. Autograd copies them or adds them to `.grad`
+    with one kernel launch each. Small gradients of the layouts in `fresh`, whose parameters have no
+    `.grad` yet, are slices of shared buffers instead: autograd keeps those as they are, and one
+    fill serves many of them.
     """
     gradients: dict[int, Tensor] = {}
     for layout, indexes in groups.items():
@@ -194,7 +202,7 @@ def fill_like(
         if size == 1:
             # Autograd keeps a gradient of one element, and two parameters must not share it.
             gradients.update((index, value.expand(shape).clone()) for index in indexes)
-        elif layout in fresh and 0 < size <= _SMALL and len(indexes) > 1:
+        elif layout in fresh and 0 < size <= MAX_BATCHED_ELEMENTS and len(indexes) > 1:
             gradients.update(zip(indexes, _slices(value, len(indexes), shape), strict=True))
         else:
             gradients.update(dict.fromkeys(indexes, value.expand(shape)))
@@ -202,13 +210,13 @@ def fill_like(
 
 
 def _slices(value: Tensor, count: int, shape: torch.Size) -> Iterator[Tensor]:
-    """`count` tensors of one `shape` filled with `value`, side by side in as few buffers as fit."""
+    """`count` tensors of one `shape` filled with `value`, in as few buffers as possible."""
     rows, *others = shape
-    most = _SLICED // shape.numel()
+    most = BUFFER_ELEMENTS // shape.numel()
     for start in range(0, count, most):
         length = min(most, count - start) * rows
         buffer = value.expand(length, *others).clone(memory_format=torch.contiguous_format)
-        # Unlike those of `split`, these do not count changes of one as changes of the others.
+        # Slices of `split` would share a version counter: a change of one would count for all.
         yield from buffer.unsafe_split(rows)
 
 
@@ -220,59 +228,56 @@ def norms(
 
     .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2}
 
-    Squares are added up in the accumulation dtype of all tensors; those below its smallest or above
+    Squares are summed in the accumulation dtype of all tensors. Squares below its smallest or above
     its largest number are lost, as in `torch.linalg.vector_norm`. An empty tensor has norm 0.
 
     Args:
         tensors: Strided tensors of any shapes, floating or complex dtypes and devices.
-        groups: `by_layout(tensors)`, where the caller has it. Groups that fit tensors of other
+        groups: `by_layout(tensors)`, if the caller has it. The groups of tensors with other
             layouts give the same result or a RuntimeError.
         device: Device of the result.
     """
-    places: list[int] = []
-    found: list[Tensor] = []
-    with torch._C.DisableTorchFunctionSubclass():
+    order: list[int] = []
+    parts: list[Tensor] = []
+    with without_tensor_subclasses():
         groups = by_layout(tensors) if groups is None else groups
-        dtype = accumulation_dtype(kind for _, kind, _ in groups)
-        if any(kind.is_complex for _, kind, _ in groups):
+        dtype = accumulation_dtype(tensor_dtype for _, tensor_dtype, _ in groups)
+        if any(tensor_dtype.is_complex for _, tensor_dtype, _ in groups):
             tensors = [
                 torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors
             ]
             groups = by_layout(tensors)
         for place, own in _by_device(groups).items():
-            for indexes, together in _norms(tensors, own, dtype, place):
-                places += indexes
-                found.append(together.to(device))
-        if not found:
+            for indexes, part in _norms(tensors, own, dtype, place):
+                order += indexes
+                parts.append(part.to(device))
+        if not parts:
             return torch.zeros(0, dtype=dtype, device=device)
-        joined = torch.cat(found)
-        if places == list(range(len(places))):
+        joined = torch.cat(parts)
+        if order == list(range(len(order))):
             return joined
-        ranks = sorted(range(len(places)), key=places.__getitem__)
-        return joined[torch.tensor(ranks, device=device)]
+        positions = sorted(range(len(order)), key=order.__getitem__)
+        return joined[torch.tensor(positions, device=device)]
 
 
 def _norms(
     tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Indexes of some tensors of the groups, all on one device, and their norms, in turns."""
+    """Pairs of the indexes of some tensors, all on one device, and of their norms."""
     if (kernels := kernels_for(device)) is not None:
         fused, groups = _split(tensors, groups, kernels.takes)
         if fused:
             yield fused, torch.stack(kernels.norms([tensors[index] for index in fused], dtype))
-    room = _SUMMED_ON_CPU if device.type == "cpu" else _SUMMED
-    odd = not {*map(type, tensors)}.issubset(_PLAIN)  # some may not be copied into one
+    stackable = {*map(type, tensors)}.issubset(_PLAIN)
     alone: list[int] = []
     for (shape, _, _), indexes in groups.items():
         size = shape.numel()
-        if size > _GATHERED or odd:
+        if size > MAX_STACKED_ELEMENTS or not stackable:
             alone += indexes
             continue
-        together = room // max(size, 1)
-        for start in range(0, len(indexes), together):
-            own = indexes[start : start + together]
-            rows = torch.stack([tensors[index] for index in own]).reshape(len(own), size)
-            yield own, torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)
+        for chunk in _chunks(indexes, _chunk_elements(device) // max(size, 1)):
+            rows = torch.stack([tensors[index] for index in chunk]).reshape(len(chunk), size)
+            yield chunk, torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)
     if alone:
-        each = torch._foreach_norm([tensors[index] for index in alone], 2, dtype=dtype)
+        each = foreach_norm([tensors[index] for index in alone], 2, dtype=dtype)
         yield alone, torch.stack(each)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._errors import UnsupportedEngineError, describe
-from modaldummy._modalities import ModalityKey
-from modaldummy._ranks.sample_kinds import (
+from modaldummy._sampler.sample_kinds import (
     Ints,
     allot,
     check_int,

@@ -1,4 +1,4 @@
-"""Looks into single values of a batch: their named fields, and whether anything is in them."""
+"""Looks into single values of a batch: their named fields, and whether they contain anything."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ class Fields(NamedTuple):
     """Named fields of a value: the keys of a mapping, the attributes of a record.
 
     Attributes:
-        keys: Their names.
-        get: Gives the value of one of them.
-        may_be_searched: Whether fields of any name may be looked into. Those of a type that only
-            resembles a mapping may not: asking it for a field can create it.
+        keys: Names of the fields.
+        get: Returns the value of a field.
+        may_be_searched: Whether any field may be read. For a type that only resembles a mapping it
+            is False, because reading a field can create it.
     """
 
     keys: list[Any]
@@ -47,8 +47,8 @@ def fields_of(value: Any) -> Fields | None:
         names = [field.name for field in dataclasses.fields(value)]
         return Fields(names, functools.partial(_field, value), True)
     if hasattr(value, "node_types") and hasattr(value, "__getitem__"):
-        # PyG's HeteroData: its keys are attributes of nodes, and an item that is asked for by such
-        # a name becomes a type of nodes.
+        # PyG's HeteroData: its keys are attributes of nodes, and reading an item by such a name
+        # would add a node type.
         return Fields([], value.__getitem__, False)
     if hasattr(value, "keys") and hasattr(value, "__getitem__"):
         keys = value.keys() if callable(value.keys) else value.keys
@@ -58,11 +58,12 @@ def fields_of(value: Any) -> Fields | None:
 
 
 def _field(record: Any, name: str) -> Any:
-    # One with `init=False` may not have been set yet.
+    # A field with `init=False` may not have been set yet.
     return getattr(record, name, None)
 
 
 def is_plain_collection(value: object) -> bool:
+    """Whether `value` is a collection without named fields, and not a string or an array."""
     other = (str, bytes, bytearray, memoryview, Tensor, np.ndarray)
     return (
         isinstance(value, Collection) and not isinstance(value, other) and fields_of(value) is None
@@ -72,7 +73,7 @@ def is_plain_collection(value: object) -> bool:
 def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
     """Whether the value of a mapping keyed by modality means that the modality is active.
 
-    The answer for a mask is a bool tensor of shape `[]`, still on its device.
+    For a mask the answer is a bool tensor of shape `[]`, still on its device.
     """
     check_depth(depth, where)
     if value is None or isinstance(value, (bool, np.bool_)):
@@ -80,27 +81,40 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
     is_array = isinstance(value, (Tensor, np.ndarray))
     if is_array and is_mask(value):
         check_has_values(value, where)
-        found = once(value).any()
-        return found if isinstance(value, Tensor) else bool(found)
+        present = without_repeats(value).any()
+        return present if isinstance(value, Tensor) else bool(present)
     if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
         if depth > 0:
             return True
         raise BatchMetadataError(
-            f"{where} holds a number, {describe(value)}, which could be data or a flag. Use True "
-            "or False for a flag, an array of at least one dimension for data."
+            f"{where} is a number, {describe(value)}, which could be data or a flag. Use True or "
+            "False for a flag, an array of at least one dimension for data."
         )
-    if isinstance(value, Tensor):
-        return value.numel() > 0
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.size > 0
-    parts: Any = value if isinstance(value, (list, tuple)) else None
-    if isinstance(value, np.ndarray):
-        parts = once(value)
-    if parts is None and (fields := fields_of(value)) is not None:
-        parts = (fields.get(key) for key in fields.keys)
-    if parts is not None:
+    if (parts := _parts_of(value)) is not None:
         return any(is_present(part, where, depth + 1) for part in parts)
-    return len(value) > 0 if isinstance(value, Sized) else True
+    return _size_of(value) > 0
+
+
+def _parts_of(value: Any) -> Iterable[Any] | None:
+    """The items or fields of a container; None for arrays of numbers and single objects."""
+    if isinstance(value, Tensor):
+        return None
+    if isinstance(value, np.ndarray):
+        items: Iterable[Any] = without_repeats(value)
+        return items if value.dtype == object else None
+    if isinstance(value, (list, tuple)):
+        return value
+    if (fields := fields_of(value)) is not None:
+        return (fields.get(key) for key in fields.keys)
+    return None
+
+
+def _size_of(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, np.ndarray):
+        return value.size
+    return len(value) if isinstance(value, Sized) else 1
 
 
 def is_like_collated_flags(value: Any) -> bool:
@@ -114,6 +128,7 @@ def is_like_collated_flags(value: Any) -> bool:
 
 
 def check_depth(depth: int, where: str) -> None:
+    """Refuse a value inside of more than `MAX_NESTING` containers."""
     if depth > MAX_NESTING:
         raise BatchMetadataError(
             f"{where} is nested more than {MAX_NESTING} levels deep; pass a list of names."
@@ -121,7 +136,7 @@ def check_depth(depth: int, where: str) -> None:
 
 
 def check_has_values(array: Any, where: str) -> None:
-    """Refuse a tensor without values, or with values that only kernels can read."""
+    """Refuse a tensor that has no values, or whose values cannot be read one by one."""
     if isinstance(array, Tensor) and (
         array.is_meta or array.is_nested or array.layout != torch.strided
     ):
@@ -131,10 +146,14 @@ def check_has_values(array: Any, where: str) -> None:
         )
 
 
-def once(array: Any, axes: int | None = None) -> Any:
-    """An array without what it holds many times over, having been expanded along its first axes.
+def without_repeats(array: Any, axes: int | None = None) -> Any:
+    """An array without the repeats that `expand` or `broadcast_to` made along its first axes.
 
-    Its values are the same; to read them takes no longer than the memory that they are in.
+    It has the same set of values, and reading it takes no longer than its memory is large.
+
+    Args:
+        array: Of torch or numpy.
+        axes: How many of the first axes may be shortened; all by default.
     """
     strides = array.stride() if isinstance(array, Tensor) else array.strides
     if 0 not in strides[:axes]:
@@ -143,10 +162,12 @@ def once(array: Any, axes: int | None = None) -> Any:
 
 
 def is_mask(array: Any) -> bool:
+    """Whether an array of torch or numpy is one of bools."""
     return array.dtype in (torch.bool, np.bool_)
 
 
 def is_integer(array: Any) -> bool:
+    """Whether an array of torch or numpy is one of integers."""
     if isinstance(array, np.ndarray):
         return array.dtype.kind in "iu"
     return array.dtype in _INTEGERS

@@ -1,0 +1,64 @@
+"""Walks an autograd graph without running backward."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from modaldummy._engines import function_of, is_reentrant_checkpoint
+
+
+def reached_leaves(*tensors: Tensor, follow_dummies: bool = True) -> set[int] | None:
+    """`id` of each leaf to which backward from `tensors` would hand a gradient.
+
+    Nothing is computed, and the graphs stay as they are.
+
+    Args:
+        tensors: Any tensors, with graphs or without.
+        follow_dummies: Whether to follow the edges that exist only to hand out dummy gradients.
+
+    Returns:
+        None where the graph does not say: a reentrant checkpoint builds its part during backward.
+    """
+    leaves = leaves_of(reached_nodes([tensor.grad_fn for tensor in tensors], follow_dummies))
+    themselves = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.is_leaf}
+    return None if leaves is None else leaves | themselves
+
+
+def reached_nodes(roots: Iterable[Any], follow_dummies: bool = True) -> set[Any]:
+    """Each node that backward from `roots` would visit, the roots included.
+
+    Args:
+        roots: Nodes of autograd graphs, such as `tensor.grad_fn`; None is skipped.
+        follow_dummies: As for `reached_leaves`.
+    """
+    visited: set[Any] = {node for node in roots if node is not None}
+    waiting = list(visited)
+    while waiting:
+        node = waiting.pop()
+        edges = node.next_functions
+        if not follow_dummies and _only_connects(node):
+            edges = edges[:1]
+        following = {after for after, _ in edges if after is not None} - visited
+        waiting += following
+        visited |= following
+    return visited
+
+
+def leaves_of(nodes: Iterable[Any]) -> set[int] | None:
+    """`id` of each leaf that one of the `nodes` hands a gradient; None as for `reached_leaves`."""
+    leaves = set()
+    for node in nodes:
+        if is_reentrant_checkpoint(node):
+            return None
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+    return leaves
+
+
+def _only_connects(node: Any) -> bool:
+    """Whether all edges of a node but the first exist only to hand out dummy gradients.
+
+    A `torch.autograd.Function` of this package says so by a class attribute `only_connects`.
+    """
+    return getattr(function_of(node), "only_connects", False)

@@ -1,0 +1,259 @@
+"""A wrapped loss function: where a call says what its batch contains, and where the loss is."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Number
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modaldummy._core.batch import EXPLICIT_KEYS, BatchReader
+from modaldummy._core.batch_values import MAX_NESTING, is_plain_collection
+from modaldummy._errors import BatchMetadataError, describe
+
+Result = TypeVar("Result")  # what a loss function returns
+
+_KEYWORD = "modalities"
+# What a resolver written for one kind of batch may raise when it gets another argument.
+_RESOLVER_ERRORS = (BatchMetadataError, LookupError, TypeError, AttributeError)
+
+
+def wrap_loss_function(
+    loss_fn: Callable[..., Result], reader: BatchReader, add: Callable[[Tensor, set[str]], Tensor]
+) -> Callable[..., Result]:
+    """A function like `loss_fn` whose loss has been through `add`.
+
+    Args:
+        loss_fn: The loss function.
+        reader: Reads the modalities from the arguments.
+        add: Takes a loss and its active modalities, and returns the total.
+    """
+    call = CallReader(loss_fn, reader)
+    # A module used as loss function keeps its state to itself.
+    updated = ("__dict__",) if inspect.isroutine(loss_fn) else ()
+
+    @functools.wraps(loss_fn, updated=updated)
+    def wrapped(*args: Any, **kwargs: Any) -> Result:
+        given = call.take_keyword(kwargs)
+        if not torch.is_grad_enabled():
+            return loss_fn(*args, **kwargs)
+        active = call.active(args, kwargs, given)
+        result = loss_fn(*args, **kwargs)
+        loss = take_loss(result)
+        total = add(loss, active)
+        return result if total is loss else replace_loss(result, total)
+
+    return wrapped
+
+
+class CallReader:
+    """Finds the active modalities in the arguments of calls to one loss function.
+
+    Args:
+        loss_fn: The loss function.
+        reader: Reads the modalities from an argument.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Any], reader: BatchReader) -> None:
+        self._reader = reader
+        self._bound: tuple[Any, ...] = ()
+        self._bound_keywords: dict[str, Any] = {}
+        if isinstance(loss_fn, functools.partial):
+            # Bound values are arguments like any other, but not in the signature of the partial.
+            self._bound, self._bound_keywords = loss_fn.args, loss_fn.keywords
+            loss_fn = loss_fn.func
+        self._signature = _signature(loss_fn)
+        self._names_keyword = self._signature is not None and _KEYWORD in self._signature.parameters
+
+    def take_keyword(self, kwargs: dict[str, Any]) -> Any:
+        """Remove `modalities=` from `kwargs` unless the loss function itself has that parameter."""
+        if self._names_keyword:
+            return None
+        return kwargs.pop(_KEYWORD, None)
+
+    def active(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Any) -> set[str]:
+        """Active modalities of a call; `given` is what `take_keyword` returned.
+
+        Raises:
+            BatchMetadataError: No argument says which modalities the batch contains.
+        """
+        if given is not None:
+            return self._reader.read_value(given, f"`{_KEYWORD}=`", explicit=True)
+        arguments = self._arguments(args, kwargs)
+        for key in EXPLICIT_KEYS:
+            if arguments.get(key) is not None:
+                return self._reader.read_value(arguments[key], f"`{key}=`", explicit=True)
+        reasons = {}
+        for name, argument in arguments.items():
+            if not self._may_say(argument):
+                reasons[name] = " (not asked)"
+                continue
+            active, reasons[name] = self._ask(argument, name)
+            if active is not None:
+                return active
+        # Described only now: printing a model or a tensor at each step would take time.
+        lines = (f"\n  - {name}: {describe(arguments[name])}{reasons[name]}" for name in reasons)
+        raise BatchMetadataError(
+            "No argument of the loss function says which modalities its batch contains. "
+            f"Arguments:{''.join(lines) or ' none.'}\n{self._reader.remedy()}"
+        )
+
+    def _may_say(self, argument: Any) -> bool:
+        """Whether an argument may say which modalities the batch contains."""
+        if self._reader.resolver is not None:
+            return not is_data(argument)
+        return may_contain_metadata(argument, self._reader.modalities)
+
+    def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
+        """The modalities that `argument` names, or None and why it could not be read."""
+        resolver = self._reader.resolver
+        if resolver is None:
+            return self._reader.probe(argument, f"argument `{name}`"), ""
+        try:
+            names = resolver(argument)
+        except _RESOLVER_ERRORS as error:
+            return None, f"; `resolver` raised {type(error).__name__}: {error}"
+        if names is None:
+            return None, "; `resolver` returned None"
+        return self._reader.read_names(names), ""
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name, in signature order; `*args` and `**kwargs` item by item."""
+        args, kwargs = self._bound + args, {**self._bound_keywords, **kwargs}
+        if self._signature is None:
+            return {f"argument {index}": value for index, value in enumerate(args)} | kwargs
+        arguments: dict[str, Any] = {}
+        bound = self._signature.bind(*args, **kwargs).arguments
+        for index, (name, value) in enumerate(bound.items()):
+            kind = self._signature.parameters[name].kind
+            if index == 0 and name in ("self", "cls"):
+                continue
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                arguments |= {f"*{name}[{i}]": item for i, item in enumerate(value)}
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= {f"**{name}": value} | value
+            else:
+                arguments[name] = value
+        return arguments
+
+
+def is_data(argument: object) -> bool:
+    """Whether an argument has a type that never contains the metadata of a batch.
+
+    These are tensors, arrays, numbers, strings, modules, callables without keys, and None.
+    """
+    never = (Tensor, np.ndarray, Number, np.generic, str, bytes, nn.Module, type)
+    if argument is None or isinstance(argument, never):
+        return True
+    # A batch that can be called, such as PyG's `Data`, has keys.
+    return callable(argument) and not hasattr(argument, "keys")
+
+
+def may_contain_metadata(argument: object, modalities: Sequence[str], depth: int = 0) -> bool:
+    """Whether an argument of a loss function may contain the modalities of its batch.
+
+    Data does not. Neither does a collection without any known modality, mapping or object in it,
+    such as a list of captions, boxes or tensors.
+    """
+    if not is_plain_collection(argument):
+        return not is_data(argument)
+    items: Collection[Any] = argument  # type: ignore[assignment]  # which was just established
+    return depth <= MAX_NESTING and any(
+        item in modalities
+        if isinstance(item, str)
+        else may_contain_metadata(item, modalities, depth + 1)
+        for item in items
+    )
+
+
+def check_loss(loss: object, where: str) -> Tensor:
+    """`loss` if it is a real-valued tensor.
+
+    Raises:
+        TypeError: It is not; the text begins with `where`.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{where} must be a tensor, got {describe(loss)}.")
+    if loss.is_complex():
+        raise TypeError(
+            f"{where} must be real-valued, got {describe(loss)}. Take `.real` or `.abs()` first."
+        )
+    return loss
+
+
+def take_loss(result: Any) -> Tensor:
+    """The loss in what a loss function returned.
+
+    It is the value itself, its item or attribute `loss`, or the first item of a tuple or list.
+
+    Raises:
+        TypeError: There is no loss in it.
+    """
+    if isinstance(result, Tensor):
+        return check_loss(result, "The return value of `loss_fn`")
+    if isinstance(result, Mapping) and "loss" in result:
+        return check_loss(result["loss"], "`loss_fn(...)['loss']`")
+    if hasattr(result, "loss"):
+        return check_loss(result.loss, "`loss_fn(...).loss`")
+    if isinstance(result, (tuple, list)) and result:
+        return check_loss(result[0], "`loss_fn(...)[0]`")
+    raise TypeError(
+        "`loss_fn` must return a tensor, a tuple or list that starts with the loss, or a mapping "
+        f"or object with `loss`; got {describe(result)}. For any other result use "
+        "`wrapper.total(loss, batch)`."
+    )
+
+
+def replace_loss(result: Any, total: Tensor) -> Any:
+    """A result of the same type with `total` as its loss; `result` itself is not changed.
+
+    Raises:
+        TypeError: `result` cannot be copied, or its loss cannot be set.
+    """
+    if isinstance(result, Tensor):
+        return total
+    try:
+        return with_item(result, _place_of_loss(result), total)
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
+            f"copy: {error}. Return a tensor, tuple, dict or plain object instead."
+        ) from error
+
+
+def with_item(container: Any, place: Any, item: Any) -> Any:
+    """A shallow copy of `container` with `item` at `place`.
+
+    Args:
+        container: A tuple, list, mapping or any other object.
+        place: An index, a key of a mapping, or the name of an attribute.
+        item: What to put there.
+    """
+    if isinstance(container, tuple) and isinstance(place, int):
+        items = [*container[:place], item, *container[place + 1 :]]
+        # A named tuple takes its items one by one.
+        return container._make(items) if hasattr(container, "_make") else tuple(items)
+    changed = copy.copy(container)
+    if isinstance(place, int) or (isinstance(container, Mapping) and place in container):
+        changed[place] = item
+    else:
+        # Frozen dataclasses refuse setattr, also on a copy that no one else has seen.
+        object.__setattr__(changed, place, item)
+    return changed
+
+
+def _place_of_loss(result: Any) -> str | int:
+    if isinstance(result, tuple) and hasattr(result, "_fields"):  # a named tuple
+        return result._fields.index("loss") if hasattr(result, "loss") else 0
+    return "loss" if hasattr(result, "loss") or isinstance(result, Mapping) else 0
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except ValueError:  # some builtins have none
+        return None

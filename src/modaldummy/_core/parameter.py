@@ -1,0 +1,63 @@
+"""A parameter that a modality owns, and whether a dummy gradient can reach it."""
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from modaldummy._engines import own_parameters
+from modaldummy._errors import ParameterMapError
+
+
+class OwnedParameter(NamedTuple):
+    """A parameter that the map gives to a modality, as the model is now.
+
+    Attributes:
+        name: Its present full name, with the segments of wrappers such as DDP.
+        parameter: The parameter itself.
+        module: The module that holds it directly.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    module: nn.Module
+
+    @property
+    def is_sparse_table(self) -> bool:
+        """Whether it is the weight of an embedding that makes sparse gradients."""
+        module = self.module
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or not module.sparse:
+            return False
+        # A subclass may have further parameters.
+        return self.parameter is own_parameters(module).get("weight")
+
+
+def check_dtype(owned: OwnedParameter, where: str) -> None:
+    """Refuse a trainable parameter of a dtype in which autograd cannot add gradients.
+
+    Raises:
+        ParameterMapError: The dtype is narrower than 16 bits; the text begins with `where`.
+    """
+    if owned.parameter.dtype.itemsize < 2 and owned.parameter.requires_grad:
+        raise ParameterMapError(
+            f"{where}: the parameter {owned.name!r} is trainable and has dtype "
+            f"{owned.parameter.dtype}, in which autograd cannot add gradients. Keep trainable "
+            "weights in torch.bfloat16 or wider and cast them in forward, or freeze this one with "
+            "`requires_grad_(False)`."
+        )
+
+
+def check_connectable(owned: OwnedParameter, where: str) -> None:
+    """Refuse what `check_dtype` refuses, and a parameter that has no shape yet.
+
+    Raises:
+        ParameterMapError: The dtype is too narrow, or the parameter belongs to a lazy module that
+            has not run yet; the text begins with `where`.
+    """
+    # `torch.nn.parameter.is_lazy` asks the same, but Dynamo does not trace it.
+    if isinstance(owned.parameter, UninitializedTensorMixin):
+        raise ParameterMapError(
+            f"{where}: the parameter {owned.name!r} of a lazy module is not initialized, so that "
+            "no gradient can fit it. Run one forward pass with each modality before training."
+        )
+    check_dtype(owned, where)

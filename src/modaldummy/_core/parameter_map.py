@@ -1,0 +1,297 @@
+"""Which parameters each modality owns: specs become paths once, paths are looked up at each call.
+
+`ParameterMap.split` divides the parameters of one step into active and inactive ones, a `Step`.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from modaldummy._core.parameter import OwnedParameter, check_connectable, check_dtype
+from modaldummy._core.paths import Found, find_parameters, strip_wrappers
+from modaldummy._errors import ParameterMapError, describe, unknown_modality
+
+ModalityKey: TypeAlias = str | tuple[str, ...]
+ParamSpec: TypeAlias = "str | nn.Module | nn.Parameter | Iterable[ParamSpec]"
+# The keys are ModalityKey, checked when the wrapper is made. Mapping is invariant in its key type,
+# so naming that type here would refuse a plain dict[str, str] or dict[tuple[str, str], str].
+ModalityParamMap: TypeAlias = Mapping[Any, ParamSpec]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one batch makes active and inactive.
+
+    Attributes:
+        active: Modalities in the batch, in map order.
+        inactive: The other modalities of the map, in map order.
+        active_keys: Keys of the map all of whose modalities are active.
+        inactive_keys: The other keys of the map.
+        parameters: Trainable parameters that only inactive keys own, each once.
+    """
+
+    active: tuple[str, ...]
+    inactive: tuple[str, ...]
+    active_keys: tuple[ModalityKey, ...]
+    inactive_keys: tuple[ModalityKey, ...]
+    parameters: tuple[OwnedParameter, ...]
+
+
+class ParameterMap:
+    """The parameters of each modality, as the model is at each call.
+
+    Args:
+        model: The model whose parameters are meant, bare or wrapped.
+        modality_param_map: Modality, or tuple of modalities that own something jointly, to spec.
+
+    Attributes:
+        model: As given.
+        paths: Key of the map to the paths of what it owns.
+        modalities: All modalities that occur in keys, in map order.
+
+    Raises:
+        ParameterMapError: The map is empty, a key is not a modality name or a tuple of them, or a
+            spec matches no parameter or a trainable float8 parameter.
+    """
+
+    def __init__(self, model: nn.Module, modality_param_map: ModalityParamMap) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
+        if not isinstance(modality_param_map, Mapping) or not modality_param_map:
+            raise ParameterMapError(
+                "`modality_param_map` must be a non-empty mapping such as {'T1': 'encoders.T1'}, "
+                f"got {describe(modality_param_map)}."
+            )
+        self.model = model
+        self.paths: dict[ModalityKey, tuple[str, ...]] = {}
+        for given, spec in modality_param_map.items():
+            _check_key(given, self.paths)
+            key = _plain(given)
+            where = _where(key)
+            paths = tuple(dict.fromkeys(_paths_of(spec, model, where)))
+            if not paths:
+                raise ParameterMapError(
+                    f"{where} is empty. Give a path, a module or a parameter, or drop the key."
+                )
+            self.paths[key] = paths
+            for found in self._find(key):
+                check_dtype(OwnedParameter(*found), where)
+        names = (name for key in self.paths for name in _members(key))
+        self.modalities: tuple[str, ...] = tuple(dict.fromkeys(names))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter of the model."""
+        return next(self.model.parameters()).device
+
+    def split(self, active: Collection[str]) -> Step:
+        """Divide keys and parameters by what is active in a batch.
+
+        A tuple key is active if all its modalities are. `split(())` has all trainable parameters.
+
+        Raises:
+            ParameterMapError: A path matches nothing any more, or no gradient can reach what it
+                matches.
+        """
+        active_keys = self.active_keys(active)
+        inactive_keys = tuple(key for key in self.paths if key not in active_keys)
+        active_ids = {id(parameter) for key in active_keys for _, parameter, _ in self._find(key)}
+        inactive: dict[int, OwnedParameter] = {}
+        for key in inactive_keys:
+            where = _where(key)
+            for found in self._find(key):
+                parameter_id = id(found[1])
+                if not found[1].requires_grad or parameter_id in active_ids:
+                    continue
+                owned = OwnedParameter(*found)
+                check_connectable(owned, where)
+                # A sparse table that a dense layer uses too gets dense gradients anyway.
+                if parameter_id not in inactive or not owned.is_sparse_table:
+                    inactive[parameter_id] = owned
+        return Step(
+            active=tuple(name for name in self.modalities if name in active),
+            inactive=tuple(name for name in self.modalities if name not in active),
+            active_keys=active_keys,
+            inactive_keys=inactive_keys,
+            parameters=tuple(inactive.values()),
+        )
+
+    def active_keys(self, active: Collection[str]) -> tuple[ModalityKey, ...]:
+        """Keys of the map all of whose modalities are active."""
+        names = set(active)
+        return tuple(key for key in self.paths if names.issuperset(_members(key)))
+
+    def all(self) -> dict[int, OwnedParameter]:
+        """All parameters of the map, frozen ones included, by `id`."""
+        return self.of_keys(self.paths)
+
+    def of_keys(self, keys: Iterable[ModalityKey]) -> dict[int, OwnedParameter]:
+        """Parameters, frozen ones included, that any of these keys owns, by `id`."""
+        owned: dict[int, OwnedParameter] = {}
+        for key in keys:
+            for found in self._find(key):
+                owned.setdefault(id(found[1]), OwnedParameter(*found))
+        return owned
+
+    def occurrences(self, key: ModalityKey) -> list[OwnedParameter]:
+        """Parameters of one key; a tied parameter once for each of its names."""
+        return [OwnedParameter(*found) for found in self._find(key)]
+
+    def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
+        """Parameters of one key by their present full names, frozen ones included.
+
+        Raises:
+            UnknownModalityError: The map has no such modality.
+        """
+        names = _members(key)
+        for name in names:
+            if name not in self.modalities:
+                raise unknown_modality(name, self.modalities, "`modality`")
+        keys = [other for other in self.paths if set(_members(other)) == set(names)]
+        return {owned.name: owned.parameter for owned in self.of_keys(keys).values()}
+
+    def shared_with_trunk(self) -> set[int]:
+        """`id` of each parameter of the map that also has a name that no key owns.
+
+        Such as the weight of a tower that is tied to an output layer. Walks the whole model.
+        """
+        owned = [found for key in self.paths for found in self._find(key)]
+        names = {strip_wrappers(name) for name, _, _ in owned}
+        elsewhere = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if strip_wrappers(name) not in names
+        }
+        return elsewhere.intersection(id(parameter) for _, parameter, _ in owned)
+
+    def _find(self, key: ModalityKey) -> list[Found]:
+        everything: list[Found] = []
+        for path in self.paths[key]:
+            found = find_parameters(self.model, path)
+            if not found:
+                raise ParameterMapError(
+                    f"{_where(key)}: {path!r} was found when the wrapper was made but matches no "
+                    f"parameter of {type(self.model).__name__} any more. Make a new wrapper after "
+                    "you change the structure of the model."
+                )
+            everything += found
+        return everything
+
+
+def text_of(key: ModalityKey) -> str:
+    """A key as one word: `T1`, `T1-dMRI`."""
+    return key if isinstance(key, str) else "-".join(key)
+
+
+def _where(key: ModalityKey) -> str:
+    return f"`modality_param_map[{key!r}]`"
+
+
+def _members(key: ModalityKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _plain(key: ModalityKey) -> ModalityKey:
+    """`key` with plain strings in place of members of a string Enum, which print differently."""
+    return tuple(map(str.__str__, key)) if isinstance(key, tuple) else str.__str__(key)
+
+
+def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
+    names = _members(key)
+    valid = all(isinstance(name, str) and name for name in names)
+    if not names or not valid or len(set(names)) < len(names):
+        raise ParameterMapError(
+            "Keys of `modality_param_map` must be modality names or tuples of different names, "
+            f"got {key!r}."
+        )
+    twin = next((other for other in earlier if text_of(other) == text_of(key)), None)
+    if twin is not None and set(_members(twin)) != set(names):
+        raise ParameterMapError(
+            f"Keys {twin!r} and {key!r} of `modality_param_map` are both written "
+            f"{text_of(key)!r} in logs and findings. Rename a modality."
+        )
+    same = next((other for other in earlier if set(_members(other)) == set(names)), None)
+    if same is not None:
+        raise ParameterMapError(
+            f"Keys {same!r} and {key!r} of `modality_param_map` mean the same modalities. "
+            "Give one key the paths of both."
+        )
+
+
+def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
+    """Full paths that `spec` selects; a glob gives one for each parameter that it matches."""
+    if isinstance(spec, str):
+        yield from _match(spec, model, where)
+    elif isinstance(spec, nn.Module):
+        yield _path_of_module(spec, model, where)
+    elif isinstance(spec, nn.Parameter):
+        yield _path_of_parameter(spec, model, where)
+    elif isinstance(spec, Iterable) and not isinstance(spec, (Mapping, Tensor, bytes)):
+        for item in spec:
+            yield from _paths_of(item, model, where)
+    else:
+        raise ParameterMapError(
+            f"{where} must be a path, a module, a parameter or an iterable of these, "
+            f"got {describe(spec)}."
+        )
+
+
+def _path_of_parameter(spec: nn.Parameter, model: nn.Module, where: str) -> str:
+    for name, parameter in model.named_parameters():
+        if parameter is spec:
+            return name
+    raise ParameterMapError(
+        f"{where} contains a parameter of shape {list(spec.shape)} that is not part of "
+        f"{type(model).__name__}. Take it from the model that you pass as `model`."
+    )
+
+
+def _path_of_module(spec: nn.Module, model: nn.Module, where: str) -> str:
+    named = model.named_modules()
+    path = next((name for name, module in named if module is spec), None)
+    if path is None:
+        raise ParameterMapError(
+            f"{where} contains a {type(spec).__name__} that is not part of "
+            f"{type(model).__name__}. Pass one of its submodules, or a list of them."
+        )
+    if not find_parameters(model, path):
+        raise ParameterMapError(
+            f"{where} contains the {type(spec).__name__} at {path!r}, which has no parameters. "
+            "Leave it out."
+        )
+    return path
+
+
+def _match(spec: str, model: nn.Module, where: str) -> list[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    bare = strip_wrappers(spec)
+    if any(wildcard in spec for wildcard in "*?["):
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        if matches := [name for name in names if fnmatchcase(strip_wrappers(name), bare)]:
+            return matches
+    # Wrapper segments alone would select the whole model, by accident more often than not.
+    elif spec and (bare or spec in modules) and find_parameters(model, spec):
+        return [spec]
+    if spec and spec in modules:
+        raise ParameterMapError(f"{where}: the module {spec!r} has no parameters. Leave it out.")
+    raise ParameterMapError(
+        f"{where}: {spec!r} matches no parameter of {type(model).__name__}"
+        f"{_suggestion(spec, model)} A path names one parameter or one module, segment by "
+        "segment. A glob such as 'encoder.T1.*' is compared with full parameter names."
+    )
+
+
+def _suggestion(spec: str, model: nn.Module) -> str:
+    """`; closest: ...` with up to three paths that look like `spec`."""
+    paths = [strip_wrappers(name) for name, _ in model.named_modules() if name]
+    paths += [strip_wrappers(name) for name, _ in model.named_parameters()]
+    word = spec.strip("*").rpartition(".")[2].strip("*").lower()
+    similar = [path for path in paths if word and word in path.lower()]
+    similar += difflib.get_close_matches(spec, paths)
+    closest = list(dict.fromkeys(similar))[:3]
+    return f"; closest: {', '.join(map(repr, closest))}." if closest else "."

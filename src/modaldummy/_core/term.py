@@ -1,0 +1,293 @@
+"""The dummy term: its value, its cap and its gradient. All numerics of the loss are here."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.reduce import Groups, accumulation_dtype, by_layout, fill_like, sum_all
+from modaldummy._engines import (
+    function_of,
+    is_batched,
+    is_emptied_by_zero3,
+    is_transformed,
+    local_shard,
+)
+from modaldummy._errors import ParameterMapError, UnsupportedEngineError
+
+# Leaves room for every rounding between the limit and the total, so that the bound is exact.
+_ROUNDING_MARGIN = 1 - 2**-10
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """The dummy term of one step: tensors of shape `[]` in the accumulation dtype.
+
+    Attributes:
+        connected: The value after the cap, with an autograd edge to every inactive parameter.
+        value: The same, detached.
+        uncapped: `scale * sum`, detached, before the cap; it may be inf or NaN.
+        loss: The real loss as one number, see `scalar_loss`; NaN without a loss.
+        num_params: Number of parameters that get a dummy gradient.
+        num_elements: Number of elements that get a dummy gradient.
+    """
+
+    connected: Tensor
+    value: Tensor
+    uncapped: Tensor
+    loss: Tensor
+    num_params: int
+    num_elements: int
+
+    def added_to(self, loss: Tensor) -> Tensor:
+        """`loss` plus the term at each element, in the shape and dtype of `loss`.
+
+        An integer loss is promoted, since it could not carry the gradient. `loss` itself is
+        returned where no parameter is inactive.
+        """
+        if not self.num_params:
+            return loss
+        dtype = loss.dtype if loss.is_floating_point() else self.connected.dtype
+        connected = self.connected
+        if loss.ndim:
+            # Expanded before the cast: backward then sums the upstream gradients of all elements
+            # in the accumulation dtype, in which more than 65,504 of them do not overflow.
+            connected = connected.expand(loss.shape)
+        return loss + connected.to(dtype)
+
+
+def dummy_term(
+    tensors: Sequence[Tensor],
+    scale: float | None,
+    *,
+    loss: Tensor | None = None,
+    max_fraction: float | None = None,
+    read: bool = True,
+    device: torch.device | None = None,
+) -> Term:
+    r"""Compute the dummy term of the parameters of inactive modalities.
+
+    .. math::
+        d = \operatorname{clip}\Bigl(s \sum_p \sum_i p_i,\; \pm f\,(1 - 2^{-10})\,|L|\Bigr),
+        \qquad \frac{\partial d}{\partial p_i} \equiv s
+
+    The gradient ignores the clipping (straight-through): the cap bounds what the loss shows, and
+    the scale alone decides what the parameters get.
+
+    Args:
+        tensors: The parameters, see `connected_tensors`; of any shapes, floating or complex dtypes
+            and devices. Without any, the term is zero.
+        scale: Gradient `s` per element for an upstream gradient of 1. `0.0` gives every parameter
+            an exact zero, `None` gives it no gradient; neither reads the parameters.
+        loss: The real loss `L`, of any shape. It decides the device and, where it is wider, the
+            dtype. Without it there is no cap.
+        max_fraction: Bound `f` on `|d| / |L|`. `None` bounds the term only as far as a finite loss
+            needs to stay finite.
+        read: Whether the value may read the parameters. If not, it is a negative zero: the one
+            number that changes no bit of what it is added to.
+        device: Device of a term without tensors and loss.
+
+    Returns:
+        The term. A sum that is not finite contributes zero and stays visible in `uncapped`. A real
+        loss that is not finite gets a term of zero.
+    """
+    groups = {} if scale is None else by_layout(tensors)
+    dtypes = [dtype for _, dtype, _ in groups] + ([] if loss is None else [loss.dtype])
+    dtype = accumulation_dtype(dtypes)
+    device = loss.device if loss is not None else tensors[0].device if tensors else device
+    with torch.no_grad():
+        zero = torch.zeros((), dtype=dtype, device=device)
+        scalar = zero / 0 if loss is None else scalar_loss(loss, dtype)
+        value = uncapped = zero
+        connected_value = -zero if tensors else zero
+        if tensors and read and scale:
+            uncapped = sum_all(tensors, groups, dtype=dtype, device=zero.device) * scale
+            value = torch.nan_to_num(uncapped, 0.0, 0.0, 0.0)  # NaN, inf and -inf become zero
+            if loss is not None:
+                value = _clip(value, scalar, loss, max_fraction)
+            connected_value = value
+    return Term(
+        connected=connect(connected_value, scale, tensors, groups),
+        value=value,
+        uncapped=uncapped,
+        loss=scalar,
+        num_params=len(tensors),
+        num_elements=sum(map(Tensor.numel, tensors)),
+    )
+
+
+def connected_tensors(
+    parameters: Sequence[OwnedParameter], scale: float | None, *, read: bool, device: torch.device
+) -> list[Tensor]:
+    """The tensors that the dummy term sums and hands gradients to, one for each parameter.
+
+    Args:
+        parameters: The inactive parameters.
+        scale: As for `dummy_term`; with None each parameter stands for itself.
+        read: Whether the value of the term reads the parameters.
+        device: Device of the loss.
+
+    Raises:
+        ParameterMapError: A parameter is on the meta device and has no values to read.
+        UnsupportedEngineError: ZeRO-3 has released a parameter, so that no gradient can fit it.
+    """
+    for name, parameter, _ in parameters:
+        if is_emptied_by_zero3(parameter):
+            raise UnsupportedEngineError(
+                f"ZeRO-3 has sharded the parameter {name!r} of an inactive modality, so that no "
+                "dummy gradient can have its shape. If all ranks have the same modalities, "
+                "compute the total and run backward inside of "
+                "`with deepspeed.zero.GatheredParameters(parameters):` with the parameters of all "
+                "modalities. Or run every tower on every rank, inactive ones on an empty batch, "
+                "and pass `wrapper.modalities` as the batch. Or use ZeRO-1."
+            )
+        if read and parameter.is_meta and device.type != "meta":
+            raise ParameterMapError(
+                f"The parameter {name!r} of an inactive modality is on the meta device and has no "
+                f"values to add to a loss on {device}. Load the model before training, or pass "
+                "`gradient_only=True`, which reads no values."
+            )
+    if scale is None:
+        return [owned.parameter for owned in parameters]
+    return list(map(connected_tensor, parameters))
+
+
+def connected_tensor(owned: OwnedParameter) -> Tensor:
+    """The part of a parameter that the dummy term sums and hands a gradient to.
+
+    For a DTensor it is the local shard, which takes no communication. For the table of a sparse
+    embedding it is a selection of none of its rows: it adds nothing, and its gradient is sparse
+    and empty, as an optimizer such as `torch.optim.SparseAdam` needs it. Any other parameter
+    stands for itself.
+    """
+    shard = local_shard(owned.parameter)
+    if owned.is_sparse_table:
+        no_rows = torch.empty(0, dtype=torch.long, device=shard.device)
+        return nn.functional.embedding(no_rows, shard, sparse=True)
+    return shard
+
+
+def scalar_loss(loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss as one number: a scalar loss itself, else the mean of `|loss|`.
+
+    A detached copy in `dtype` and of shape `[]`.
+    """
+    wide = loss.detach().to(dtype)
+    if wide.ndim:
+        return wide.abs().mean()
+    # A copy: frameworks multiply the loss in place. Inductor takes a clone for the same output as
+    # a total that differs from it by its graph alone, and torch then cuts that graph, see
+    # https://github.com/pytorch/pytorch/pull/195688. Clamping makes a copy that it keeps apart.
+    return wide.clamp(-math.inf, math.inf)
+
+
+def connect(
+    value: Tensor, scale: float | None, tensors: Sequence[Tensor], groups: Groups | None = None
+) -> Tensor:
+    """A copy of `value` whose backward hands each of `tensors` the gradient `scale * upstream`.
+
+    Without tensors it is `value` itself. `groups` is `by_layout(tensors)`, if the caller has it.
+    """
+    if not tensors:
+        return value
+    groups = by_layout(tensors) if groups is None else groups
+    # The Python part of `apply` examines each argument for what only `torch.func` needs.
+    apply = _Connect.apply if is_transformed() else super(torch.autograd.Function, _Connect).apply
+    with torch.enable_grad():
+        connected: Tensor = apply(value, scale, groups, *tensors)  # type: ignore[no-untyped-call]
+    return connected
+
+
+def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    r"""`factor * value` in `dtype`, never rounded to zero unless `value` itself is zero.
+
+    .. math:: \operatorname{copysign}(\max(|f v|, \text{floor}), v) \quad (v \neq 0)
+
+    The choice is made in the accumulation dtype and the cast comes last: inductor elides a
+    selection that follows the cast, and the result would underflow after all. NaN and infinite
+    values pass through.
+
+    Args:
+        value: Real tensor of shape `[]`.
+        factor: Number `>= 0`; 0 gives an exact zero.
+        dtype: Floating or complex dtype of the result; a complex result has no imaginary part.
+    """
+    wide = value.to(accumulation_dtype([value.dtype, dtype]))
+    product = wide * factor
+    if factor > 0:
+        kept = torch.copysign(product.abs().clamp(min=_floor(dtype)), wide)
+        # The product, not a constant zero: gradients of gradients go through it.
+        product = torch.where(wide == 0, product, kept)
+    return product.to(dtype)
+
+
+def is_dummy_term(node: Any) -> bool:
+    """Whether a node of an autograd graph is that of a dummy term."""
+    return function_of(node) is _Connect
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Smallest magnitude that `dtype` represents and that is normal in the accumulation dtype.
+
+    For float16 this is its smallest subnormal, 2**-24. The wider dtypes stop at their own smallest
+    normal number, so that a processor that flushes subnormals does no harm.
+    """
+    info = torch.finfo(dtype)
+    return max(info.tiny * info.eps, torch.finfo(accumulation_dtype([dtype])).tiny)
+
+
+def _clip(value: Tensor, scalar: Tensor, loss: Tensor, max_fraction: float | None) -> Tensor:
+    """`value` within its fraction of the `scalar` loss, and so small that the total is finite."""
+    info = torch.finfo(loss.dtype if loss.is_floating_point() else scalar.dtype)
+    size = scalar.abs()
+    peak = size
+    if loss.numel() > 1:  # the mean of finite losses can overflow, and then there is no limit
+        peak = torch.maximum(loss.detach().to(scalar.dtype).abs().amax(), size)
+    # The total is rounded twice, by the cast of the dummy and by the addition.
+    limit = info.max * (1 - 2 * info.eps) - peak
+    if max_fraction is not None:
+        limit = torch.minimum(limit, size * (max_fraction * _ROUNDING_MARGIN))
+    # Below the smallest normal number, rounding is too coarse for the bound to be exact. The limit
+    # of an infinite loss is -inf and that of a NaN is NaN; neither is above anything.
+    limit = torch.where(limit >= torch.finfo(limit.dtype).tiny, limit, 0.0)
+    return torch.clamp(value, -limit, limit)
+
+
+class _Connect(torch.autograd.Function):
+    """Identity on `value` with one autograd edge to each parameter.
+
+    No value of a parameter is kept for backward, so an optimizer may change parameters in between.
+    Their shapes are those of the forward pass: some engines empty parameters after it.
+    """
+
+    generate_vmap_rule = True
+    only_connects = True  # `graph.reached_leaves` can leave out all edges but the first
+
+    @staticmethod
+    def forward(value: Tensor, scale: float | None, groups: Groups, *tensors: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.scale, ctx.groups, *tensors = inputs
+        ctx.num_tensors = len(tensors)
+        # One parameter stands for all of its layout: a wrong guess costs time, nothing else.
+        plain = not is_transformed()
+        ctx.samples = {key: tensors[own[0]] for key, own in ctx.groups.items()} if plain else {}
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.scale is None:
+            return (None, None, None, *[None] * ctx.num_tensors)
+        values = {
+            (dtype, device): nonzero_product(upstream.to(device), ctx.scale, dtype)
+            for dtype, device in dict.fromkeys((dtype, device) for _, dtype, device in ctx.groups)
+        }
+        samples = {} if is_batched(upstream) else ctx.samples
+        fresh = {key for key, sample in samples.items() if sample.is_leaf and sample.grad is None}
+        gradients = fill_like(ctx.groups, values, fresh)
+        return (None, None, None, *map(gradients.__getitem__, range(ctx.num_tensors)))

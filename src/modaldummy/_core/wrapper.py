@@ -1,0 +1,279 @@
+"""The loss wrapper: the shell around batch, parameter map and dummy term."""
+
+import math
+from collections.abc import Callable, Collection
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from modaldummy._core.batch import BatchReader, Resolver
+from modaldummy._core.loss_function import Result, check_loss, wrap_loss_function
+from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParameterMap, Step
+from modaldummy._core.report import StepReport, report_of
+from modaldummy._core.term import Term, connected_tensors, dummy_term
+from modaldummy._engines import check_ddps, ddps_around
+from modaldummy._errors import describe
+
+Observer: TypeAlias = Callable[[Step, Tensor], None]
+
+
+class DummyLossWrapper:
+    r"""Adds a dummy term to a loss, so that parameters of inactive modalities get a gradient.
+
+    .. math::
+        L_\text{total} = L + \operatorname{clip}\Bigl(s \sum_{p \in \text{inactive}} \sum_i p_i,\;
+        \pm f\,|L|\Bigr), \qquad \frac{\partial L_\text{total}}{\partial p_i} \equiv s
+
+    for ``scale`` :math:`s` and ``max_fraction`` :math:`f`. The gradient ignores the clipping.
+
+    >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+    >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    >>> wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"]).backward()
+    >>> model["dMRI"].bias.grad
+    tensor([1.0000e-07, 1.0000e-07])
+
+    Args:
+        model: Owner of the parameters; bare, or wrapped by DDP, ``torch.compile`` and the like.
+        modality_param_map: Modality to what it owns: a dotted path of a module or parameter, a
+            shell glob over full parameter names, a module, a parameter, or an iterable of these. A
+            tuple of modalities, say for a fusion module, is inactive unless all of them are active.
+        scale: Gradient per element of an inactive parameter for an upstream gradient of 1. ``0.0``
+            gives exact zeros. ``None`` connects without a gradient: backward gives nothing.
+        max_fraction: Bound on ``|dummy| / |loss|``; ``None`` for no bound.
+        gradient_only: Keep the value of the loss bit for bit, and read no parameter.
+        resolver: Reads the active modalities from a batch, in place of ``active_modalities``.
+
+    Attributes:
+        last: The report of the last call in gradient mode, None before the first.
+        parameters: The parameters of each key of the map; for code that extends this package.
+        reader: Reads batches; for code that extends this package.
+
+    Raises:
+        ParameterMapError: The map is empty, a key is not a modality name, or a spec matches no
+            parameter or a trainable float8 parameter.
+        ValueError: ``scale`` or ``max_fraction`` is not a finite number >= 0 or None.
+        TypeError: Another argument has the wrong type.
+        UnsupportedEngineError: ``model`` contains DDP with ``find_unused_parameters=True``, or
+            with ``static_graph=True`` while the scale is None.
+
+    Note:
+        A dummy gradient carries no training signal. SGD moves the parameter by ``lr * scale``, Adam
+        by almost ``lr``; ``hold_inactive`` prevents that. All other gradients stay bit for bit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modality_param_map: ModalityParamMap,
+        scale: float | None = 1e-7,
+        *,
+        max_fraction: float | None = 1e-4,
+        gradient_only: bool = False,
+        resolver: Resolver | None = None,
+    ) -> None:
+        if not isinstance(gradient_only, bool):
+            raise TypeError(f"`gradient_only` must be a bool, got {describe(gradient_only)}.")
+        self.parameters = ParameterMap(model, modality_param_map)
+        self.reader = BatchReader(self.parameters.modalities, resolver)
+        self._scale = _check_number("scale", scale)
+        self._max_fraction = _check_number("max_fraction", max_fraction)
+        self._gradient_only = gradient_only
+        check_ddps(ddps_around(model.modules(), self.parameters.all()), self._scale)
+        self.last: StepReport | None = None
+        self._observers: list[Observer] = []
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """All modalities of the map, in map order."""
+        return self.parameters.modalities
+
+    @property
+    def scale(self) -> float | None:
+        """The scale; make a new wrapper to change it."""
+        return self._scale
+
+    @property
+    def max_fraction(self) -> float | None:
+        """The bound on ``|dummy| / |loss|``; make a new wrapper to change it."""
+        return self._max_fraction
+
+    @property
+    def reads_parameters(self) -> bool:
+        """Whether the value of the dummy term depends on the values of parameters."""
+        return bool(self._scale) and not self._gradient_only
+
+    def named_parameters(self, modality: ModalityKey) -> dict[str, nn.Parameter]:
+        """Parameters of one key of the map, frozen ones included, as the model is now.
+
+        Args:
+            modality: A key of the map. A modality that occurs only in tuple keys owns nothing.
+
+        Returns:
+            Full name to parameter.
+
+        Raises:
+            UnknownModalityError: The map has no such modality.
+            ParameterMapError: A path matches nothing in the model any more.
+        """
+        return self.parameters.named_parameters(modality)
+
+    def __call__(self, loss_fn: Callable[..., Result]) -> Callable[..., Result]:
+        """Wrap a loss function, so that the loss it returns includes the dummy term.
+
+        Which modalities are active is read, before ``loss_fn`` runs, from the first of: a keyword
+        ``modalities=``; a parameter called ``active_modalities``, ``modalities`` or ``modality``;
+        the first argument, in signature order, that contains metadata. Tensors, arrays, numbers,
+        bare strings, captions, modules, functions and a first ``self`` or ``cls`` are skipped.
+
+        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+        >>> criterion = wrapper(nn.MSELoss())
+        >>> loss = criterion(model["T1"](torch.ones(3, 4)), torch.ones(3, 2), modalities="T1")
+        >>> wrapper.last.inactive
+        ('dMRI',)
+
+        Args:
+            loss_fn: Returns the loss, a tuple or list that starts with it, or a mapping or object
+                with a field ``loss``, which is replaced on a shallow copy.
+
+        Returns:
+            A function of the same arguments, and of ``modalities=``, which ``loss_fn`` gets only if
+            it has that parameter. It registers no parameters, even if ``loss_fn`` is a module.
+
+        Raises:
+            TypeError: ``loss_fn`` is not callable or, when called, returns no loss.
+            BatchMetadataError: From a call: no argument says which modalities are active.
+            UnknownModalityError: From a call: an argument names a modality that is not in the map.
+        """
+        if not callable(loss_fn):
+            raise TypeError(
+                f"`loss_fn` must be callable, got {describe(loss_fn)}. For a loss that is already "
+                "computed use `wrapper.total(loss, batch)`."
+            )
+        wrapped = wrap_loss_function(loss_fn, self.reader, self.add)
+        wrapped.modaldummy_wrapper = self  # type: ignore[attr-defined]  # for `preflight`
+        return wrapped
+
+    def total(self, loss: Tensor, batch: Any) -> Tensor:
+        """Real loss plus dummy term: the explicit form, for a training loop of your own.
+
+        Args:
+            loss: The real loss, usually of shape ``[]``, with a graph or without. For another shape
+                ``[...]`` the dummy term is added to each element: a later ``.mean()`` keeps the
+                scale, a ``.sum()`` multiplies it, and the bound is on the mean of ``|loss|``.
+            batch: The batch or its metadata, in any form of ``active_modalities``.
+
+        Returns:
+            A new tensor of the shape and dtype of ``loss``, an integer one promoted. It is ``loss``
+            itself where no trainable parameter is inactive, and without gradient mode, in which the
+            batch is not read. A loss that is not finite keeps its value.
+
+        Raises:
+            TypeError: ``loss`` is not a real-valued tensor.
+            BatchMetadataError: The batch does not say which modalities it contains.
+            UnknownModalityError: The batch names a modality that is not in the map.
+            ParameterMapError: A path matches nothing any more, or no gradient fits what it matches.
+            UnsupportedEngineError: ZeRO-3 has emptied an inactive parameter.
+        """
+        check_loss(loss, "`loss`")
+        if not torch.is_grad_enabled():
+            return loss
+        return self.add(loss, self.reader.read(batch))
+
+    def dummy(self, batch: Any) -> Tensor:
+        """The dummy term alone; without a real loss there is no bound.
+
+        Args:
+            batch: The batch or its metadata, in any form of ``active_modalities``.
+
+        Returns:
+            A tensor of shape ``[]``, zero where the sum is not finite. It is an exact zero without
+            a graph where no trainable parameter is inactive, and without gradient mode.
+
+        Raises:
+            ModalDummyError: What ``total`` raises about the batch and the parameters.
+        """
+        if not torch.is_grad_enabled():
+            return torch.zeros((), device=self.parameters.device)
+        step = self.parameters.split(self.reader.read(batch))
+        term = self._term(step, None, 1.0)
+        self._finish(step, term, term.connected)
+        return term.connected
+
+    def add(self, loss: Tensor, active: Collection[str], share: float = 1.0) -> Tensor:
+        """``total`` for modalities that are known already; for code that extends this package.
+
+        Args:
+            loss: The real loss, in gradient mode.
+            active: The active modalities.
+            share: What part of ``scale`` to use, where several losses make one step.
+
+        Returns:
+            What ``total`` returns.
+        """
+        step = self.parameters.split(active)
+        term = self._term(step, loss, share)
+        total = term.added_to(loss)
+        self._finish(step, term, total)
+        return total
+
+    def subscribe(self, observer: Observer) -> Callable[[], None]:
+        """Have a function called after each total and dummy; for code that extends this package.
+
+        Args:
+            observer: Gets the step, and the tensor that is returned.
+
+        Returns:
+            A function that ends the subscription; a second call does nothing. A copy of the wrapper
+            has no subscribers.
+        """
+        self._observers.append(observer)
+
+        def unsubscribe() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+
+        return unsubscribe
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_observers": []}
+
+    def __repr__(self) -> str:
+        paths = {key: list(paths) for key, paths in self.parameters.paths.items()}
+        return (
+            f"{type(self).__name__}({type(self.parameters.model).__name__}(...), {paths}, "
+            f"scale={self._scale}, max_fraction={self._max_fraction}, "
+            f"gradient_only={self._gradient_only}, resolver={self.reader.resolver})"
+        )
+
+    def _term(self, step: Step, loss: Tensor | None, share: float) -> Term:
+        device = self.parameters.device if loss is None else loss.device
+        read = self.reads_parameters
+        return dummy_term(
+            connected_tensors(step.parameters, self._scale, read=read, device=device),
+            None if self._scale is None else self._scale * share,
+            loss=loss,
+            max_fraction=self._max_fraction,
+            read=read,
+            device=device,
+        )
+
+    def _finish(self, step: Step, term: Term, result: Tensor) -> None:
+        self.last = report_of(step, term)
+        for observe in self._observers:
+            observe(step, result)
+
+
+def _check_number(name: str, number: Any) -> float | None:
+    if number is None:
+        return None
+    if isinstance(number, Real) and not isinstance(number, bool):
+        try:
+            value = float(number)
+        except OverflowError:  # an integer beyond all floats
+            value = math.inf
+        if 0 <= value < math.inf:
+            return value
+    raise ValueError(f"`{name}` must be a finite number >= 0 or None, got {describe(number)}.")

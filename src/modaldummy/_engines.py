@@ -1,0 +1,329 @@
+"""Facts about the libraries around a model: torch, DDP, FSDP2, DTensor, DeepSpeed, PEFT, Lightning.
+
+This is the only file that reads private attributes of other libraries or knows the names that they
+use internally. When a new release of one of them breaks something, the repair belongs here.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from modaldummy._errors import UnsupportedEngineError
+
+# --- Modules and tensors of torch ---------------------------------------------------------------
+
+# Calls that torch has no public name for.
+foreach_norm = torch._foreach_norm
+# A context manager: subclasses of Tensor are handled like plain tensors.
+without_tensor_subclasses = torch._C.DisableTorchFunctionSubclass
+
+
+def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """Children of a module by name. `named_children` is slower, and this runs at each step."""
+    return module._modules
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Parameters that a module holds itself, by name; see `child_modules`."""
+    return module._parameters
+
+
+def forward_hooks(module: nn.Module) -> Iterable[Any]:
+    """The forward hooks that are registered on a module."""
+    return module._forward_hooks.values()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; writing to `tensor.data` does not count."""
+    return tensor._version
+
+
+def num_stored_values(sparse: Tensor) -> int:
+    """Number of explicit entries of a sparse tensor, without coalescing it."""
+    return int(sparse._nnz())
+
+
+def is_transformed() -> bool:
+    """Whether `torch.compile` or `torch.func` runs the code, so that tensors have no values yet."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient stands for many, as under `torch.autograd.grad(is_grads_batched=True)`.
+
+    That call vectorizes without a functorch level, so only the dispatch keys show it.
+    """
+    return is_transformed() or "Batched" in str(torch._C._dispatch_keys(gradient))
+
+
+def function_of(node: Any) -> type | None:
+    """The `torch.autograd.Function` subclass behind a node of an autograd graph, or None."""
+    function: type | None = getattr(node, "_forward_cls", None)
+    return function
+
+
+def is_reentrant_checkpoint(node: Any) -> bool:
+    """Whether a node of an autograd graph hides a part that backward computes again."""
+    return "CheckpointFunction" in type(node).__name__
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile(module)` made the module, or `module.compile()` was called."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def recompile_limit(module: nn.Module) -> int:
+    """How many graphs Dynamo makes for a compiled module before it gives up."""
+    from torch._dynamo import config
+
+    context = getattr(module, "dynamo_ctx", None)
+    own = getattr(getattr(context, "callback", None), "_recompile_limit", None)
+    return int(own or config.recompile_limit)
+
+
+# --- Names that libraries put into the path of a parameter ---------------------------------------
+
+# Child names under which DDP, torch.compile, FSDP1, activation checkpointing and Fabric keep the
+# module that they wrap.
+WRAPPER_NAMES = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+)
+# Fabric registers the wrapped module a second time under this name.
+_FABRIC_ALIAS = "_original_module"
+# PEFT puts these two around a whole model, always together.
+PEFT_MODEL_NAMES = ("base_model", "model")
+# PEFT keeps the module that an adapter replaced under one of these names.
+_PEFT_REPLACED = ("base_layer", "original_module")
+# weight_norm, spectral_norm and pruning of `torch.nn.utils` rename a parameter with these endings.
+RENAMED_ENDINGS = ("_orig", "_g", "_v")
+
+
+def num_wrapper_segments(path: list[str]) -> int:
+    """How many segments at the start of a path belong to a wrapper: 0, 1 or 2."""
+    if tuple(path[:2]) == PEFT_MODEL_NAMES:
+        return 2
+    return 1 if path[0] in (*WRAPPER_NAMES, _FABRIC_ALIAS) else 0
+
+
+def wrapped_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules below `module` that take its place, such as `ddp.module`."""
+    children = module._modules
+    for name in WRAPPER_NAMES + _PEFT_REPLACED:
+        if (child := children.get(name)) is not None:
+            yield name, child
+    outer = children.get(PEFT_MODEL_NAMES[0])
+    if outer is not None and (inner := outer._modules.get(PEFT_MODEL_NAMES[1])) is not None:
+        yield ".".join(PEFT_MODEL_NAMES), inner
+    if (saved := children.get("modules_to_save")) is not None:
+        for name, child in saved.named_children():
+            yield f"modules_to_save.{name}", child
+
+
+def lora_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the LoRA adapters that PEFT puts beside a `base_layer`."""
+    for name, child in module._modules.items():
+        if name.startswith("lora_") and child is not None:
+            yield name, child
+
+
+# --- DTensor and FSDP2 --------------------------------------------------------------------------
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    # By attribute: importing the DTensor class is slow, and a model without one does not need it.
+    return hasattr(parameter, "to_local")
+
+
+def local_shard(tensor: Any) -> Tensor:
+    """The part of a DTensor that this rank stores; any other tensor unchanged."""
+    shard: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return shard
+
+
+def is_fsdp2_unit(module: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` was called on the module."""
+    # Code that shards has imported the class; importing it here would be slow.
+    unit_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return isinstance(module, unit_class)
+
+
+def fsdp2_reduces_unused(unit: nn.Module) -> bool:
+    """Whether an FSDP2 unit reduces zeros for parameters without a gradient (torch 2.13)."""
+    groups = _fsdp2_groups(_fsdp2_state(unit))
+    return bool(groups) and all(
+        getattr(group, "reduce_scatter_unused_params", False) for group in groups
+    )
+
+
+def fsdp2_reshards(unit: nn.Module, *, outermost: bool) -> bool:
+    """Whether an FSDP2 unit shards its parameters again after forward.
+
+    No public attribute says so. Where the private ones are missing, FSDP2's default is assumed.
+    """
+    state = _fsdp2_state(unit)
+    if outermost and getattr(state, "_auto_reshard_after_forward", True):
+        return False
+    groups = _fsdp2_groups(state)
+    if not groups:
+        return not outermost
+    return any(getattr(group, "post_forward_mesh_info", None) is not None for group in groups)
+
+
+def _fsdp2_state(unit: Any) -> Any:
+    return unit._get_fsdp_state() if hasattr(unit, "_get_fsdp_state") else None
+
+
+def _fsdp2_groups(state: Any) -> list[Any]:
+    # torch 2.8 has a single group under the second name.
+    groups = getattr(state, "_fsdp_param_groups", None) or [
+        getattr(state, "_fsdp_param_group", None)
+    ]
+    return [group for group in groups if group is not None]
+
+
+# --- DeepSpeed ----------------------------------------------------------------------------------
+
+
+def is_deepspeed_engine(module_class: type[nn.Module]) -> bool:
+    """Whether a class is that of a DeepSpeed engine."""
+    return hasattr(module_class, "zero_optimization_stage")
+
+
+def zero_stage(engine: Any) -> int:
+    """The ZeRO stage of a DeepSpeed engine, 0 for none."""
+    return int(engine.zero_optimization_stage())
+
+
+def zero_overlaps_communication(engine: Any) -> bool:
+    """Whether `overlap_comm` is on, with which ZeRO-1 reduces gradients as ZeRO-2 does."""
+    return hasattr(engine, "zero_overlap_comm") and bool(engine.zero_overlap_comm())
+
+
+def zero_reduces_once(engine: Any) -> bool:
+    """Whether the code runs inside of `with engine.coalesce_grad_reduction():`.
+
+    All gradients are then reduced at its end, in the order of the parameters.
+    """
+    optimizer = getattr(engine, "optimizer", None)
+    return bool(getattr(optimizer, "_coalesce_grad_reduction", False))
+
+
+def is_zero3_parameter(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards the parameter."""
+    return "ds_id" in vars(parameter)
+
+
+def is_zero_parameter(parameter: Tensor) -> bool:
+    """Whether any stage of ZeRO steps a copy of the parameter and keeps its gradient to itself."""
+    # Stage 3 sets the first attribute on parameters, stages 1 and 2 set the second.
+    return not vars(parameter).keys().isdisjoint(("ds_id", "_hp_mapping"))
+
+
+def is_emptied_by_zero3(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has released the full parameter, so that it has no elements now."""
+    return not parameter.numel() and bool(getattr(parameter, "ds_numel", False))
+
+
+# --- GradScaler and optimizers ------------------------------------------------------------------
+
+
+def has_unscaled(scaler: Any) -> bool:
+    """Whether a `torch.amp.GradScaler` has unscaled the gradients of an optimizer already."""
+    states = getattr(scaler, "_per_optimizer_states", {}).values()
+    return any(getattr(state.get("stage"), "name", "READY") != "READY" for state in states)
+
+
+def unscales_in_step(optimizer: Optimizer) -> bool:
+    """Whether an optimizer divides gradients by the loss scale itself, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+# --- Lightning ----------------------------------------------------------------------------------
+
+
+def lightning_logs_this_step(trainer: Any) -> bool:
+    """Whether Lightning's Trainer hands metrics to its loggers at this step."""
+    return bool(trainer.loggers and trainer._logger_connector.should_update_logs)
+
+
+def lightning_logged_step(trainer: Any) -> int:
+    """The step number under which Lightning logs what `self.log` got in this batch."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+# --- DistributedDataParallel --------------------------------------------------------------------
+
+DDP_MARKS_TWICE = (
+    "DDP with find_unused_parameters=True marks the parameters of inactive modalities as ready "
+    "after forward. The dummy term is added outside of DDP's forward and marks them again, so that "
+    "DDP stops with 'Expected to mark a variable ready only once'."
+)
+DDP_MARKS_TWICE_REMEDY = (
+    "Pass find_unused_parameters=False, which the dummy term makes unnecessary; or "
+    "static_graph=True, with a scale that is not None; or compute the loss inside of the module "
+    "that DDP wraps, with the wrapper as an attribute of it; or make the wrapper with the module "
+    "inside, `ddp.module`, and call `attach_to_outputs(wrapper, ddp)`."
+)
+DDP_NEVER_REDUCES = (
+    "With scale=None, DDP with static_graph=True never reduces the gradients of a modality that "
+    "was inactive on every rank at the first step, so that ranks silently train different weights."
+)
+DDP_NEVER_REDUCES_REMEDY = "Use scale=0.0."
+
+
+def ddps_around(
+    modules: Iterable[nn.Module], parameter_ids: Iterable[int]
+) -> Iterator[DistributedDataParallel]:
+    """Those of `modules` that are DDP around a parameter whose `id` is in `parameter_ids`."""
+    wanted = set(parameter_ids)
+    for module in modules:
+        if isinstance(module, DistributedDataParallel) and not wanted.isdisjoint(
+            map(id, module.parameters())
+        ):
+            yield module
+
+
+def ddp_marks_twice(ddp: DistributedDataParallel) -> bool:
+    """Whether DDP stops at a dummy term that is added outside of its forward."""
+    return bool(ddp.find_unused_parameters and not ddp.static_graph)
+
+
+def ddp_never_reduces(ddp: DistributedDataParallel, scale: float | None) -> bool:
+    """Whether DDP leaves gradients of inactive modalities unreduced, silently."""
+    return bool(ddp.static_graph and scale is None)
+
+
+def check_ddp_reduces(ddp: DistributedDataParallel, scale: float | None) -> None:
+    """Refuse DDP that silently leaves gradients unreduced.
+
+    Raises:
+        UnsupportedEngineError: DDP has a static graph and the scale is None.
+    """
+    if ddp_never_reduces(ddp, scale):
+        raise UnsupportedEngineError(f"{DDP_NEVER_REDUCES} {DDP_NEVER_REDUCES_REMEDY}")
+
+
+def check_ddps(ddps: Iterable[DistributedDataParallel], scale: float | None) -> None:
+    """Refuse DDP that stops at a dummy term outside of its forward, or silently goes wrong.
+
+    Raises:
+        UnsupportedEngineError: DDP looks for unused parameters, or it has a static graph and the
+            scale is None.
+    """
+    for ddp in ddps:
+        if ddp_marks_twice(ddp):
+            raise UnsupportedEngineError(f"{DDP_MARKS_TWICE} {DDP_MARKS_TWICE_REMEDY}")
+        check_ddp_reduces(ddp, scale)
