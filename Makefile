@@ -12,7 +12,7 @@ AUDIT := .venv-audit
 LOWEST_PINS := requirements/lowest.txt
 
 .PHONY: demo test docs typing test-wheel test-integrations test-lowest test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
-	bench-ddp gpu lint types clean
+	bench-ddp gpu figures lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -57,6 +57,10 @@ fuzz: $(VENV)/.dev
 # Known vulnerabilities of the pinned packages, from the index's advisories; what it cannot look up is a failure.
 audit: $(AUDIT)/.installed
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(CONSTRAINTS)
+
+# Code lines by package, tests per source line, private reads, words of the documentation.
+figures: $(VENV)/.dev
+	$(BIN)/python -m tools.figures
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak

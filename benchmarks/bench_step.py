@@ -34,7 +34,7 @@ from measure import (
     write_csv,
 )
 from modaldummy import DummyLossWrapper, hold_inactive
-from modaldummy._core.reduce import norms
+from modaldummy._monitor.tensor_norms import tensor_norms
 
 Add = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
@@ -165,7 +165,7 @@ def training(
         total.backward()
         if log:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norms(gradients, device=device).tolist()
+            tensor_norms(gradients, device=device).tolist()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modaldummy import DummyLossWrapper, StepReport
 from modaldummy._core.paths import strip_wrappers
-from modaldummy.testing._compare import difference
+from modaldummy.testing.compare import describe_difference
 
 
 def assert_connected(parameters: Mapping[str, Tensor]) -> None:
@@ -31,8 +31,8 @@ def assert_bounded(report: StepReport, max_fraction: float = 1e-4) -> None:
 
 def assert_same_bits(actual: Tensor | None, expected: Tensor | None, name: str) -> None:
     """Both are None, or equal in layout, dtype, shape and every bit, NaN included."""
-    found = difference(expected, actual)
-    assert not found, f"{name}: {found}"
+    difference = describe_difference(expected, actual)
+    assert not difference, f"{name}: {difference}"
 
 
 def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Other ranks, for a process that has none: what they say to the first one is made up."""
+"""Other ranks for a single process: what they send to the first rank is made up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ UNREADABLE: Any = object()
 Gather = Callable[[list[Tensor], Tensor], None]
 
 
-def said(wrapper: DummyLossWrapper, batch: Any) -> Tensor:
-    """The bytes of a rank: whether it could read its batch, and which keys are active."""
+def row_of(wrapper: DummyLossWrapper, batch: Any) -> Tensor:
+    """The bytes that a rank sends: whether it could read its batch, and which keys are active."""
     active = [] if batch is UNREADABLE else wrapper.parameters.active_keys(batch)
-    marks = [key in active for key in wrapper.parameters.paths]
-    return torch.tensor([batch is not UNREADABLE, *marks], dtype=torch.uint8)
+    flags = [key in active for key in wrapper.parameters.paths]
+    return torch.tensor([batch is not UNREADABLE, *flags], dtype=torch.uint8)
 
 
 def check(
@@ -32,15 +32,15 @@ def check(
 ) -> None:
     """`check_ranks` on the first of several ranks, each of which has one of the `batches`.
 
-    `watch` sees what was gathered, and what this rank said.
+    `watch` gets what was gathered, and what this rank sent.
     """
 
-    def all_gather(everyone: list[Tensor], own: Tensor, group: Any) -> None:
-        everyone[0].copy_(own)
-        for place, batch in zip(everyone[1:], batches[1:], strict=True):
-            place.copy_(said(wrapper, batch))
+    def all_gather(received: list[Tensor], sent: Tensor, group: Any) -> None:
+        received[0].copy_(sent)
+        for row, batch in zip(received[1:], batches[1:], strict=True):
+            row.copy_(row_of(wrapper, batch))
         if watch is not None:
-            watch(everyone, own)
+            watch(received, sent)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)
@@ -52,7 +52,7 @@ def check(
 
 
 def refusal(wrapper: DummyLossWrapper, *batches: Any, model: nn.Module | None = None) -> str:
-    """What the first rank says when it refuses the batches."""
+    """The error of the first rank when it refuses the batches."""
     with pytest.raises(RankDisagreementError) as caught:
         check(wrapper, *batches, model=model)
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""What preflight finds, in a form for asserts."""
+"""The findings of `preflight`, in a form for asserts."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from modaldummy import DummyLossWrapper, preflight
 
 
 def codes(*arguments: Any, **options: Any) -> set[str]:
-    """What preflight finds."""
+    """Codes of all findings."""
     return {finding.code for finding in preflight(*arguments, **options)}
 
 
 def evidence(wrapper: DummyLossWrapper, code: str, **arguments: Any) -> Any:
-    """That of the one finding there is, which must have the code."""
+    """Evidence of the only finding, which must have this code."""
     (finding,) = preflight(wrapper, **arguments)
     assert finding.code == code
     return finding.evidence

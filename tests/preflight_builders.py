@@ -73,7 +73,7 @@ def ddp_with_loss_inside(**options: Any) -> Arguments:
 
 
 def ddp_with_wrapped_loss() -> Arguments:
-    """The wrapper itself is nowhere in the model, the function that it made is."""
+    """The model has the wrapped loss function as an attribute, but not the wrapper."""
     model = Model()
     wrapper = mapped(model)
     model.criterion = wrapper(nn.MSELoss())  # type: ignore[assignment]
@@ -96,7 +96,7 @@ def real_loss() -> Arguments:
 
 
 def misspelt(name: str, fusion: tuple[str, ...]) -> Arguments:
-    """With a map of other names than those of the batch, which is keyed by modality."""
+    """The map has other names than the batch, which is keyed by modality."""
     model = with_head(used=True)
     paths = {"T1": "towers.T1", "rsfMRI": "towers.rsfMRI", name: "towers.dMRI"}
     wrapper = DummyLossWrapper(model, {**paths, fusion: "trunk.0"})
@@ -105,7 +105,7 @@ def misspelt(name: str, fusion: tuple[str, ...]) -> Arguments:
 
 
 def tied_to_what_runs() -> Arguments:
-    """A tower is inactive, but not the layer of the trunk of which it has the weight."""
+    """An inactive tower shares its weight with a layer of the trunk that runs."""
     model = with_head(used=True)
     model.towers["T1"] = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
     model.towers["T1"][1].weight = model.trunk[0].weight
@@ -133,7 +133,7 @@ def attached() -> Arguments:
 
 
 def sum_of_totals() -> Arguments:
-    """Of two batches, the second of which lacks what the first one has."""
+    """The loss is the sum of the totals of two batches with different modalities."""
     model = Model()
     wrapper = model.wrapper()
     return {"wrapper": wrapper, "loss": model.total(wrapper, "T1") + model.total(wrapper, "dMRI")}
@@ -212,7 +212,7 @@ def on_meta(*names: str, **options: Any) -> Arguments:
 
 
 def without_modalities(arguments: Arguments) -> Arguments:
-    """With the loss of a batch that only the trunk learns from."""
+    """Add the loss of a batch that trains only the trunk."""
     wrapper = arguments["wrapper"]
     trunk = wrapper.parameters.model.trunk
     return arguments | {"loss": wrapper.total(trunk(torch.ones(1, 4)).sum(), [])}
@@ -228,7 +228,7 @@ def of_another_model() -> Arguments:
 
 
 def with_gains(number: int, **arguments: Any) -> Arguments:
-    """Towers with the gains of norms, which are 1 and do not cancel."""
+    """Towers with norm layers, whose gains are 1 and do not cancel."""
     model = Model()
     for name in NAMES:
         model.towers[name] = nn.Sequential(nn.LayerNorm(number), nn.Linear(number, 4))
@@ -275,9 +275,10 @@ def one_optimizer(scale: float | None) -> Arguments:
 
 
 def removed_hold() -> Arguments:
-    arguments = held(Model())
-    arguments["optimizer"]._modaldummy_holder.handles[0].remove()
-    return arguments
+    model = Model()
+    wrapper, optimizer = mapped(model), AdamW(model.parameters(), lr=0.1)
+    hold_inactive(wrapper, optimizer).remove()
+    return {"wrapper": wrapper, "optimizer": optimizer}
 
 
 def hold_of_another_wrapper() -> Arguments:

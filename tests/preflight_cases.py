@@ -1,4 +1,4 @@
-"""Trainings that `preflight` has something to say about, and trainings that are in order."""
+"""Training setups with something wrong, which `preflight` must find, and setups in order."""
 
 from collections.abc import Callable
 
@@ -71,7 +71,7 @@ from tests.preflight_models import (
     with_towers,
 )
 
-# The codes that `preflight` finds, no more and no less, and what makes its arguments.
+# The exact codes that `preflight` finds, and the function that makes its arguments.
 SICK: dict[str, tuple[set[str], Callable[[], Arguments]]] = {
     "DDP that looks for unused parameters": ({"MD101"}, lambda: ddp(find_unused_parameters=True)),
     "the same below torch.compile": ({"MD101"}, lambda: ddp_below(find_unused_parameters=True)),
@@ -174,7 +174,7 @@ SICK: dict[str, tuple[set[str], Callable[[], Arguments]]] = {
 }
 
 
-# Those on which it must find nothing at all.
+# Setups in which it must find nothing.
 HEALTHY: dict[str, Callable[[], Arguments]] = {
     "plain SGD": lambda: with_optimizer(SGD),
     "AdamW, held": lambda: held(Model()),

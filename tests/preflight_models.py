@@ -1,4 +1,4 @@
-"""Models in every state that `preflight` should know, and what stands around them."""
+"""Models for the tests of `preflight`, and stand-ins for engines and optimizers around them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,7 +32,7 @@ class Model(Towers):
 
 
 class Inside(nn.Module):
-    """The loss, dummy included, is what the model returns."""
+    """A model that returns the total."""
 
     def __init__(self, scale: float | None = 1e-7) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Inside(nn.Module):
 
 
 class Engine(nn.Module):
-    """What of a DeepSpeed engine tells how it reduces gradients."""
+    """Stands in for a DeepSpeed engine: it has the methods that tell how gradients are reduced."""
 
     def __init__(self, module: nn.Module, stage: int, overlap: bool = False) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ class Engine(nn.Module):
 
 
 def partition(model: nn.Module, attribute: str) -> None:
-    """As DeepSpeed leaves parameters: `ds_id` is of ZeRO-3, `_hp_mapping` of ZeRO-1 and 2."""
+    """Mark parameters as DeepSpeed does: `ds_id` is of ZeRO-3, `_hp_mapping` of ZeRO-1 and 2."""
     for parameter in model.parameters():
         setattr(parameter, attribute, None)
 
 
 class Ranks:
-    """A process group of which nothing but the size is asked."""
+    """Stands in for a process group that is only asked for its size."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -76,7 +76,7 @@ class Ranks:
 
 
 class Around(Optimizer):
-    """An optimizer around another one, as that of Accelerate."""
+    """An optimizer that wraps another one, like that of Accelerate."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer.param_groups, {})
@@ -127,7 +127,7 @@ def tied(first: str, second: str, whole: bool = False) -> Model:
 
 
 class Checkpointed(Model):
-    """Computes the trunk again during backward, so that its part of the graph is not there yet."""
+    """Builds the graph of the trunk only during backward."""
 
     def forward(self, active: Iterable[str]) -> Tensor:
         hidden = torch.stack([self.towers[name](torch.ones(2, 3)) for name in active]).mean(0)

@@ -1,4 +1,4 @@
-"""The term on the outputs of the model: the same numbers, by way of what forward returned."""
+"""The output is connected to all parameters; totals, gradients and reports stay the same."""
 
 import copy
 import io
@@ -54,7 +54,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "model output": (lambda t: ModelOutput(output=t), lambda o: o.output),
     "nested": (lambda t: {"a": [1, (t,)]}, lambda o: o["a"][1][0]),
     "several": (lambda t: (t.sum(), t, t * 2), lambda o: o[0] + o[1] + o[2]),
-    "tied second": (lambda t: (t.sum(), t), lambda o: o[1]),
+    "connected second": (lambda t: (t.sum(), t), lambda o: o[1]),
 }
 
 
@@ -102,10 +102,10 @@ def test_total_gradients_and_report_are_as_without(form: str, scale: float | Non
             total.backward()
         assert wrapper.last is not None
         results.append((model, total.detach(), wrapper.last.as_dict()))
-    (plain, total, report), (tied, tied_total, tied_report) = results
-    assert_same_bits(tied_total, total, form)
-    assert tied_report == report
-    assert_same_gradients(tied, plain)
+    (plain, total, report), (connected, connected_total, connected_report) = results
+    assert_same_bits(connected_total, total, form)
+    assert connected_report == report
+    assert_same_gradients(connected, plain)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,9 +113,9 @@ def test_nothing_else_about_the_output_changes(form: str) -> None:
     model = Model(form)
     plain = model("T1")
     attach_to_outputs(model.mapped(), model)
-    tied = model("T1")
-    assert type(tied) is type(plain)
-    assert_same_bits(FORMS[form][1](tied).detach(), FORMS[form][1](plain).detach(), form)
+    connected = model("T1")
+    assert type(connected) is type(plain)
+    assert_same_bits(FORMS[form][1](connected).detach(), FORMS[form][1](plain).detach(), form)
 
 
 def test_what_the_model_returned_stays_as_it_is() -> None:
@@ -178,7 +178,7 @@ def test_losses_and_forwards_may_be_several() -> None:
     assert_same_gradients(*results)
 
 
-def test_copies_do_not_share_what_is_tied() -> None:
+def test_a_copy_connects_its_own_parameters() -> None:
     model = Model()
     wrapper = model.mapped()
     attach_to_outputs(wrapper, model)
@@ -199,7 +199,7 @@ def test_a_model_can_be_saved_whole() -> None:
     assert len(torch.load(file, weights_only=False)._forward_hooks) == 1
 
 
-def test_it_holds() -> None:
+def test_hold_inactive_works_as_without() -> None:
     model = Model()
     wrapper = model.mapped()
     attach_to_outputs(wrapper, model)
@@ -228,7 +228,7 @@ def test_ddp_that_looks_for_unused_parameters_does_not_stop() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_what_another_wrapper_has_tied_does_not_count() -> None:
+def test_a_connection_of_another_wrapper_does_not_count() -> None:
     model = Model()
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     attach_to_outputs(model.mapped(), ddp)
@@ -275,7 +275,9 @@ def test_several_ddps_are_refused() -> None:
     wrapper = model.mapped()
     for name in ("T1", "dMRI"):
         model.towers[name] = DistributedDataParallel(model.towers[name])
-    with pytest.raises(ValueError, match=r"has 2 DDP modules .* put one around the whole model"):
+    with pytest.raises(
+        ValueError, match=r"contains 2 DDP modules .* Put one DDP around the whole model"
+    ):
         attach_to_outputs(wrapper, model)
 
 
@@ -293,7 +295,9 @@ def test_an_output_without_a_graph_is_refused(returned: Any) -> None:
     model = Model()
     model.form = lambda tensor: returned
     handle = attach_to_outputs(model.mapped(), model)
-    with pytest.raises(UnsupportedEngineError, match=r"Nothing in what Model returned.*`remove"):
+    with pytest.raises(
+        UnsupportedEngineError, match=r"output of Model contains no tensor with a graph.*`remove"
+    ):
         model("T1")
     handle.remove()
     assert model("T1") is returned
@@ -305,7 +309,9 @@ def test_reentrant_checkpoints_are_refused() -> None:
     wrapper = model.mapped()
     attach_to_outputs(wrapper, model)
     model.form = lambda t: (t.sum(), checkpoint(torch.tanh, t, use_reentrant=True))
-    with pytest.raises(UnsupportedEngineError, match="use_reentrant=False"):
+    with pytest.raises(
+        UnsupportedEngineError, match=r"Model uses reentrant checkpoints.*use_reentrant=False"
+    ):
         model("T1")
     model.form = lambda t: (t.sum(), checkpoint(torch.tanh, t, use_reentrant=False))
     model("T1")

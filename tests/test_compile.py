@@ -94,7 +94,7 @@ def test_compiled_gradients_do_not_underflow(dtype: torch.dtype, backend: str) -
     @torch.compile(backend=backend, fullgraph=True)
     def loss(weight: Tensor) -> Tensor:
         real = weight.square().sum()
-        return (real + dummy_term([parameter], 1e-7, real=real, max_fraction=1e-4).connected) / 4096
+        return (real + dummy_term([parameter], 1e-7, loss=real, max_fraction=1e-4).connected) / 4096
 
     loss(torch.ones(2)).backward()
     expected = nonzero_product(torch.tensor(1 / 4096), 1e-7, dtype).expand(3)

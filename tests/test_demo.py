@@ -91,7 +91,7 @@ def test_a_modality_that_is_never_active_still_gets_gradients(scans: dict[str, T
     assert by_name["T1"].ratio is by_name["dMRI"].ratio is None
 
 
-def test_batches_hold_one_modality_or_two(scans: dict[str, Tensor]) -> None:
+def test_batches_contain_one_modality_or_two(scans: dict[str, Tensor]) -> None:
     records = train(scans, 100, use_dummy=True).records
     counts = [sum(record[f"active/{name}"] or 0 for name in MODALITIES) for record in records]
     assert set(counts) == {1, 2}

@@ -1,4 +1,4 @@
-"""The expected drift is what the optimizer then does, and asking for it changes nothing."""
+"""The expected drift is what the optimizer then does, and measuring it changes nothing."""
 
 import copy
 from unittest.mock import patch
@@ -45,7 +45,7 @@ def test_of_a_tower_of_several_kinds_the_largest_counts(
     small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weight decay moves the gain of a norm, which is 1; Adafactor goes by the shape."""
-    monkeypatch.setattr("modaldummy._preflight.drift._SMALL", small)
+    monkeypatch.setattr("modaldummy._preflight.drift._MAX_SAMPLE_ELEMENTS", small)
     gain = nn.LayerNorm(3, bias=False)
     tower = nn.Sequential(nn.Linear(8, 4), gain, nn.Linear(4, 16), nn.Linear(16, 4))
     model = nn.ModuleDict({"T1": nn.Linear(2, 2), "dMRI": tower})
@@ -75,11 +75,13 @@ def test_a_large_matrix_is_carried_out_beside_a_small_vector() -> None:
 
 
 def test_an_optimizer_around_another_is_refused() -> None:
-    """A copy of it would step the real one."""
+    """A copy of it would step the optimizer that it wraps."""
     model = Towers()
     optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.optim = AdamW(model.parameters())  # type: ignore[attr-defined]
-    with pytest.raises(UnsupportedEngineError, match=r"SGD.*ask of its `optim`"):
+    with pytest.raises(
+        UnsupportedEngineError, match=r"SGD.*steps another optimizer\. Pass its `optim`"
+    ):
         expected_drift(model.wrapper(), optimizer)
     del optimizer.optim, optimizer.param_groups[0]["lr"]  # type: ignore[attr-defined]
     with pytest.raises(UnsupportedEngineError, match="has no `lr`"):
@@ -96,7 +98,7 @@ def test_the_figures_that_everybody_should_know() -> None:
     assert expected_drift(wrapper, sgd)["T1"].rates == pytest.approx(1e-7)
 
 
-def test_asking_changes_nothing() -> None:
+def test_measuring_changes_nothing() -> None:
     model = Towers()
     optimizer = AdamW(model.parameters(), lr=0.1)
     schedule = LambdaLR(optimizer, lambda epoch: min(epoch / 10, 1.0))
@@ -174,7 +176,7 @@ def test_what_gets_no_dummy_gradient_of_its_size_is_left_out() -> None:
 def test_the_gradient_is_that_of_the_dummy_in_its_dtype(
     dtype: torch.dtype, gradient: float
 ) -> None:
-    """Below the smallest float16 the dummy does not go."""
+    """In float16 it is never below the smallest positive number."""
     model = nn.ModuleDict({"T1": nn.Linear(2, 2, dtype=dtype)})
     for parameter in model.parameters():
         nn.init.zeros_(parameter)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from modaldummy import DummyLossWrapper
-from modaldummy._core.reduce import fused_kernels, norms, sum_all
+from modaldummy._core.reduce import fused_kernels, sum_all
 
 pytestmark = pytest.mark.gpu
 
@@ -173,9 +173,8 @@ def test_each_stream_has_tables_of_its_own(reductions: str) -> None:
     for stream in streams:
         with torch.cuda.stream(stream):
             found.append(sum_all(tensors, dtype=torch.float32, device=device))
-            found.append(norms(tensors, device=device).square().sum())
     torch.cuda.synchronize()
-    assert [total.item() for total in found] == pytest.approx([200_000.0] * 8)
+    assert [total.item() for total in found] == pytest.approx([200_000.0] * 4)
     if reductions == "triton":
         from modaldummy._core import triton_kernels
 

@@ -1,12 +1,12 @@
-"""Hold: what no batch has taught stays exactly as it is, and all else goes on as without a hold."""
+"""Hold: what no batch has trained stays exactly as it is; all else goes on as without a hold."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
-from modaldummy import hold_inactive
-from modaldummy._hold.lookout import may_be_dummy
+from modaldummy import attach_to_outputs, hold_inactive
+from modaldummy._hold.dummy_gradients import may_be_dummy_gradient
 from optimizers import OPTIMIZERS, Make
 from tests.holding import (
     NAMES,
@@ -60,6 +60,26 @@ def test_removing_the_handle_lets_the_optimizer_go() -> None:
     train(model, optimizer, wrapper, [["T1"]] * 10)
     moved = (before[0][0] - model.towers["dMRI"].weight).abs()
     assert moved.min() > 8 * 0.01
+
+
+def test_the_repr_of_a_handle_says_what_it_acts_on() -> None:
+    model = Towers()
+    wrapper = model.wrapper()
+    hold = hold_inactive(wrapper, AdamW(model.parameters()))
+    attached = attach_to_outputs(wrapper, model)
+    assert repr(hold) == "<HoldHandle of AdamW, in effect>"
+    assert repr(attached) == "<AttachHandle of Towers, in effect>"
+    hold.remove()
+    attached.remove()
+    assert repr(hold) == "<HoldHandle of AdamW, removed>"
+    assert repr(attached) == "<AttachHandle of Towers, removed>"
+
+
+def test_a_handle_shows_only_what_users_need() -> None:
+    model = Towers()
+    handle = hold_inactive(model.wrapper(), AdamW(model.parameters()))
+    public = {name for name in dir(handle) if not name.startswith("_")}
+    assert public == {"held", "remove", "removed"}
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -162,11 +182,11 @@ def test_training_with_overflows_is_that_without_a_dummy(fused: bool) -> None:
     ],
 )
 def test_dummies_alone_are_uniform(gradient: torch.Tensor, uniform: bool) -> None:
-    assert may_be_dummy(gradient) == uniform
+    assert may_be_dummy_gradient(gradient) == uniform
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_sparse_dummy_is_empty(rows: int) -> None:
     indices = torch.zeros(1, rows, dtype=torch.long)
     gradient = torch.sparse_coo_tensor(indices, torch.ones(rows, 2), (3, 2), check_invariants=True)
-    assert may_be_dummy(gradient) == (rows == 0)
+    assert may_be_dummy_gradient(gradient) == (rows == 0)

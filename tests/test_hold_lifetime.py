@@ -1,14 +1,17 @@
-"""What lives as long as what: copies, optimizers that are gone, losses that are not."""
+"""How long holds live, and what copies of their parts do."""
 
 import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch.optim import AdamW
 
-from modaldummy import hold_inactive
+from modaldummy import HoldHandle, hold_inactive
 from tests.holding import NAMES, Towers, Training, assert_same_training, train
 
 
@@ -44,6 +47,27 @@ def test_copies_are_not_held() -> None:
     assert not torch.equal(before, model.towers["dMRI"].weight)
     handle.remove()
     assert training.step() == {"rsfMRI", "dMRI"}
+    training.total("dMRI").backward()
+    assert training.step() == {"T1", "rsfMRI"}
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, lambda handle: pickle.loads(pickle.dumps(handle))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copied_handle_has_no_effect(duplicate: Callable[[HoldHandle], HoldHandle]) -> None:
+    """As where an averaged copy of a module is made that keeps the handle as an attribute."""
+    training = Training()
+    training.total("T1").backward()
+    training.step()
+    handle = duplicate(training.handle)
+    assert handle.removed
+    assert handle.held == training.handle.held
+    handle.remove()
+    assert not training.handle.removed
+    training.total("dMRI").backward()
+    assert training.step() == {"T1", "rsfMRI"}
 
 
 def test_an_optimizer_dies_with_its_last_user() -> None:
@@ -59,6 +83,27 @@ def test_an_optimizer_dies_with_its_last_user() -> None:
         gc.collect()
         assert alive() is None
         assert wrapper._observers == []
+
+
+def test_an_optimizer_dies_with_a_model_that_refers_to_it() -> None:
+    """As models of Lightning do, through their trainer."""
+    training = Training()
+    model: Any = training.model
+    model.optimizer = training.optimizer
+    alive = weakref.ref(training.optimizer)
+    del training, model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_handle_does_not_keep_its_optimizer() -> None:
+    training = Training()
+    handle, alive = training.handle, weakref.ref(training.optimizer)
+    del training.optimizer
+    gc.collect()
+    assert alive() is None
+    handle.remove()
+    assert handle.held == ()
 
 
 def test_a_loss_may_be_backwarded_after_its_optimizer_is_gone() -> None:

@@ -11,7 +11,7 @@ from modaldummy import DummyLossWrapper, hold_inactive
 from tests.zoo import brain, tied_across
 
 
-def test_a_fusion_module_is_taught_only_by_batches_that_hold_all_of_it() -> None:
+def test_a_fusion_module_is_trained_only_by_batches_that_contain_all_of_it() -> None:
     """T1 in one micro-batch and dMRI in another never ran it."""
     case = brain()
     wrapper = case.wrapper()

@@ -28,7 +28,7 @@ def runs(draw: st.DrawFn) -> tuple[Callable[[], Case], list[tuple[Window, bool]]
     return make, draw(st.lists(ended, min_size=1, max_size=5))
 
 
-def untaught(case: Case, window: Window) -> set[str]:
+def untrained(case: Case, window: Window) -> set[str]:
     """Names of owned parameters that, under any of their names, no micro-batch was active for."""
     owners: dict[int, set[object]] = {}
     named = list(case.model.named_parameters(remove_duplicate=False))
@@ -54,13 +54,13 @@ def made(make: Callable[[], Case], kind: str) -> tuple[Case, Optimizer]:
     scale=st.sampled_from([1e-7, 0.0, None]),
     set_to_none=st.booleans(),
 )
-def test_training_is_that_of_an_optimizer_that_sees_no_untaught_gradient(
+def test_training_is_that_of_an_optimizer_that_sees_no_untrained_gradient(
     run: tuple[Callable[[], Case], list[tuple[Window, bool]]],
     kind: str,
     scale: float | None,
     set_to_none: bool,
 ) -> None:
-    """Taught parameters get the very same step; the others keep value, state and gradient."""
+    """Trained parameters get the very same step; the others keep value, state and gradient."""
     make, windows = run
     (case, optimizer), (other, other_optimizer) = made(make, kind), made(make, kind)
     wrapper, other_wrapper = case.wrapper(scale), other.wrapper(scale)
@@ -71,7 +71,7 @@ def test_training_is_that_of_an_optimizer_that_sees_no_untaught_gradient(
             wrapper.total(case.real(active), active).backward()
             other_wrapper.total(other.real(active), active).backward()
         if ended:
-            still = untaught(other, window + carried)
+            still = untrained(other, window + carried)
             parameters = dict(case.model.named_parameters(remove_duplicate=False))
             held = {name: parameters[name] for name in still}
             before = snapshot(held.values(), optimizer)

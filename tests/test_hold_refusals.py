@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW
 
 from modaldummy import ModalDummyError, UnsupportedEngineError, hold_inactive
+from modaldummy._hold.holder import holder_of, is_held
 from tests.holding import NAMES, Towers
 
 MODEL = Towers()
@@ -42,7 +43,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "L-BFGS": (
         lambda: hold_inactive(MODEL.wrapper(), LBFGS(MODEL.parameters())),
         UnsupportedEngineError,
-        ["LBFGS", "one direction", "another kind"],
+        ["LBFGS", "one direction", "another optimizer"],
     ),
     "fused SGD with momentum": (
         lambda: hold_inactive(MODEL.wrapper(), SGD(MODEL.parameters(), momentum=0.9, fused=True)),
@@ -99,7 +100,8 @@ def test_a_refused_hold_leaves_nothing_behind() -> None:
     with pytest.raises(ValueError, match="no parameter"):
         hold_inactive(wrapper, optimizer)
     assert wrapper._observers == []
-    assert optimizer._modaldummy_holder.handles == []  # type: ignore[attr-defined]
+    assert holder_of(optimizer).holds == []
+    assert not is_held(wrapper, optimizer)
 
 
 def test_the_error_is_ours_and_a_runtime_error() -> None:

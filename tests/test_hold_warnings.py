@@ -1,4 +1,4 @@
-"""Hold warns where it holds what was taught all the same, as behind a misspelt name."""
+"""Hold warns where it holds what was trained after all, as behind a misspelt name."""
 
 import warnings
 from collections.abc import Callable

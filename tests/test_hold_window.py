@@ -1,4 +1,4 @@
-"""When a modality counts as taught: from backward pass to backward pass, until the step."""
+"""When a modality counts as trained: from backward pass to backward pass, until the step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from tests.holding import NAMES, Towers, Training, towers
 from tests.zoo import holder
 
 
-def test_what_any_micro_batch_held_is_taught() -> None:
+def test_what_any_micro_batch_contains_is_trained() -> None:
     training = Training()
     training.total("T1").backward()
     training.total("rsfMRI").backward()
@@ -41,7 +41,7 @@ def test_a_shared_backward_pass_forgets_nothing_whatever_the_gradients() -> None
     assert handle.held == ()
 
 
-def test_a_loss_that_is_not_backwarded_teaches_nothing() -> None:
+def test_a_loss_that_is_not_backwarded_trains_nothing() -> None:
     """Such as that of an evaluation with gradient mode on."""
     training = Training()
     training.total(*NAMES)
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_backwarded_teaches_nothing() -> None:
     assert training.step() == {"rsfMRI", "dMRI"}
 
 
-def test_a_loss_teaches_when_it_is_backwarded_not_when_it_is_made() -> None:
+def test_a_loss_trains_when_it_is_backwarded_not_when_it_is_made() -> None:
     training = Training()
     early = training.wrapper.dummy("dMRI")
     training.total("T1").backward()
@@ -60,7 +60,7 @@ def test_a_loss_teaches_when_it_is_backwarded_not_when_it_is_made() -> None:
 
 
 def test_without_a_loss_of_the_wrapper_nothing_is_held() -> None:
-    """Another loss may have taught anything; so the gradients of all are followed."""
+    """Another loss may have trained anything, so the optimizer gets all gradients."""
     training = Training()
     before = training.model.towers["dMRI"].weight.detach().clone()
     training.model.loss(NAMES).backward()
@@ -239,7 +239,7 @@ def test_a_handle_made_between_backward_and_step() -> None:
 
 
 def test_a_handle_removed_between_backward_and_step() -> None:
-    """What it saw taught is still taught for the other one, at this step."""
+    """What it saw trained still counts as trained for the other one, at this step."""
     training = Training()
     other = training.model.wrapper()
     with hold_inactive(other, training.optimizer) as handle:
@@ -261,7 +261,7 @@ def test_a_tower_frozen_between_backward_and_step_is_held() -> None:
     assert torch.equal(before, training.model.towers["dMRI"].weight)
 
 
-def test_several_wrappers_hold_what_none_of_them_saw_taught() -> None:
+def test_several_wrappers_hold_what_none_of_them_has_trained() -> None:
     model = Towers()
     optimizer = AdamW(model.parameters(), lr=0.1)
     first, second = model.wrapper(), model.wrapper(names=("T1", "dMRI"))

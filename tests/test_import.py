@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import modaldummy
+
 OPTIONAL = (
     "nibabel",
     "dipy",
@@ -60,6 +62,18 @@ def test_import_pulls_in_nothing_optional_or_slow(torch_alone: set[str]) -> None
     assert unwanted(modules) == set()
 
 
+def test_the_doctor_and_preflight_are_loaded_at_first_use() -> None:
+    def parts(statements: str) -> set[str]:
+        loaded = modules_after(statements)
+        return {part for part in ("_diagnose", "_preflight") if f"modaldummy.{part}" in loaded}
+
+    assert parts("import modaldummy") == set()
+    assert parts("import modaldummy; modaldummy.preflight") == {"_preflight"}
+    assert parts("from modaldummy import diagnose; assert callable(diagnose)") == {"_diagnose"}
+    with pytest.raises(AttributeError, match="'modaldummy' has no attribute 'nothing'"):
+        modaldummy.nothing  # type: ignore[attr-defined]
+
+
 def test_import_adds_only_itself_and_the_standard_library(torch_alone: set[str]) -> None:
     tops = {module.partition(".")[0] for module in added("import modaldummy", torch_alone)}
     assert tops <= {"modaldummy", "torch", "numpy"} | set(sys.stdlib_module_names)
@@ -72,12 +86,8 @@ def test_the_test_can_fail(name: str, torch_alone: set[str]) -> None:
 
 
 def test_all_is_what_there_is() -> None:
-    """Everything in `__all__` exists, is documented, and no other public name is there."""
-    import modaldummy
-
-    public = {name for name in vars(modaldummy) if not name.startswith("_")}
-    submodules = {name for name in public if f"modaldummy.{name}" in sys.modules}
-    assert public - submodules == set(modaldummy.__all__)
+    """Everything in `__all__` exists and is documented, and `dir` offers nothing else."""
+    assert {name for name in dir(modaldummy) if not name.startswith("_")} == set(modaldummy.__all__)
     assert list(modaldummy.__all__) == sorted(modaldummy.__all__)
     assert all(getattr(modaldummy, name).__doc__ for name in modaldummy.__all__)
 

@@ -62,12 +62,12 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "module without parameters": (
         lambda: DummyLossWrapper(nn.Sequential(nn.ReLU()), {"T1": "0"}),
         ParameterMapError,
-        ["module '0' has no parameters", "leave it out"],
+        ["module '0' has no parameters", "Leave it out"],
     ),
     "the same as a module": (
         lambda: DummyLossWrapper(model := nn.Sequential(nn.ReLU()), {"T1": model[0]}),
         ParameterMapError,
-        ["ReLU at '0'", "no parameters", "leave it out"],
+        ["ReLU module at '0'", "no parameters", "Leave it out"],
     ),
     "parameter of another model": (
         lambda: make(nn.Parameter(X)),
@@ -77,7 +77,7 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "module of another model": (
         lambda: make(nn.Linear(1, 1)),
         ParameterMapError,
-        ["Linear that is not part of Brain", "submodules"],
+        ["Linear module that is not part of Brain", "pass as `model`"],
     ),
     "tensor": (lambda: make(X), ParameterMapError, ["must be a path", "a Tensor of shape [2, 3]"]),
     "number": (lambda: make(7), ParameterMapError, ["got 7 (int)"]),
@@ -111,7 +111,7 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "a name that reads like a tuple": (
         lambda: make_map({("T1", "dMRI"): "fusion", "T1-dMRI": "trunk"}),
         ParameterMapError,
-        ["('T1', 'dMRI')", "'T1-dMRI'", "both written", "rename"],
+        ["('T1', 'dMRI')", "'T1-dMRI'", "both written", "Rename"],
     ),
     "two tuples that read the same": (
         lambda: make_map({("T1", "dMRI-post"): "fusion", ("T1-dMRI", "post"): "trunk"}),
@@ -293,7 +293,7 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "contradiction": (
         {"pixels": {"T1": X}, "mask": {"T1": X, "dMRI": X}},
         BatchMetadataError,
-        ["contradictory", "'pixels': ('T1',)", "'mask': ('T1', 'dMRI')"],
+        ["contradictory", "'pixels': ['T1']", "'mask': ['T1', 'dMRI']"],
     ),
     "too deep": (_nested(40), BatchMetadataError, ["more than 16 levels", "pass a list of names"]),
     "endless": (_endless(), BatchMetadataError, ["more than 16 levels", "pass a list of names"]),
@@ -372,7 +372,7 @@ def test_a_container_that_cannot_change_says_so(result: Any) -> None:
 @pytest.mark.parametrize("real", [None, 0.5, np.float32(1), torch.tensor(1j)], ids=repr)
 def test_what_is_no_loss(real: Any) -> None:
     wrapper = brain().wrapper()
-    with pytest.raises(TypeError, match="`real` must be"):
+    with pytest.raises(TypeError, match="`loss` must be"):
         wrapper.total(real, "T1")
 
 

@@ -21,12 +21,13 @@ from fleet import Fleet
 from modaldummy import (
     BatchMetadataError,
     DummyLossWrapper,
+    ParameterMapError,
     UnknownModalityError,
     UnsupportedEngineError,
     gradient_norms,
 )
 from modaldummy._core.parameter_map import ModalityKey
-from modaldummy._monitor.gradients import Stock, _factor, stock_of
+from modaldummy._monitor.gradients import _loss_factor, table_of
 from tests.distributed.engines import needs_averages
 from tests.holding import NAMES, Towers
 from tests.test_host_sync import CountSyncs
@@ -286,9 +287,9 @@ def test_a_factor_may_be_small_and_become_zero() -> None:
 @pytest.mark.parametrize("scaler", [None, 2.0])
 def test_numbers_meet_where_the_first_parameter_is(scaler: float | None) -> None:
     model = nn.ModuleDict({"a": nn.Linear(1, 1, device="meta"), "b": nn.Linear(1, 1)})
-    assert stock_of(DummyLossWrapper(model, {"a": "a", "b": "b"})).device.type == "meta"
-    assert stock_of(DummyLossWrapper(model, {"b": "b", "a": "a"})).device.type == "cpu"
-    assert _factor(scaler, torch.device("meta")).device.type == "meta"
+    assert table_of(DummyLossWrapper(model, {"a": "a", "b": "b"})).device.type == "meta"
+    assert table_of(DummyLossWrapper(model, {"b": "b", "a": "a"})).device.type == "cpu"
+    assert _loss_factor(scaler, torch.device("meta")).device.type == "meta"
 
 
 def test_a_scaler_that_has_unscaled_is_refused() -> None:
@@ -299,7 +300,9 @@ def test_a_scaler_that_has_unscaled_is_refused() -> None:
     optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
     scaler.scale(wrapper.total(case.real({"T1"}), "T1")).backward()
     scaler.unscale_(optimizer)
-    with pytest.raises(ValueError, match=r"unscaled the gradients already; leave it out"):
+    with pytest.raises(
+        ValueError, match=r"unscaled the gradients already\. Leave it out, or call `gradient_norms`"
+    ):
         gradient_norms(wrapper, scaler=scaler)
     assert gradient_norms(wrapper)["grad_norm/dMRI"] == pytest.approx(1e-7 * 24**0.5)
     scaler.step(optimizer)
@@ -353,19 +356,33 @@ def test_what_becomes_of_the_model_is_noticed() -> None:
 
 def test_what_is_known_of_the_parameters_is_kept_as_long_as_it_holds() -> None:
     wrapper = step(brain(), "T1")
-    stock = stock_of(wrapper)
-    assert stock_of(wrapper) is stock
+    table = table_of(wrapper)
+    assert table_of(wrapper) is table
     model: Any = wrapper.parameters.model
     model.fusion.bias = nn.Parameter(torch.ones(4))
-    assert stock_of(wrapper) is not stock
+    assert table_of(wrapper) is not table
 
 
 def test_parameters_that_change_their_owner_are_not_the_same() -> None:
-    """Also where they are the same ones in the same order."""
-    first, second, third = ((name, nn.Parameter(torch.ones(1)), nn.Module()) for name in "abc")
-    stock = Stock({"T1": [first, second], "dMRI": [third]})
-    assert stock.fits({"T1": [first, second], "dMRI": [third]})
-    assert not stock.fits({"T1": [first], "dMRI": [second, third]})
+    """Also where the model has the same ones in the same order."""
+    first, second, third = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    model: Any = nn.Module()
+    model.a, model.b = nn.ParameterList([first, second]), nn.ParameterList([third])
+    wrapper = DummyLossWrapper(model, {"T1": "a", "dMRI": "b"})
+    table = table_of(wrapper)
+    assert [rows.tolist() for rows in table.rows.values()] == [[0, 1], [2]]
+    model.a, model.b = nn.ParameterList([first]), nn.ParameterList([second, third])
+    changed = table_of(wrapper)
+    assert changed is not table
+    assert [rows.tolist() for rows in changed.rows.values()] == [[0], [1, 2]]
+
+
+def test_a_path_that_matches_nothing_any_more_is_refused() -> None:
+    wrapper = step(brain(), "T1")
+    gradient_norms(wrapper)
+    del wrapper.parameters.model.fusion
+    with pytest.raises(ParameterMapError, match="'fusion' was found when the wrapper was made"):
+        gradient_norms(wrapper)
 
 
 def test_a_copy_of_a_wrapper_has_norms_of_its_own() -> None:
@@ -424,7 +441,7 @@ def test_the_host_waits_once(with_scaler: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"prefix": ""}, ValueError, "`prefix` must be a string such as 'grad', got ''"),
+        ({"prefix": ""}, ValueError, "`prefix` must be a non-empty string, got ''"),
         ({"prefix": None}, ValueError, "got None"),
         ({"prefix": 7}, ValueError, "got 7"),
         ({"active": ["T2"]}, UnknownModalityError, "'T2'"),
@@ -449,7 +466,7 @@ def test_something_else_than_a_wrapper() -> None:
 
 def test_before_the_first_loss() -> None:
     wrapper = brain().wrapper()
-    with pytest.raises(RuntimeError, match=r"No loss has gone .* or pass `active`"):
+    with pytest.raises(RuntimeError, match=r"No loss has gone .*, or pass `active`\."):
         gradient_norms(wrapper)
     assert gradient_norms(wrapper, active=["T1"]) == {}
 
@@ -519,7 +536,9 @@ def test_the_number_of_ranks_is_told(label: bool) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_a_pending_sum_has_no_norm() -> None:
     wrapper = distributed(Partial())
-    with pytest.raises(UnsupportedEngineError, match=r"shape \[2, 2\].*redistribute it"):
+    with pytest.raises(
+        UnsupportedEngineError, match=r"shape \[2, 2\] .*Redistribute it, or leave out"
+    ):
         gradient_norms(wrapper, active=["a"], full=True)
 
 

@@ -88,8 +88,8 @@ def test_only_modalities_that_move_are_named() -> None:
     assert preflight(model.wrapper(), optimizers) == []
 
 
-def test_what_an_optimizer_raises_is_told() -> None:
-    """The same as its own step raises without a closure; the others are judged all the same."""
+def test_the_error_of_an_optimizer_is_in_the_evidence() -> None:
+    """It is the error of its step without a closure. Other optimizers are checked all the same."""
     model = Model()
     optimizers = [LBFGS(model.towers["T1"].parameters()), AdamW(model.towers["dMRI"].parameters())]
     with pytest.raises(TypeError) as error:
@@ -99,7 +99,7 @@ def test_what_an_optimizer_raises_is_told() -> None:
     assert found["MD142"].evidence == {"optimizer": "LBFGS", "error": f"TypeError: {error.value}"}
 
 
-def test_an_optimizer_around_several_cannot_be_told() -> None:
+def test_an_optimizer_that_wraps_several_cannot_be_checked() -> None:
     model = Model()
     around: Any = Around(AdamW(model.parameters(), lr=0.1))
     assert codes(model.wrapper(), around) == {"MD141"}
@@ -147,7 +147,7 @@ def test_a_batch_without_a_modality_counts_where_the_trunk_can_learn_from_it() -
 
 
 @pytest.mark.parametrize("attribute", ["_hp_mapping", "ds_id"])
-def test_parameters_of_which_deepspeed_steps_copies_are_not_missed(attribute: str) -> None:
+def test_parameters_that_deepspeed_copies_may_be_in_no_optimizer(attribute: str) -> None:
     model = Model()
     optimizer = SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
     assert "MD112" in codes(wrapper=mapped(model), optimizer=optimizer)

@@ -93,9 +93,9 @@ def test_a_lazy_trunk_is_left_alone_and_a_lazy_tower_refused() -> None:
     wrapper = mapped(model)
     assert preflight(wrapper) == []
     model.towers["T1"] = nn.LazyLinear(4)
-    with pytest.raises(ParameterMapError, match="not initialised"):
+    with pytest.raises(ParameterMapError, match="not initialized"):
         preflight(wrapper)
-    with pytest.raises(ParameterMapError, match="not initialised"):
+    with pytest.raises(ParameterMapError, match="not initialized"):
         wrapper.total(torch.tensor(1.0), [])
 
 

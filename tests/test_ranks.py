@@ -1,4 +1,4 @@
-"""What a rank says to others, and what it makes of what they say."""
+"""What a rank sends to the others, and what it does with what they send."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,11 @@ from modaldummy import (
     UnsupportedEngineError,
     check_ranks,
 )
-from tests.fake_ranks import UNREADABLE, check, refusal, said
+from tests.fake_ranks import UNREADABLE, check, refusal, row_of
 from tests.holding import NAMES
 from tests.preflight_models import Engine, Model, mapped
 
-# --- what a call takes, and what one rank makes of it --------------------------------------------
+# --- arguments, and what a single rank does --------------------------------------------
 
 
 def test_an_error_of_ranks_is_one_of_ours_and_a_runtime_error() -> None:
@@ -38,7 +38,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REJECTED.values(), ids=REJECTED)
-def test_what_is_of_another_kind_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_of_the_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:
     given = {"wrapper": mapped(Model()), "batch": "T1", **arguments}
     with pytest.raises(TypeError, match=message):
         check_ranks(**given)
@@ -67,7 +67,7 @@ def test_one_rank_reads_its_batch_and_asks_nobody(
     batch: Any,
     error: type[Exception],
 ) -> None:
-    """Its errors are those of several ranks; otherwise there is none, whatever it holds."""
+    """Its errors are those of several ranks; otherwise there is none, whatever the batch."""
     if in_use:
         request.getfixturevalue("process_group")
     monkeypatch.delattr(dist, "all_gather")
@@ -81,7 +81,7 @@ def test_one_rank_reads_its_batch_and_asks_nobody(
     assert wrapper.last is None
 
 
-# --- what ranks say to each other ----------------------------------------------------------------
+# --- what ranks send to each other ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,7 @@ def test_one_rank_reads_its_batch_and_asks_nobody(
     [(["T1"], [1, 0, 0, 1]), (["dMRI", "T1"], [1, 1, 1, 1]), ([], [1, 0, 0, 0])],
     ids=str,
 )
-def test_a_rank_says_in_a_byte_each_which_keys_are_active(
-    batch: list[str], expected: list[int]
-) -> None:
+def test_a_rank_sends_a_byte_for_each_key(batch: list[str], expected: list[int]) -> None:
     """In map order; a tuple is active if all of its modalities are."""
     paths: dict[Any, str] = {"dMRI": "towers.dMRI", ("T1", "dMRI"): "trunk", "T1": "towers.T1"}
     seen = []
@@ -103,7 +101,7 @@ def test_a_rank_says_in_a_byte_each_which_keys_are_active(
     assert seen == [(expected, torch.uint8, "cpu", 3)]
 
 
-def test_it_says_so_where_the_backend_listens() -> None:
+def test_tensors_are_on_a_device_that_the_backend_can_send_from() -> None:
     """Nothing can be read back from there, so that nothing more is asked of it here."""
     seen: list[str] = []
 
@@ -118,14 +116,14 @@ def test_it_says_so_where_the_backend_listens() -> None:
 
 @unread
 @pytest.mark.parametrize("other", [["T1"], UNREADABLE], ids=["it could", "nor could it"])
-def test_a_rank_that_cannot_read_says_so_and_raises_its_own_error(
+def test_a_rank_that_cannot_read_sends_that_and_raises_its_own_error(
     options: dict[str, Any], batch: Any, error: type[Exception], other: Any
 ) -> None:
     wrapper = mapped(Model(), **options)
     seen = []
     with pytest.raises(error):
         check(wrapper, batch, other, watch=lambda _, own: seen.append(own.tolist()))
-    assert seen == [said(wrapper, UNREADABLE).tolist()]
+    assert seen == [row_of(wrapper, UNREADABLE).tolist()]
 
 
 def time_out(*_: object) -> None:
@@ -141,7 +139,7 @@ def test_its_own_error_comes_first_where_others_do_not_answer(
     assert caught.value.__cause__ is None
 
 
-def test_an_interrupt_is_not_held_up() -> None:
+def test_an_interrupt_does_not_wait() -> None:
     """It ends this rank now, not once the others have answered."""
 
     def interrupted(batch: Any) -> list[str]:
@@ -157,14 +155,14 @@ def test_the_others_say_who_could_not_read() -> None:
     """Even where they differ in what they could read."""
     model = Model()
     text = refusal(mapped(model), "T1", UNREADABLE, ["dMRI"], model=Engine(model, 2))
-    assert text.startswith("The batch could not be read on rank 1; look at the error there")
+    assert text.startswith("The batch could not be read on rank 1. Look at the error there:")
     text = refusal(mapped(model), "T1", UNREADABLE, UNREADABLE, ["T1"], UNREADABLE)
-    assert "on ranks 1-2, 4;" in text
+    assert "on ranks 1-2, 4. Look" in text
 
 
-def test_a_rank_that_does_not_answer_is_told_apart() -> None:
-    """With what torch said as the cause."""
-    with pytest.raises(RankDisagreementError, match="Not all ranks took part") as caught:
+def test_a_rank_that_does_not_answer_has_an_error_of_its_own() -> None:
+    """Its cause is the error of torch."""
+    with pytest.raises(RankDisagreementError, match="Not all ranks called `check_ranks`") as caught:
         check(mapped(Model()), "T1", ["T1"], watch=time_out)
     assert "4000ms" in str(caught.value.__cause__)
 
@@ -176,13 +174,14 @@ def test_the_error_names_ranks_parameters_and_remedies() -> None:
     model = Model()
     batches: Any = (["T1"], ["dMRI", "rsfMRI"], ["T1"], [])
     assert refusal(mapped(model), *batches, model=Engine(model, 2)) == (
-        "Ranks hold different modalities: ranks 0, 2: T1; rank 1: rsfMRI, dMRI; rank 3: nothing. "
+        "Ranks have different modalities: ranks 0, 2: T1; rank 1: rsfMRI, dMRI; rank 3: nothing. "
         "ZeRO-2, like ZeRO-1 with `overlap_comm`, fills its buckets in the order in which "
-        "gradients arrive, so that ranks with different modalities mix gradients of different "
-        "parameters without a word. Concerned: T1, rsfMRI, dMRI (towers.T1.weight, "
-        "towers.T1.bias, towers.rsfMRI.weight, and 3 more). Give all ranks the same modalities at "
-        "each step, as `ModalityBatchSampler` does; or use ZeRO-1 without `overlap_comm`; or call "
-        "`check_ranks`, forward and backward inside of `with engine.coalesce_grad_reduction():`."
+        "gradients arrive. If ranks have different modalities, the engine adds up gradients of "
+        "different parameters: the result is silently wrong. This concerns T1, rsfMRI, dMRI "
+        "(towers.T1.weight, towers.T1.bias, towers.rsfMRI.weight, and 3 more). Give all ranks the "
+        "same modalities at each step, for instance with `ModalityBatchSampler`. Or use ZeRO-1 "
+        "without `overlap_comm`. Or run `check_ranks`, forward and backward in "
+        "`with engine.coalesce_grad_reduction():`."
     )
 
 
@@ -192,31 +191,31 @@ def test_a_tuple_of_modalities_is_one_word() -> None:
     wrapper = DummyLossWrapper(model, paths)
     text = refusal(wrapper, ["T1", "dMRI"], ["T1"], model=Engine(model, 2))
     assert "rank 0: T1, T1-dMRI; rank 1: T1." in text
-    assert "Concerned: T1-dMRI (towers.dMRI.weight, towers.dMRI.bias)." in text
+    assert "This concerns T1-dMRI (towers.dMRI.weight, towers.dMRI.bias)." in text
 
 
-def several(holding: Callable[[int], list[str]]) -> list[list[str]]:
-    return [holding(rank) for rank in range(64)]
+def of_64_ranks(batch_of: Callable[[int], list[str]]) -> list[list[str]]:
+    return [batch_of(rank) for rank in range(64)]
 
 
 MANY = [f"m{number}" for number in range(64)]
-# What 64 ranks hold, and how the error puts it.
+# The modalities of 64 ranks, and how the error lists them.
 CROWDS: dict[str, tuple[list[list[str]], list[str]]] = {
     "two halves": (
-        several(lambda rank: [MANY[rank >= 32]]),
+        of_64_ranks(lambda rank: [MANY[rank >= 32]]),
         ["ranks 0-31: m0; ranks 32-63: m1."],
     ),
     "every other": (
-        several(lambda rank: [MANY[rank % 2]]),
+        of_64_ranks(lambda rank: [MANY[rank % 2]]),
         ["ranks 0, 2, 4, 6, 8, 10, and 26 more: m0; ", "11, and 26 more: m1."],
     ),
     "all different": (
-        several(lambda rank: [MANY[rank]]),
+        of_64_ranks(lambda rank: [MANY[rank]]),
         ["rank 0: m0; ", "rank 5: m5; and 58 more."],
     ),
-    # These read the same in short.
+    # Their short forms are equal.
     "almost everything": (
-        several(lambda rank: MANY if rank % 63 else MANY[1:] if rank else MANY[:63]),
+        of_64_ranks(lambda rank: MANY if rank % 63 else MANY[1:] if rank else MANY[:63]),
         ["rank 0: m0, m1, m2, m3, m4, m5, and 57 more; ranks 1-62: m0,", "; rank 63: m1,"],
     ),
 }
@@ -236,29 +235,29 @@ def test_few_are_listed_whole() -> None:
     assert "rank 0: m0, m1, m2, m3, m4, m5; rank 1: nothing." in text
 
 
-def test_sets_that_read_the_same_in_short_are_told_apart() -> None:
+def test_sets_with_the_same_short_form_stay_separate() -> None:
     model = Model(MANY)
     text = refusal(mapped(model), MANY[:10], [*MANY[:9], "m63"], model=Engine(model, 2))
     assert "rank 0: m0, m1, m2, m3, m4, m5, and 4 more; rank 1: m0, " in text
-    assert "Concerned: m9, m63 (" in text
+    assert "This concerns m9, m63 (" in text
 
 
-def test_several_limits_are_told_one_after_the_other() -> None:
+def test_several_conflicts_are_reported_together() -> None:
     model = Model()
     model.towers["dMRI"] = Engine(model.towers["dMRI"], 2)
     model.towers["T1"] = Engine(model.towers["T1"], 3)
     text = refusal(mapped(model), ["T1"], ["dMRI"])
-    for part in ("Concerned: T1 (towers.T1.module.weight", "Concerned: dMRI (towers.dMRI.module"):
-        assert part in text
+    for part in ("T1 (towers.T1.module.weight", "dMRI (towers.dMRI.module.weight"):
+        assert f"This concerns {part}" in text
 
 
-def test_a_model_that_has_nothing_of_the_wrapper_is_refused() -> None:
+def test_a_model_without_parameters_of_the_wrapper_is_refused() -> None:
     """Where it would be asked, which is where ranks differ."""
     with pytest.raises(ValueError, match=r"`model` \(Engine\) shares no parameter .* \(Model\)"):
         check(mapped(Model()), ["T1"], ["dMRI"], model=Engine(Model(), 2))
 
 
-def test_zero_2_without_gradients_is_refused_where_no_rank_holds_a_modality() -> None:
+def test_zero_2_without_gradients_is_refused_if_a_modality_is_inactive_on_all_ranks() -> None:
     """Though ranks agree: its backward would stop, in words of its own."""
     model = Model()
     without, zeros = mapped(model, None), mapped(model, 0.0)

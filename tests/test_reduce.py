@@ -1,4 +1,4 @@
-"""Sums, norms and fills over many tensors at once, against the plain loop in float64."""
+"""Sums and fills over many tensors at once, against the plain loop in float64."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +18,9 @@ from modaldummy._core.reduce import (
     fill_like,
     fused_kernels,
     kernels_for,
-    norms,
     sum_all,
 )
-from tests.oracles import naive_dummy, naive_magnitude, naive_norm
+from tests.oracles import naive_dummy, naive_magnitude
 from tests.strategies import FLOATS, parameters
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -71,13 +70,11 @@ def test_sum_of_nothing_is_zero() -> None:
     assert sum_all([torch.empty(0, 3)], dtype=F32, device=CPU).item() == 0
     nothing = sum_all([], dtype=F64, device=META)
     assert (nothing.dtype, nothing.device) == (F64, META)
-    assert norms([], device=META).device == META
 
 
 def test_results_go_where_they_are_wanted() -> None:
     tensors = [torch.ones(3), torch.ones(3, device=META)]
     assert sum_all(tensors, dtype=F64, device=META).device == META
-    assert norms(tensors, device=META).device == META
 
 
 class Own(Tensor):
@@ -124,42 +121,6 @@ def test_sum_takes_few_calls() -> None:
         sum_all([torch.ones(768) for _ in range(300)], dtype=F32, device=CPU)
     calls = [event.name for event in record.events() if event.cpu_parent is None]
     assert calls.count("aten::cat") == calls.count("aten::sum") - 1 == 8
-
-
-@given(st.lists(parameters(), max_size=6))
-def test_norms_agree_with_the_loop(tensors: list[torch.nn.Parameter]) -> None:
-    found = norms(tensors, device=CPU)
-    assert found.dtype == accumulation_dtype(tensor.dtype for tensor in tensors)
-    assert found.shape == (len(tensors),)
-    assert not found.requires_grad
-    assert found.tolist() == pytest.approx([naive_norm(t) for t in tensors], rel=1e-5)
-
-
-def test_norms_keep_their_order_whatever_the_layouts() -> None:
-    sizes = [3, 5, 3, 0, 5, 9000, 3]
-    tensors = [torch.full((size,), float(index)) for index, size in enumerate(sizes)]
-    expected = [index * size**0.5 for index, size in enumerate(sizes)]
-    assert norms(tensors, device=CPU).tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_groups_of_other_tensors_give_the_same_or_raise() -> None:
-    """As where a model was cast or its parameters were emptied since they were made."""
-    sizes = [(3,), (3,), (2, 2), (9000,), (0,)]
-    old = by_layout([torch.ones(size) for size in sizes])
-    narrow = [torch.ones(size, dtype=torch.float16) for size in sizes]
-    assert norms(narrow, old, device=CPU).tolist() == norms(narrow, device=CPU).tolist()
-    for place, size in ((0, (5,)), (2, (5,)), (4, (1,))):
-        other = [torch.ones(size) for size in sizes]
-        other[place] = torch.ones(size)
-        with pytest.raises(RuntimeError):
-            norms(other, old, device=CPU)
-    with pytest.raises(RuntimeError):
-        norms([torch.ones(size, dtype=F64) for size in sizes], old, device=CPU)
-
-
-def test_norms_of_conjugates() -> None:
-    conjugate = torch.tensor([3 + 4j]).conj()
-    assert norms([conjugate], device=CPU).tolist() == [5.0]
 
 
 def test_by_layout_keeps_apart_what_differs() -> None:
@@ -259,7 +220,7 @@ def test_plain_torch_without_triton_or_with_one_too_old(
 
 
 def test_what_the_kernels_do_not_take_goes_to_plain_torch() -> None:
-    """Each tensor is counted once, and norms stay in order."""
+    """Each tensor is counted once."""
 
     def takes(tensor: Tensor) -> bool:
         return tensor.numel() == 3
@@ -269,20 +230,12 @@ def test_what_the_kernels_do_not_take_goes_to_plain_torch() -> None:
         assert all(map(takes, tensors))
         return torch.stack([tensor.sum(dtype=dtype) for tensor in tensors]).sum()
 
-    def norm_three(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        assert tensors
-        assert all(map(takes, tensors))
-        return [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]
-
-    stand_in = SimpleNamespace(takes=takes, sum_all=sum_three, norms=norm_three)
+    stand_in = SimpleNamespace(takes=takes, sum_all=sum_three)
     sizes = [3, 4, 3, 1, 4]
     with patch.object(reduce, "kernels_for", return_value=stand_in):
         for chosen in (sizes, [3, 3], [4, 4]):
             tensors = [torch.full((size,), float(size)) for size in chosen]
             assert sum_all(tensors, dtype=F32, device=CPU).item() == sum(n * n for n in chosen)
-            expected = [n * n**0.5 for n in chosen]
-            found = norms(tensors, device=CPU).tolist()
-            assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from modaldummy import UnsupportedEngineError
-from modaldummy._sampler.sample_kinds import allot
+from modaldummy._sampler.combinations import share_steps
 from modaldummy._sampler.sampler import ModalityBatchSampler
 
-# A kind that `drop_last` leaves out warns; `test_a_kind_that_is_left_out_warns` looks at that.
-pytestmark = pytest.mark.filterwarnings("ignore:`drop_last=True` leaves these kinds:UserWarning")
+# `test_a_combination_that_is_left_out_warns` checks this warning; other tests may cause it too.
+pytestmark = pytest.mark.filterwarnings("ignore:`drop_last=True` leaves out all:UserWarning")
 
 Batches = list[list[int]]
-KINDS: list[Any] = ["T1", "rsfMRI", ("T1", "dMRI"), ()]
+COMBINATIONS: list[Any] = ["T1", "rsfMRI", ("T1", "dMRI"), ()]
 TEMPERATURES = [0.5, 1.0, 2.0, math.inf]
 
 
@@ -54,7 +54,7 @@ def drawn(sampler: ModalityBatchSampler, epoch: int = 0) -> Batches:
 
 
 def in_order(ranks: list[Batches], modalities: list[Any]) -> dict[Any, list[int]]:
-    """Samples of each kind in the order in which the ranks together take them."""
+    """Samples of each combination in the order in which the ranks together take them."""
     found: dict[Any, list[int]] = {}
     for step in zip(*ranks, strict=True):
         for turn in zip(*step, strict=True):
@@ -65,9 +65,9 @@ def in_order(ranks: list[Batches], modalities: list[Any]) -> dict[Any, list[int]
 
 @st.composite
 def datasets(draw: st.DrawFn) -> list[Any]:
-    """One to four kinds of one to 25 samples each, in any order."""
-    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, unique=True))
-    entries = [kind for kind in kinds for _ in range(draw(st.integers(1, 25)))]
+    """One to four combinations of one to 25 samples each, in any order."""
+    combinations = draw(st.lists(st.sampled_from(COMBINATIONS), min_size=1, unique=True))
+    entries = [key for key in combinations for _ in range(draw(st.integers(1, 25)))]
     return list(draw(st.permutations(entries)))
 
 
@@ -87,11 +87,11 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def arguments(draw: st.DrawFn) -> dict[str, Any]:
-    """All that a sampler takes but for the rank; a mix or batches of one kind."""
+    """All that a sampler takes but for the rank; a mix or batches of one combination."""
     modalities, others = draw(datasets()), draw(options())
     size: Any = draw(batch_sizes)
     if draw(st.booleans()):
-        size = {kind: draw(st.integers(0, 3)) for kind in dict.fromkeys(modalities)}
+        size = {key: draw(st.integers(0, 3)) for key in dict.fromkeys(modalities)}
         others["temperature"] = 1.0
     chosen = {"modalities": modalities, "batch_size": size, "world_size": draw(world_sizes)}
     try:
@@ -105,15 +105,15 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(arguments())
-def test_every_rank_holds_the_same_at_each_step(given_: dict[str, Any]) -> None:
-    """As many samples of each kind; what the sampler is for."""
+def test_every_rank_has_the_same_at_each_step(given_: dict[str, Any]) -> None:
+    """As many samples of each combination; what the sampler is for."""
     modalities = given_["modalities"]
     for step in zip(*ranks_of(**given_), strict=True):
-        held = [Counter(modalities[sample] for sample in batch) for batch in step]
-        assert all(one == held[0] for one in held)
-        assert sum(held[0].values()) > 0
+        first, *others = [Counter(modalities[sample] for sample in batch) for batch in step]
+        assert all(other == first for other in others)
+        assert sum(first.values()) > 0
         if isinstance(given_["batch_size"], int):
-            assert len(held[0]) == 1
+            assert len(first) == 1
 
 
 @given(arguments())
@@ -123,8 +123,8 @@ def test_the_length_and_the_steps_are_those_that_are_drawn(given_: dict[str, Any
     sampler = ModalityBatchSampler(modalities, **of_rank(0, world_size), **given_)
     batches = list(sampler)
     assert len(sampler) == len(batches)
-    held = Counter(kind for batch in batches for kind in {modalities[sample] for sample in batch})
-    assert sampler.steps == {kind: held[kind] for kind in dict.fromkeys(modalities)}
+    counts = Counter(key for batch in batches for key in {modalities[sample] for sample in batch})
+    assert sampler.steps == {key: counts[key] for key in dict.fromkeys(modalities)}
 
 
 @given(datasets(), batch_sizes, world_sizes, options())
@@ -146,12 +146,12 @@ def test_the_number_of_steps_is_that_of_temperature_1(
 def test_an_epoch_has_each_sample_once(
     modalities: list[Any], batch_size: int, world_size: int, shuffle: bool, seed: int
 ) -> None:
-    """But for the fewest repeats that make a kind divisible by the ranks."""
+    """But for the fewest repeats that make a combination divisible by the ranks."""
     ranks = ranks_of(modalities, batch_size, world_size, shuffle=shuffle, seed=seed)
     found = in_order(ranks, modalities)
-    for kind, number in Counter(modalities).items():
-        assert set(found[kind]) == {i for i, other in enumerate(modalities) if other == kind}
-        assert len(found[kind]) - number == -number % world_size
+    for key, number in Counter(modalities).items():
+        assert set(found[key]) == {i for i, other in enumerate(modalities) if other == key}
+        assert len(found[key]) - number == -number % world_size
     assert all(len(batch) <= batch_size for batches in ranks for batch in batches)
 
 
@@ -166,23 +166,23 @@ def test_without_the_last_batches_all_are_full_and_nothing_is_repeated(
     samples = Counter(sample for batches in ranks for batch in batches for sample in batch)
     assert set(samples.values()) == {1}
     kept = Counter(modalities[sample] for sample in samples)
-    for kind, number in Counter(modalities).items():
-        assert kept[kind] == number - number % full
+    for key, number in Counter(modalities).items():
+        assert kept[key] == number - number % full
 
 
 @given(arguments())
-def test_a_kind_begins_anew_only_when_all_of_it_has_been_seen(given_: dict[str, Any]) -> None:
+def test_a_combination_starts_again_only_after_all_its_samples(given_: dict[str, Any]) -> None:
     modalities = given_["modalities"]
     counts = Counter(modalities)
-    for kind, samples in in_order(ranks_of(**given_), modalities).items():
-        number = counts[kind]
+    for key, samples in in_order(ranks_of(**given_), modalities).items():
+        number = counts[key]
         for start in range(0, len(samples), number):
             turn = samples[start : start + number]
             assert len(set(turn)) == len(turn)
 
 
 @given(datasets(), batch_sizes, world_sizes, st.booleans())
-def test_each_kind_is_split_as_by_the_sampler_of_torch(
+def test_each_combination_is_split_as_by_the_sampler_of_torch(
     modalities: list[Any], batch_size: int, world_size: int, drop_last: bool
 ) -> None:
     """Padded, dropped and dealt out like `DistributedSampler`; then cut into batches."""
@@ -191,15 +191,15 @@ def test_each_kind_is_split_as_by_the_sampler_of_torch(
     for rank, batches in enumerate(
         ranks_of(modalities, batch_size, world_size, shuffle=False, drop_last=drop_last)
     ):
-        for kind in dict.fromkeys(modalities):
-            own = [place for place, other in enumerate(modalities) if other == kind]
+        for key in dict.fromkeys(modalities):
+            own = [place for place, other in enumerate(modalities) if other == key]
             theirs: DistributedSampler[int] = DistributedSampler(
                 Scans(own), world_size, rank, shuffle=False, drop_last=drop_last
             )
             dealt = [own[place] for place in theirs]
             cut = [dealt[i : i + batch_size] for i in range(0, len(dealt), batch_size)]
             expected = [batch for batch in cut if not drop_last or len(batch) == batch_size]
-            assert [batch for batch in batches if modalities[batch[0]] == kind] == expected
+            assert [batch for batch in batches if modalities[batch[0]] == key] == expected
 
 
 # --- shares -----------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def test_each_kind_is_split_as_by_the_sampler_of_torch(
 def test_shares_are_right_to_within_a_step(
     counts: list[int], more: int, temperature: float
 ) -> None:
-    """Of what is left once the smallest kinds, one after the other, have got a step each."""
-    steps = allot(len(counts) + more, counts, temperature).tolist()
+    """Of what is left once the smallest combinations, one after the other, have got a step each."""
+    steps = share_steps(len(counts) + more, counts, temperature).tolist()
     assert sum(steps) == len(counts) + more
     ranked = sorted(range(len(counts)), key=counts.__getitem__)
     weights = [math.exp(math.log(n / max(counts)) / temperature) for n in counts]
@@ -222,10 +222,10 @@ def test_shares_are_right_to_within_a_step(
     while ranked and left * weights[ranked[0]] < whole * (1 - 1e-9):
         smallest = ranked.pop(0)
         assert steps[smallest] == 1
-        left, whole = left - 1, math.fsum(weights[kind] for kind in ranked)
-    for kind in ranked:
-        assert abs(steps[kind] - left * weights[kind] / whole) < 1 + 1e-6
-        assert steps[kind] >= 1
+        left, whole = left - 1, math.fsum(weights[key] for key in ranked)
+    for key in ranked:
+        assert abs(steps[key] - left * weights[key] / whole) < 1 + 1e-6
+        assert steps[key] >= 1
 
 
 @pytest.mark.parametrize(
@@ -244,17 +244,17 @@ def test_shares_are_right_to_within_a_step(
 def test_shares_by_hand(
     counts: list[int], num_steps: int, temperature: float, expected: list[int]
 ) -> None:
-    assert allot(num_steps, counts, temperature).tolist() == expected
+    assert share_steps(num_steps, counts, temperature).tolist() == expected
 
 
 @given(st.permutations(range(6)))
 def test_shares_do_not_hang_on_the_last_bit(order: list[int]) -> None:
-    """Logarithms differ between machines; ties go to the first kinds all the same."""
+    """Logarithms differ between machines; ties go to the first combinations all the same."""
     noisy = [1000 + 1e-10 * place for place in order]
-    assert allot(9, noisy, 2.0).tolist() == [2, 2, 2, 1, 1, 1]  # type: ignore[arg-type]
+    assert share_steps(9, noisy, 2.0).tolist() == [2, 2, 2, 1, 1, 1]  # type: ignore[arg-type]
 
 
-def test_a_temperature_balances_kinds() -> None:
+def test_a_temperature_balances_combinations() -> None:
     modalities = ["T1"] * 900 + ["dMRI"] * 100
     steps = [
         ModalityBatchSampler(modalities, 10, temperature=temperature).steps
@@ -268,7 +268,7 @@ def test_a_temperature_balances_kinds() -> None:
     ]
 
 
-def test_a_kind_that_gets_fewer_steps_shows_another_part_in_each_epoch() -> None:
+def test_a_combination_that_gets_fewer_steps_shows_another_part_in_each_epoch() -> None:
     modalities = ["T1"] * 900 + ["dMRI"] * 100
     sampler = ModalityBatchSampler(modalities, 10, temperature=math.inf)
     parts = [{i for batch in drawn(sampler, epoch) for i in batch if i < 900} for epoch in (0, 1)]
@@ -277,7 +277,7 @@ def test_a_kind_that_gets_fewer_steps_shows_another_part_in_each_epoch() -> None
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_without_shuffling_a_kind_goes_on_where_the_last_epoch_ended(world_size: int) -> None:
+def test_without_shuffling_a_combination_continues_after_the_last_epoch(world_size: int) -> None:
     """So that nothing is never seen."""
     modalities = ["T1"] * 50 + ["dMRI"] * 4
     samplers = [
@@ -289,8 +289,8 @@ def test_without_shuffling_a_kind_goes_on_where_the_last_epoch_ended(world_size:
     found: dict[str, list[int]] = {"T1": [], "dMRI": []}
     for epoch in range(4):
         ranks = [drawn(sampler, epoch) for sampler in samplers]
-        for kind, samples in in_order(ranks, modalities).items():
-            found[kind] += samples
+        for key, samples in in_order(ranks, modalities).items():
+            found[key] += samples
     assert found["T1"] == [i % 50 for i in range(len(found["T1"]))]
     assert found["dMRI"] == [50 + i % 4 for i in range(len(found["dMRI"]))]
     assert len(found["T1"]) > 50
@@ -301,7 +301,7 @@ def test_without_shuffling_a_kind_goes_on_where_the_last_epoch_ended(world_size:
 
 @pytest.mark.parametrize(("drop_last", "steps"), [(False, 4), (True, 3)])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_mix_ends_with_the_kind_that_lasts_longest(
+def test_a_mix_ends_with_the_combination_that_lasts_longest(
     drop_last: bool, steps: int, shuffle: bool
 ) -> None:
     """All batches hold it, in the order of the mapping; the rest repeats."""
@@ -323,33 +323,33 @@ def test_a_mix_ends_with_the_kind_that_lasts_longest(
 
 
 @given(datasets(), batch_sizes)
-def test_without_shuffling_kinds_are_evenly_spread(modalities: list[Any], batch_size: int) -> None:
-    """No stretch of an epoch has half a step more or less of a kind for each of the kinds."""
+def test_without_shuffling_combinations_are_spread(modalities: list[Any], batch_size: int) -> None:
+    """The start of an epoch has half a step more or less for each combination, at most."""
     sampler = ModalityBatchSampler(modalities, batch_size, shuffle=False)
-    kinds = [modalities[batch[0]] for batch in sampler]
-    for kind, number in sampler.steps.items():
-        share = number / len(kinds)
-        for step in range(len(kinds)):
+    combinations = [modalities[batch[0]] for batch in sampler]
+    for key, number in sampler.steps.items():
+        share = number / len(combinations)
+        for step in range(len(combinations)):
             expected = share * step
             slack = 0.5 + share * len(sampler.steps) / 2
-            assert abs(kinds[:step].count(kind) - expected) <= slack + 1e-9
+            assert abs(combinations[:step].count(key) - expected) <= slack + 1e-9
 
 
-def test_kinds_take_turns_without_shuffling() -> None:
+def test_combinations_take_turns_without_shuffling() -> None:
     modalities = ["T1"] * 6 + ["dMRI"] * 3
     found = [modalities[i] for (i,) in ModalityBatchSampler(modalities, 1, shuffle=False)]
     assert found == ["T1", "dMRI", "T1"] * 3
 
 
-def test_shuffling_mixes_the_kinds_and_their_samples() -> None:
+def test_shuffling_mixes_the_combinations_and_their_samples() -> None:
     modalities = ["T1"] * 40 + ["dMRI"] * 40
     changes = []
     for seed in range(20):
         batches = list(ModalityBatchSampler(modalities, 4, seed=seed))
-        kinds = [modalities[batch[0]] for batch in batches]
-        changes.append(sum(kind != other for kind, other in itertools.pairwise(kinds)))
+        combinations = [modalities[batch[0]] for batch in batches]
+        changes.append(sum(key != other for key, other in itertools.pairwise(combinations)))
         assert any(batch != sorted(batch) for batch in batches)
-    assert 8 < sum(changes) / 20 < 12  # of 19; 10 are to be expected, 1 if kinds were in turn
+    assert 8 < sum(changes) / 20 < 12  # of 19; 10 are to be expected, 1 without mixing
 
 
 @given(st.integers(0, 2**31), st.integers(1, 2**31))
@@ -418,10 +418,10 @@ class Modality(str, enum.Enum):  # noqa: UP042  # unlike StrEnum prints as Modal
 def test_a_name_may_be_written_in_many_ways(entry: Any) -> None:
     sampler = ModalityBatchSampler([entry, "T1"], 2)
     assert sampler.steps == {"T1": 1}
-    assert [type(kind) for kind in sampler.steps] == [str]
+    assert [type(key) for key in sampler.steps] == [str]
 
 
-def test_samples_with_the_same_set_of_names_are_of_one_kind() -> None:
+def test_samples_with_the_same_set_of_names_are_of_one_combination() -> None:
     modalities = [("dMRI", "T1"), {"T1", "dMRI"}, (), [], "dMRI", ["T1", "dMRI", "T1"]]
     sampler = ModalityBatchSampler(modalities, 5, shuffle=False)
     assert sampler.steps == {("T1", "dMRI"): 1, (): 1, "dMRI": 1}
@@ -438,10 +438,10 @@ def test_samples_with_the_same_set_of_names_are_of_one_kind() -> None:
     ],
     ids=["array", "two columns", "objects", "tuple"],
 )
-def test_sequences_of_other_kinds(given_: Any, steps: dict[Any, int]) -> None:
+def test_other_types_of_sequences(given_: Any, steps: dict[Any, int]) -> None:
     sampler = ModalityBatchSampler(given_, 1)
     assert sampler.steps == steps
-    assert all(type(name) is str for kind in sampler.steps for name in kind)
+    assert all(type(name) is str for key in sampler.steps for name in key)
 
 
 # --- saving and resuming ----------------------------------------------------------------------
@@ -519,7 +519,7 @@ def test_a_position_that_is_dropped_warns() -> None:
     sampler = ModalityBatchSampler(["T1"] * 9, 2)
     state = sampler.state_dict()
     sampler.load_state_dict(state | {"epoch": 3, "position": 2})
-    with pytest.warns(UserWarning, match=r"drops the position 2 of epoch 3") as found:
+    with pytest.warns(UserWarning, match=r"drops the loaded position 2 of epoch 3") as found:
         sampler.set_epoch(0)
     assert found[0].filename == __file__
     assert list(sampler) == drawn(ModalityBatchSampler(["T1"] * 9, 2))
@@ -559,7 +559,9 @@ def test_a_state_of_another_sampler_is_refused(changed: dict[str, Any], words: l
     """A silent wrong resume would be worse; and the sampler is left as it was."""
     state = ModalityBatchSampler(**BASE).state_dict() | {"position": 1}
     sampler = ModalityBatchSampler(**BASE | changed)
-    with pytest.raises(ValueError, match=r"of another sampler.*as it was, or start") as error:
+    with pytest.raises(
+        ValueError, match=r"other settings.*with the old settings, or start"
+    ) as error:
         sampler.load_state_dict(state)
     assert all(word in str(error.value) for word in words)
     assert sampler.state_dict()["position"] == 0
@@ -679,7 +681,8 @@ def test_a_sampler_that_is_older_than_the_group_is_refused() -> None:
     early = ModalityBatchSampler(["T1"] * 9, 2)
     chosen = ModalityBatchSampler(["T1"] * 9, 2, num_replicas=1)
     with group(1, 4):
-        with pytest.raises(RuntimeError, match=r"made for 1 ranks.* has 4; make it after") as error:
+        message = r"made for 1 ranks, but .* has 4\. Make it after"
+        with pytest.raises(RuntimeError, match=message) as error:
             next(iter(early))
         assert "`num_replicas`" in str(error.value)
         assert len(list(chosen)) == 5
@@ -708,6 +711,7 @@ def ask(position: Any, begin: int = 0) -> Callable[[], Any]:
     return lambda: sampler.state_dict(position)
 
 
+KNOWN = "Combinations in the dataset:"
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "a bare name": (
         make(modalities="T1"),
@@ -744,7 +748,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         TypeError,
         ["Entry 0", "a Tensor of shape [2]"],
     ),
-    "an empty name": (make(modalities=[""]), ValueError, ["Entry 0", "''", "for none pass ()"]),
+    "an empty name": (make(modalities=[""]), ValueError, ["Entry 0", "''", "Pass () for none"]),
     "an empty name among others": (make(modalities=[["T1", ""]]), ValueError, ["Entry 0", "''"]),
     "a batch size that is a bool": (
         make(batch_size=True),
@@ -755,39 +759,46 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "a batch size that is None": (make(batch_size=None), TypeError, ["`batch_size`", "None"]),
     "a batch size of 0": (make(batch_size=0), ValueError, ["`batch_size` must be 1 or more", "0"]),
     "a negative batch size": (make(batch_size=-2), ValueError, ["`batch_size`", "-2"]),
-    "an unknown kind": (
+    "an unknown combination": (
         make(batch_size={"t1": 2, "dMRI": 1}),
         ValueError,
-        ["`batch_size` names 't1'", "did you mean 'T1'?", "Kinds of samples: 'T1', 'dMRI'."],
+        ["`batch_size` names 't1'", "did you mean 'T1'?", f"{KNOWN} 'T1', 'dMRI'."],
     ),
-    "an unknown kind of several": (
+    "an unknown combination of several": (
         make(batch_size={("dMRI", "T1"): 2}),
         ValueError,
-        ["names ('dMRI', 'T1'), which no sample holds", "Kinds of samples: 'T1', 'dMRI'."],
+        [
+            "names ('dMRI', 'T1'), which is not the combination of any sample",
+            f"{KNOWN} 'T1', 'dMRI'.",
+        ],
     ),
-    "a kind that is like none": (
+    "a combination that is like none": (
         make(batch_size={"xyz": 2}),
         ValueError,
-        ["names 'xyz', which no sample holds. Kinds"],
+        [f"names 'xyz', which is not the combination of any sample. {KNOWN}"],
     ),
-    "a missing kind": (
+    "a missing combination": (
         make(batch_size={"T1": 2}),
         ValueError,
-        ["`batch_size` lacks 'dMRI'", "the number 0", "Kinds of samples: 'T1', 'dMRI'."],
+        ["`batch_size` lacks 'dMRI'", "or 0 to leave it out", f"{KNOWN} 'T1', 'dMRI'."],
     ),
-    "no kinds": (make(batch_size={}), ValueError, ["`batch_size` lacks 'T1', 'dMRI'"]),
-    "a kind twice": (
+    "no combinations": (make(batch_size={}), ValueError, ["`batch_size` lacks 'T1', 'dMRI'"]),
+    "a combination twice": (
         make(batch_size={"T1": 2, ("T1",): 1, "dMRI": 1}),
         ValueError,
-        ["`batch_size` names the kind 'T1' twice"],
+        ["`batch_size` names 'T1' twice"],
     ),
-    "a kind that is a number": (make(batch_size={1: 2}), TypeError, ["key of `batch_size`", "1"]),
-    "a kind with a float": (
+    "a combination that is a number": (
+        make(batch_size={1: 2}),
+        TypeError,
+        ["key of `batch_size`", "1"],
+    ),
+    "a combination with a float": (
         make(batch_size={"T1": 2.0, "dMRI": 1}),
         TypeError,
         ["`batch_size['T1']` must be an int, got 2.0"],
     ),
-    "a kind with a negative number": (
+    "a combination with a negative number": (
         make(batch_size={"T1": -1, "dMRI": 1}),
         ValueError,
         ["`batch_size['T1']` must be 0 or more, got -1"],
@@ -795,12 +806,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "a mix of nothing": (
         make(batch_size={"T1": 0, "dMRI": 0}),
         ValueError,
-        ["`batch_size` is 0 for each kind", "at least 1"],
+        ["`batch_size` is 0 for each combination", "at least 1"],
     ),
     "a mix with a temperature": (
         make(batch_size={"T1": 1, "dMRI": 1}, temperature=2),
         ValueError,
-        ["`temperature` must be 1.0 where `batch_size` is a mapping", "got 2"],
+        ["`temperature` must be 1.0 if `batch_size` is a mapping", "got 2"],
     ),
     "a temperature of 0": (make(temperature=0), ValueError, ["`temperature`", "above 0", "got 0"]),
     "a negative temperature": (make(temperature=-1.0), ValueError, ["`temperature`", "got -1.0"]),
@@ -832,7 +843,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "a number of ranks without a rank": (
         make(rank=None),
         ValueError,
-        ["`num_replicas` is 2", "pass `rank`", "init_process_group"],
+        ["`num_replicas` is 2", "Pass `rank`", "init_process_group"],
     ),
     "no full batch": (
         make(batch_size=3, drop_last=True),
@@ -842,7 +853,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "no full batch of a mix": (
         make(batch_size={"T1": 3, "dMRI": 0}, drop_last=True),
         ValueError,
-        ["leaves no batch", "'T1' has 5 of 6;", "pass `drop_last=False` or a smaller"],
+        ["leaves no batch", "'T1' has 5 of 6.", "Pass `drop_last=False` or a smaller"],
     ),
     "an epoch that is a float": (
         lambda: ModalityBatchSampler(**BASE).set_epoch(1.0),  # type: ignore[arg-type]
@@ -862,7 +873,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "the state of something else": (
         lambda: ModalityBatchSampler(**BASE).load_state_dict({"epoch": 1, "position": 2}),
         ValueError,
-        ["`state` lacks 'version', 'num_samples'", "pass what `state", "['epoch', 'position']"],
+        ["`state` lacks 'version', 'num_samples'", "Pass what `state", "['epoch', 'position']"],
     ),
     "a state past the end": (
         load(position=4),
@@ -887,23 +898,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("call", "kind", "words"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("call", "error_type", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_refusals_say_what_to_do(
-    call: Callable[[], Any], kind: type[Exception], words: list[str]
+    call: Callable[[], Any], error_type: type[Exception], words: list[str]
 ) -> None:
-    with pytest.raises(kind) as error:
+    with pytest.raises(error_type) as error:
         call()
     for word in words:
         assert word in str(error.value)
 
 
 @pytest.mark.parametrize("temperature", [1.0, math.inf])
-def test_a_kind_that_is_left_out_warns(temperature: float) -> None:
+def test_a_combination_that_is_left_out_warns(temperature: float) -> None:
     """Where the user made the sampler; `drop_last=False` is a way out."""
     modalities = ["T1"] * 4 + ["dMRI"] * 3 + [()]
-    with pytest.warns(UserWarning, match=r"`drop_last=True` leaves these kinds") as found:
+    with pytest.warns(UserWarning, match="`drop_last=True` leaves out all samples") as found:
         sampler = ModalityBatchSampler(modalities, 4, drop_last=True, temperature=temperature)
-    assert "'dMRI' (3), () (1); a full batch on every rank takes 4" in str(found[0].message)
+    assert "'dMRI' (3), () (1). A full batch on every rank takes 4 s" in str(found[0].message)
     assert found[0].filename == __file__
     assert sampler.steps == {"T1": 1, "dMRI": 0, (): 0}
     with warnings.catch_warnings():

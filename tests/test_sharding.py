@@ -1,4 +1,4 @@
-"""Which engines bear ranks that differ, and which parameters are why others do not."""
+"""Which engines support divergent ranks, and which parameters do not under the others."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -37,13 +37,13 @@ def in_towers(*names: str) -> list[str]:
         (0, True, 1e-7, ""),
         (1, False, 1e-7, ""),
         (1, False, 0.0, ""),
-        (1, False, None, "ZeRO-1 leaves inactive modality parameters out"),
+        (1, False, None, "ZeRO-1 leaves inactive parameters out of its buckets"),
         (1, True, 1e-7, "in the order in which gradients arrive"),
         (1, True, None, "stops at the first inactive"),
         (2, False, 1e-7, "in the order in which gradients arrive"),
         (2, False, None, "stops at the first inactive"),
-        (3, False, 1e-7, "ZeRO-3 gathers parameters as forward comes to them"),
-        (3, True, None, "ZeRO-3 gathers parameters as forward comes to them"),
+        (3, False, 1e-7, "ZeRO-3 gathers each parameter when forward needs it"),
+        (3, True, None, "ZeRO-3 gathers each parameter when forward needs it"),
     ],
 )
 def test_stages_of_zero(stage: int, overlap: bool, scale: float | None, part: str) -> None:
@@ -95,20 +95,20 @@ def test_frozen_parameters_are_gathered_but_not_reduced(stage: int) -> None:
     model.towers["dMRI"].requires_grad_(False)
     wrapper, engine = mapped(model), Engine(model, stage)
     if stage == 3:
-        assert "Concerned: dMRI (" in refusal(wrapper, ["dMRI"], [], model=engine)
+        assert "This concerns dMRI (" in refusal(wrapper, ["dMRI"], [], model=engine)
     else:
         check(wrapper, ["dMRI"], [], model=engine)
-    assert "Concerned: T1 (" in refusal(wrapper, ["T1"], [], model=engine)
+    assert "This concerns T1 (" in refusal(wrapper, ["T1"], [], model=engine)
 
 
 @pytest.mark.parametrize(
     ("attribute", "part"),
-    [("ds_id", "ZeRO-3 gathers"), ("_hp_mapping", "Pass `model=engine`.")],
+    [("ds_id", "ZeRO-3 gathers each"), ("_hp_mapping", "Pass `model=engine`.")],
 )
-def test_without_its_engine_what_deepspeed_left_on_parameters_tells(
+def test_without_its_engine_parameters_show_that_deepspeed_has_them(
     attribute: str, part: str
 ) -> None:
-    """Not whether it is ZeRO-1 or ZeRO-2, which the engine does."""
+    """They do not show whether it is ZeRO-1 or ZeRO-2; the engine does."""
     model = Model()
     wrapper = mapped(model)
     partition(model, attribute)
@@ -126,29 +126,29 @@ def test_without_its_engine_what_deepspeed_left_on_parameters_tells(
 
 
 @pytest.mark.usefixtures("process_group")
-def test_ranks_may_differ_where_nothing_is_split() -> None:
+def test_ranks_may_differ_where_nothing_is_sharded() -> None:
     model = Model()
     model.register_module("nothing", None)
     check(mapped(model), ["T1"], ["dMRI"])
     check(mapped(model), ["T1"], ["dMRI"], model=DistributedDataParallel(model))
 
 
-GATHERED = "FSDP2 gathers these modality parameters apart"
-RESHARDED = "back in shards"
-SKIPPED = "With scale=None, FSDP2 leaves inactive modality parameters out"
+TOWER_UNIT = "These parameters are in their own FSDP2 unit."
+RESHARDED = "FSDP2 has resharded these parameters before the dummy term"
+SCALE_NONE = "With scale=None, FSDP2 leaves inactive parameters out of its reduce-scatter."
 
 # Parts that are sharded one after the other, options for the whole, the scale: what is refused.
 LAYOUTS: list[tuple[list[str], dict[str, Any], float | None, str]] = [
     ([""], {}, 1e-7, ""),
     ([""], {}, 0.0, ""),
-    ([""], {}, None, SKIPPED),
+    ([""], {}, None, SCALE_NONE),
     ([""], {"reshard_after_forward": False}, 1e-7, ""),
     ([""], {"reshard_after_forward": True}, 1e-7, RESHARDED),
     ([""], {"reshard_after_forward": True}, None, RESHARDED),
     (["trunk", ""], {}, 1e-7, ""),
     (["trunk"], {}, None, ""),
-    ([*in_towers(*NAMES), ""], {}, 1e-7, GATHERED),
-    (in_towers(*NAMES), {}, 0.0, GATHERED),
+    ([*in_towers(*NAMES), ""], {}, 1e-7, TOWER_UNIT),
+    (in_towers(*NAMES), {}, 0.0, TOWER_UNIT),
 ]
 
 
@@ -182,7 +182,7 @@ def test_layouts_of_fsdp2(
         wrapper = mapped(model, scale)
     for step in range(3):
         check(wrapper, ["T1"], ["T1"])
-        if part and not (zeros and part != GATHERED):
+        if part and not (zeros and part != TOWER_UNIT):
             assert part in refusal(wrapper, ["T1"], ["dMRI"])
         else:
             check(wrapper, ["T1"], ["dMRI"])
@@ -205,13 +205,13 @@ def test_zeros_have_to_be_reduced_for_the_unit_in_question() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_only_what_is_split_has_to_agree() -> None:
+def test_only_keys_with_sharded_parameters_have_to_agree() -> None:
     wrapper = mapped(sharded("towers.dMRI", ""))
     check(wrapper, ["T1"], ["rsfMRI"])
     check(wrapper, ["T1", "dMRI"], ["dMRI"])
     text = refusal(wrapper, ["T1"], ["dMRI"])
     assert "rank 0: T1; rank 1: dMRI." in text
-    assert "Concerned: dMRI (towers.dMRI.weight, towers.dMRI.bias)." in text
+    assert "This concerns dMRI (towers.dMRI.weight, towers.dMRI.bias)." in text
 
 
 @pytest.mark.usefixtures("process_group")
@@ -223,7 +223,7 @@ def test_keys_agree_where_names_do_not() -> None:
     )
     check(wrapper, ["T1"], ["dMRI"])
     text = refusal(wrapper, ["T1"], ["dMRI", "T1"])
-    assert "Concerned: T1-dMRI (" in text
+    assert "This concerns T1-dMRI (" in text
 
 
 @pytest.mark.usefixtures("process_group")
@@ -236,14 +236,14 @@ def test_frozen_towers_are_gathered_as_well(scale: float | None) -> None:
         if parts == [""]:
             check(mapped(model, scale), ["T1"], [])
         else:
-            assert GATHERED in refusal(mapped(model, scale), ["T1"], [])
+            assert TOWER_UNIT in refusal(mapped(model, scale), ["T1"], [])
 
 
 @pytest.mark.usefixtures("process_group")
 def test_one_tower_beside_a_trunk_that_is_not_sharded() -> None:
     """The only key of the map: all there is of modalities, but no rank without it gathers it."""
     wrapper = DummyLossWrapper(sharded("towers.T1"), {"T1": "towers.T1"})
-    assert GATHERED in refusal(wrapper, ["T1"], [])
+    assert TOWER_UNIT in refusal(wrapper, ["T1"], [])
 
 
 class Encoder(nn.Module):
@@ -272,7 +272,7 @@ def test_a_unit_around_all_modalities(reshard: bool, beside: bool) -> None:
         check(wrapper, ["T1"], [])
     else:
         text = refusal(wrapper, ["T1"], [])
-        assert (RESHARDED if beside else GATHERED) in text
+        assert (RESHARDED if beside else TOWER_UNIT) in text
 
 
 @pytest.mark.usefixtures("process_group")
@@ -288,7 +288,7 @@ def test_a_unit_around_some_modalities_and_something_else() -> None:
     paths = {"T1": "towers.T1", "rsfMRI": "towers.rsfMRI", "dMRI": "other"}
     wrapper = DummyLossWrapper(model, paths)
     check(wrapper, ["T1"], ["T1", "dMRI"])
-    assert GATHERED in refusal(wrapper, ["T1"], ["dMRI"])
+    assert TOWER_UNIT in refusal(wrapper, ["T1"], ["dMRI"])
 
 
 @pytest.mark.usefixtures("process_group")
@@ -302,13 +302,13 @@ def test_without_private_attributes_the_default_is_assumed(
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(model.towers, mesh=mesh, reshard_after_forward=False)
     wrapper = DummyLossWrapper(model, {name: f"towers.{name}" for name in NAMES})
-    kind = type(model.towers)
+    unit_class = type(model.towers)
     with monkeypatch.context() as patch:
         patch.delattr(FSDPModule, "_get_fsdp_state")
         check(wrapper, ["T1"], [])
     fully_shard(model, mesh=mesh)
     check(wrapper, ["T1"], [])
-    monkeypatch.setattr(kind, "_get_fsdp_state", lambda _: None)
+    monkeypatch.setattr(unit_class, "_get_fsdp_state", lambda _: None)
     assert RESHARDED in refusal(wrapper, ["T1"], [])
 
 
@@ -320,7 +320,7 @@ def test_the_wrapper_may_know_a_part_of_what_is_sharded() -> None:
     part.add_module("towers", whole.towers)
     wrapper = mapped(part)
     check(wrapper, ["T1"], ["dMRI"], model=whole)
-    assert "pass that as `model=`" in refusal(wrapper, ["T1"], ["dMRI"])
+    assert "pass that module as `model=`" in refusal(wrapper, ["T1"], ["dMRI"])
 
 
 @pytest.mark.usefixtures("process_group")
@@ -332,5 +332,5 @@ def test_ranks_that_share_a_dtensor_have_to_agree() -> None:
     wrapper = mapped(model)
     check(wrapper, ["T1"], ["rsfMRI"])
     text = refusal(wrapper, ["T1"], ["dMRI"])
-    assert "Concerned: dMRI (towers.dMRI.weight). " in text
+    assert "This concerns dMRI (towers.dMRI.weight). " in text
     assert "`group=`" in text

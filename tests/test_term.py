@@ -18,8 +18,8 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.ones(*shape, dtype=dtype))
 
 
-def term(*params: Tensor, scale: float | None = 1e-7, real: float | Tensor | None = None) -> Term:
-    loss = torch.tensor(real) if isinstance(real, float) else real
+def term(*params: Tensor, scale: float | None = 1e-7, loss: float | Tensor | None = None) -> Term:
+    loss = torch.tensor(loss) if isinstance(loss, float) else loss
     return dummy_term(params, scale, loss=loss, max_fraction=1e-4)
 
 
@@ -99,7 +99,7 @@ CAPS: dict[str, tuple[float, float]] = {
 def test_cap(real: float, expected: float, sign: int) -> None:
     """The value is clipped to its fraction of the loss; the gradient does not notice."""
     parameter = nn.Parameter(sign * torch.ones(1000))
-    result = term(parameter, real=real)
+    result = term(parameter, loss=real)
     assert result.value.item() == pytest.approx(sign * expected, rel=1e-6, abs=0)
     assert result.uncapped.item() == pytest.approx(sign * 1e-4, rel=1e-6)
     result.connected.backward()
@@ -168,14 +168,14 @@ def test_losses_whose_mean_overflows_get_no_dummy() -> None:
 
 
 def test_an_empty_loss_has_no_peak() -> None:
-    assert term(ones(2), real=torch.ones(0)).value.item() == 0
+    assert term(ones(2), loss=torch.ones(0)).value.item() == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_broken_parameter_never_reaches_the_loss(bad: float) -> None:
     """It contributes nothing, is reported as it is, and still gets its gradient."""
     parameter = nn.Parameter(torch.tensor([1.0, bad]))
-    result = term(parameter, real=2.0)
+    result = term(parameter, loss=2.0)
     assert result.value.item() == 0
     assert not result.uncapped.isfinite()
     result.connected.backward()
@@ -185,7 +185,7 @@ def test_a_broken_parameter_never_reaches_the_loss(bad: float) -> None:
 @pytest.mark.parametrize("scale", [0.0, None])
 def test_scale_zero_and_none_read_nothing(scale: float | None) -> None:
     """Parameters on `meta` have nothing to read."""
-    result = dummy_term([nn.Parameter(torch.ones(2, device="meta"))], scale, real=torch.ones(()))
+    result = dummy_term([nn.Parameter(torch.ones(2, device="meta"))], scale, loss=torch.ones(()))
     assert result.value.item() == result.uncapped.item() == 0
 
 

@@ -1,10 +1,10 @@
-"""What the ranks tell each other, seen from a single one."""
+"""How ranks agree on which keys are trained, tested in a single process."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from modaldummy._hold import window
+from modaldummy._hold import trained_keys
 
 CPU = torch.device("cpu")
 
@@ -12,12 +12,12 @@ CPU = torch.device("cpu")
 @pytest.mark.usefixtures("process_group")
 def test_one_rank_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(dist, "all_reduce")
-    assert window._maximum([0, 2, 1], None, CPU) == [0, 2, 1]
+    assert trained_keys._maximum_of_ranks([0, 2, 1], None, CPU) == [0, 2, 1]
 
 
 @pytest.mark.usefixtures("process_group")
-def test_the_largest_mark_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taught on one rank beats inactive on another, and that beats a rank that saw no loss."""
+def test_the_largest_number_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on one rank beats untrained on another, and that beats a rank without a loss."""
     operators = []
 
     def with_another_rank(tensor: object, op: object, group: object) -> None:
@@ -26,5 +26,5 @@ def test_the_largest_mark_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", with_another_rank)
-    assert window._maximum([0, 2, 1], None, CPU) == [1, 2, 1]
+    assert trained_keys._maximum_of_ranks([0, 2, 1], None, CPU) == [1, 2, 1]
     assert operators == [dist.ReduceOp.MAX]

@@ -1,4 +1,4 @@
-"""What a run is made of: a YAML file, and what the command line sets in its place."""
+"""The configuration of a run: a YAML file, and values that the command line sets instead."""
 
 import difflib
 import math
@@ -13,28 +13,28 @@ from umbrella_scans import MODALITIES
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run, with what to write instead."""
+    """A configuration is wrong; the message says what to write instead."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run.
+    """The configuration of a run.
 
     Attributes:
-        modalities: What batches hold.
+        modalities: The modalities that batches contain.
         out: Folder of the log, of checkpoints and of generated text.
-        towers: What the model has patch embeddings for; others than those of `modalities` are
-            never active.
-        mixed_share: Share of batches with several modalities, where there are several.
-        steps: Steps of the optimizer.
-        batch_size: Samples of a batch on each rank.
-        learning_rate: That of AdamW.
-        hold: Whether AdamW leaves alone what no batch has taught.
-        scale: That of the wrapper.
-        seed: Of weights and batches.
-        generate_every: Steps between generated texts.
-        save_every: Steps between checkpoints.
-        report_to: What else the Trainer logs to, such as `wandb` or `tensorboard`.
+        towers: The modalities that the model has a patch embedding for. Those that are not in
+            `modalities` are never active.
+        mixed_share: Share of batches with several modalities.
+        steps: Number of optimizer steps.
+        batch_size: Number of samples per batch and rank.
+        learning_rate: Learning rate of AdamW.
+        hold: Whether AdamW leaves parameters unchanged that no batch has trained.
+        scale: Scale of the wrapper.
+        seed: Seed of weights and batches.
+        generate_every: Number of steps between generated texts.
+        save_every: Number of steps between checkpoints.
+        report_to: Logger that the Trainer uses in addition, such as `wandb` or `tensorboard`.
     """
 
     modalities: tuple[str, ...]
@@ -52,12 +52,23 @@ class Config:
     report_to: str = "none"
 
     def __post_init__(self) -> None:
+        self._check_modalities()
+        self._check_ranges()
+        if not self.out:
+            raise ConfigError("`out` must be a folder, got ''.")
+        if self.mixed_share and self.batch_size < len(self.modalities):
+            raise ConfigError(
+                f"`batch_size` must be at least {len(self.modalities)}, one sample of each of "
+                f"`modalities`, got {self.batch_size}."
+            )
+
+    def _check_modalities(self) -> None:
         for name in ("modalities", "towers"):
             _check_names(name, getattr(self, name))
         if without := [name for name in self.modalities if name not in self.towers]:
             raise ConfigError(f"`towers` lacks {without}, which `modalities` has.")
-        if not self.out:
-            raise ConfigError("`out` must be a folder, got ''.")
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.mixed_share <= 1:
             raise ConfigError(f"`mixed_share` must be from 0 to 1, got {self.mixed_share}.")
         for name in ("steps", "batch_size", "generate_every", "save_every"):
@@ -68,18 +79,17 @@ class Config:
                 raise ConfigError(f"`{name}` must be a number above 0, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"`seed` must be from 0 to 2**32 - 1, got {self.seed}.")
-        if self.mixed_share and self.batch_size < len(self.modalities):
-            raise ConfigError(
-                f"`batch_size` must be at least {len(self.modalities)}, one sample of each of "
-                f"`modalities`, got {self.batch_size}."
-            )
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file; `overrides` such as `"steps=50"` come before what it says.
+    """Read a configuration from a YAML file.
+
+    Args:
+        path: The file.
+        overrides: Such as `"steps=50"`; they replace values of the file.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value is not what it has to be.
+        ConfigError: A key is unknown or missing, or a value is not valid.
         OSError: The file cannot be read.
     """
     given = _mapping(path.read_text(encoding="utf-8"), str(path))
@@ -102,7 +112,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 def _mapping(text: str, where: str) -> dict[Any, Any]:
     content = _yaml(text, where)
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{where} must hold keys and values, got {content!r}.")
+        raise ConfigError(f"{where} must contain keys and values, got {content!r}.")
     return dict(content)
 
 
@@ -110,23 +120,27 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _value(key: str, value: Any, kind: Any) -> Any:
-    """The value as what its field takes."""
-    if kind == tuple[str, ...]:
+def _value(key: str, value: Any, expected_type: Any) -> Any:
+    """Convert a value to the type of its field."""
+    if expected_type == tuple[str, ...]:
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return tuple(names)
-    elif kind is float:
-        if isinstance(value, str):  # YAML takes 3e-3 for text, for want of a point
+    elif expected_type is float:
+        if isinstance(value, str):  # YAML reads 3e-3 as text, because it has no decimal point
             value = _float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-    elif type(value) is kind:
+    elif type(value) is expected_type:
         return value
-    expected = "a list of names" if kind == tuple[str, ...] else f"of type {kind.__name__}"
+    expected = (
+        "a list of names"
+        if expected_type == tuple[str, ...]
+        else f"of type {expected_type.__name__}"
+    )
     raise ConfigError(f"`{key}` must be {expected}, got {value!r}.")
 
 

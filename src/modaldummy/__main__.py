@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
-        # Python flushes once more at exit.
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
+        # Python flushes stdout again at exit, which must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # as a shell says of a command that a closed pipe has ended
+        code = 141  # the exit code that shells report for SIGPIPE
     return code
 
 
@@ -46,23 +46,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _info() -> Iterator[str]:
-    """Lines that say which versions are here, and what adds up tensors on each device."""
+    """Lines with the installed versions, and with what reduces tensors on each device."""
     yield f"{'modaldummy':12}{_version('modaldummy')}"
     yield f"{'torch':12}{torch.__version__}"
     yield f"{'numpy':12}{_version('numpy')}"
     yield f"{'triton':12}{_version('triton')}"
     yield f"{'python':12}{platform.python_version()}"
     kernels = "cannot be used here" if fused_kernels() is None else "can be used on CUDA"
-    yield f"The fused kernels {kernels}; MODALDUMMY_REDUCTIONS=triton asks for them."
+    yield f"The fused kernels {kernels}. Set MODALDUMMY_REDUCTIONS=triton to use them."
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         try:
-            use = "plain torch" if kernels_for(device) is None else "fused Triton kernels"
+            reduction = "plain torch" if kernels_for(device) is None else "fused Triton kernels"
         except ValueError as error:
-            use = str(error)
-        yield f"{device!s:12}{use}{name}"
+            reduction = str(error)
+        yield f"{device!s:12}{reduction}{name}"
 
 
 def _version(package: str) -> str:
@@ -76,13 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m modaldummy", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     commands.add_parser("info", help="versions, and what reduces tensors on each device")
-    doctor.add_arguments(
-        commands.add_parser("doctor", help="say what logged metrics of a run show")
-    )
+    doctor.add_arguments(commands.add_parser("doctor", help="check the logged metrics of a run"))
     demo = commands.add_parser("demo", help="train a three-modality model on real scans")
     demo.add_argument("--steps", type=_count, default=200, help="training steps (default: 200)")
     demo.add_argument(
-        "--seed", type=_seed, default=0, help="of weights, batches, masks (default: 0)"
+        "--seed", type=_seed, default=0, help="seed of weights, batches and masks (default: 0)"
     )
     demo.add_argument("--no-dummy", action="store_true", help="train without the wrapper")
     demo.add_argument(
@@ -94,22 +92,22 @@ def _parser() -> argparse.ArgumentParser:
         "--modalities",
         nargs="+",
         choices=("T1", "rsfMRI", "dMRI"),
-        help="modalities that batches hold; the model always has all three (default: all)",
+        help="modalities that batches contain; the model always has all three (default: all)",
     )
     return parser
 
 
 def _count(text: str) -> int:
-    return _whole(text, 1)
+    return _whole_number(text, minimum=1)
 
 
 def _seed(text: str) -> int:
-    return _whole(text, 0)
+    return _whole_number(text, minimum=0)
 
 
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or not least <= int(text) < 2**63:
-        expected = f"a whole number of at least {least} and below 2**63"
+def _whole_number(text: str, minimum: int) -> int:
+    if not text.isdecimal() or not minimum <= int(text) < 2**63:
+        expected = f"a whole number of at least {minimum} and below 2**63"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return int(text)
 

@@ -5,6 +5,7 @@ use internally. When a new release of one of them breaks something, the repair b
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from modaldummy._errors import UnsupportedEngineError
 
 # --- Modules and tensors of torch ---------------------------------------------------------------
 
+# A parameter of any other type is a tensor of a subclass, such as a DTensor.
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Calls that torch has no public name for.
 foreach_norm = torch._foreach_norm
 # A context manager: subclasses of Tensor are handled like plain tensors.
@@ -107,7 +110,7 @@ PEFT_MODEL_NAMES = ("base_model", "model")
 # PEFT keeps the module that an adapter replaced under one of these names.
 _PEFT_REPLACED = ("base_layer", "original_module")
 # weight_norm, spectral_norm and pruning of `torch.nn.utils` rename a parameter with these endings.
-RENAMED_ENDINGS = ("_orig", "_g", "_v")
+_RENAMED_ENDINGS = ("_orig", "_g", "_v")
 
 
 def num_wrapper_segments(path: list[str]) -> int:
@@ -131,11 +134,28 @@ def wrapped_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"modules_to_save.{name}", child
 
 
-def lora_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of the LoRA adapters that PEFT puts beside a `base_layer`."""
-    for name, child in module._modules.items():
-        if name.startswith("lora_") and child is not None:
-            yield name, child
+def adapters_beside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the LoRA adapters that PEFT puts beside a child `base_layer`."""
+    for other, child in module._modules.items() if name == "base_layer" else ():
+        if other.startswith("lora_") and child is not None:
+            yield other, child
+
+
+def reparametrized(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """What `torch.nn.utils` put in the place of a parameter: path, module and parameter of each.
+
+    A reparametrization leaves the tensor that it computes in `module` under the old name.
+    """
+    all_parts = module._modules.get("parametrizations")
+    if all_parts is not None and (parts := all_parts._modules.get(name)) is not None:
+        for owner_path, owner in parts.named_modules():
+            for own_name, parameter in owner._parameters.items():
+                path = ".".join(filter(None, ("parametrizations", name, owner_path, own_name)))
+                yield path, owner, parameter
+    elif isinstance(vars(module).get(name), Tensor):
+        for ending in _RENAMED_ENDINGS:
+            if (parameter := module._parameters.get(name + ending)) is not None:
+                yield name + ending, module, parameter
 
 
 # --- DTensor and FSDP2 --------------------------------------------------------------------------
@@ -144,7 +164,7 @@ def lora_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether it is a DTensor."""
     # By attribute: importing the DTensor class is slow, and a model without one does not need it.
-    return hasattr(parameter, "to_local")
+    return type(parameter) not in PLAIN_TENSORS and hasattr(parameter, "to_local")
 
 
 def local_shard(tensor: Any) -> Tensor:
@@ -221,6 +241,15 @@ def zero_reduces_once(engine: Any) -> bool:
     return bool(getattr(optimizer, "_coalesce_grad_reduction", False))
 
 
+ZERO3_REMEDY = (
+    "Use ZeRO-1. Or give all ranks the same modalities at each step, for instance with "
+    "`ModalityBatchSampler`, and compute the total and its backward pass inside `with "
+    "deepspeed.zero.GatheredParameters(parameters):` for the parameters of all modalities. Or run "
+    "all towers on every rank, inactive ones on an empty batch, and pass `wrapper.modalities` as "
+    "the batch."
+)
+
+
 def is_zero3_parameter(parameter: Tensor) -> bool:
     """Whether ZeRO-3 shards the parameter."""
     return "ds_id" in vars(parameter)
@@ -249,6 +278,19 @@ def has_unscaled(scaler: Any) -> bool:
 def unscales_in_step(optimizer: Optimizer) -> bool:
     """Whether an optimizer divides gradients by the loss scale itself, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def copy_settings(optimizer: Optimizer) -> Optimizer:
+    """A new optimizer with the settings of another, but without its parameters, state and hooks."""
+    settings = {
+        name: value
+        for name, value in vars(optimizer).items()
+        # A learning rate schedule replaces `step` by one that is bound to the optimizer itself.
+        if name not in ("step", "state", "param_groups") and not name.startswith("_optimizer_")
+    }
+    copied = object.__new__(type(optimizer))
+    copied.__setstate__(settings | {"state": defaultdict(dict), "param_groups": []})
+    return copied
 
 
 # --- Lightning ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class MissingGradientError(ModalDummyError, RuntimeError):
 
 
 class RankDisagreementError(ModalDummyError, RuntimeError):
-    """Ranks have different modalities under an engine that does not support it, or one is silent."""
+    """Ranks differ in modalities where the engine does not support it, or a rank is missing."""
 
 
 class HistoryError(ModalDummyError, ValueError):

@@ -1,13 +1,15 @@
-"""What a check found, in a form for people and for programs."""
+"""What a check reports, in a form for people and for programs."""
 
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from modaldummy._errors import first_few
+
 Severity = Literal["error", "warning", "info"]
 _ORDER = ("error", "warning", "info")
-_SHOWN = 3  # of a list or a mapping in the evidence
+MAX_LISTED_ITEMS = 3  # of a list or a mapping in the evidence
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,11 @@ class Finding:
 
     Attributes:
         code: Stable name such as ``MD101``; each has a section in the reference.
-        severity: ``error``: training fails, or its result is wrong. ``warning``: it is likely not
-            what was meant. ``info``: nothing to do, good to know.
-        message: One sentence.
-        evidence: The numbers and names that it rests on; JSON can hold them.
-        remedy: What to do about it; empty where there is nothing to do.
+        severity: ``error``: training fails, or its result is wrong. ``warning``: the setting is
+            probably a mistake. ``info``: good to know, and nothing has to be done.
+        message: What happens or will happen, in one to three sentences.
+        evidence: The numbers and names behind the message, all of which JSON can represent.
+        remedy: What to do about it; empty if nothing has to be done.
     """
 
     code: str
@@ -43,12 +45,12 @@ class Finding:
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """Errors first, then warnings; within each by code, otherwise as they came."""
+    """Errors first, then warnings, then infos; each in the order of codes."""
     return sorted(findings, key=lambda f: (_ORDER.index(f.severity), f.code))
 
 
 def log_findings(findings: Iterable[Finding], logger: logging.Logger) -> None:
-    """Log each at the level that is called as its severity."""
+    """Log each finding at the level with the name of its severity."""
     for finding in findings:
         logger.log(logging.getLevelNamesMapping()[finding.severity.upper()], "%s", finding)
 
@@ -58,10 +60,8 @@ def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return f"{{{_few([f'{name}: {_short(item)}' for name, item in value.items()])}}}"
-    return f"[{_few([*map(_short, value)])}]" if isinstance(value, (list, tuple)) else str(value)
-
-
-def _few(words: list[str]) -> str:
-    more = [f"and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
-    return ", ".join(words[:_SHOWN] + more)
+        items = (f"{name}: {_short(item)}" for name, item in value.items())
+        return f"{{{first_few(items, MAX_LISTED_ITEMS)}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{first_few(map(_short, value), MAX_LISTED_ITEMS)}]"
+    return str(value)

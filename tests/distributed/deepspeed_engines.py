@@ -135,11 +135,10 @@ class Coalescing(Zero):
 
 
 class Gathered(Zero):
-    """The dummy is added and backwarded while ZeRO-3 has what is of modalities whole."""
+    """ZeRO-3 has gathered the parameters of all modalities for the total and its backward pass."""
 
     def learn(self, real: Tensor, active: Active, count: int) -> None:
-        owned = self.wrapper._map.owned(self.wrapper._map.paths).values()
-        parameters = [parameter for _, parameter, _ in owned]
+        parameters = [owned.parameter for owned in self.wrapper.parameters.all().values()]
         with deepspeed_on_cpus().zero.GatheredParameters(parameters):
             super().learn(real, active, count)
 
@@ -153,8 +152,8 @@ class Complete(Zero):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        if self.wrapper._scale:
-            self.absolute = 1.01 * self.wrapper._scale  # the truth has dummies, and there are none
+        if self.wrapper.scale:
+            self.absolute = 1.01 * self.wrapper.scale  # the truth has dummies, and there are none
 
     def running(self, active: Active) -> Active:
         return NAMES

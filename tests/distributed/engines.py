@@ -232,7 +232,7 @@ AGREEING: dict[str, Make] = {
     "FSDP2, towers, wrapped early": fsdp(*TOWERS, early=True),
     "FSDP2, towers, zeros": fsdp(*TOWERS, zeros=True),
 }
-# Which cannot bear the dummy term.
+# These do not support the dummy term.
 REFUSED: dict[str, Make] = {
     "DDP, unused": ddp(find_unused_parameters=True),
     "DDP, unused, bucket views": ddp(find_unused_parameters=True, gradient_as_bucket_view=True),

@@ -51,7 +51,7 @@ def refusal(rank: int, engine: str) -> str:
 
 
 @pytest.mark.parametrize("engine", REFUSED)
-def test_what_cannot_bear_the_dummy_term_is_refused(two: Fleet, engine: str) -> None:
+def test_ddp_that_does_not_support_the_dummy_term_is_refused(two: Fleet, engine: str) -> None:
     for message in two.ask(refusal, engine):
         assert "find_unused_parameters=False" in message
 

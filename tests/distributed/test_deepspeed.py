@@ -109,10 +109,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("engine", "scale", "remedy"), REFUSED)
-def test_ranks_that_differ_are_refused_on_all_of_them(
+def test_divergent_ranks_are_refused_on_all_of_them(
     fleet: Fleet, engine: str, scale: float | None, remedy: str
 ) -> None:
-    """With the same words, before anything is sent that could pair up."""
+    """With the same error, before any collective that could mismatch."""
     schedule: Schedule = ((tuple(("T1",) if r else ("dMRI",) for r in range(fleet.num_ranks)),),)
     first, *others = fleet.ask(refusal, engine, scale, schedule)
     assert remedy in first

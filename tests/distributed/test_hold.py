@@ -1,4 +1,4 @@
-"""Hold on two ranks: what one rank taught moves on both, what no rank taught on neither."""
+"""Hold on two ranks: what one rank trains moves on both, what no rank trains on neither."""
 
 from typing import Any
 from unittest.mock import patch

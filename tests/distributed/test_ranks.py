@@ -1,4 +1,4 @@
-"""Ranks agree to go on or to stop: the same words on all of them, and nobody is left to wait."""
+"""Ranks agree to go on or to stop: all raise the same error, and no rank waits for another."""
 
 import os
 import time
@@ -18,7 +18,7 @@ from tests.preflight_models import Model, mapped
 TIMEOUT = 4  # seconds
 
 
-def split() -> DummyLossWrapper:
+def sharded_towers() -> DummyLossWrapper:
     """Each tower but that of T1 is sharded by itself."""
     model = Model()
     for name in NAMES[1:]:
@@ -36,22 +36,22 @@ def outcome(wrapper: DummyLossWrapper, batch: Any, **options: Any) -> str:
 
 
 def in_turn(rank: int, steps: list[list[Any]]) -> list[str]:
-    """What a rank is told at each of the steps, of which `steps` says what each rank holds."""
-    wrapper = split()
+    """The error of a rank at each step; `steps` gives the modalities of each rank."""
+    wrapper = sharded_towers()
     return [outcome(wrapper, batches[rank % len(batches)]) for batches in steps]
 
 
-def test_all_ranks_hear_the_same_or_nothing(fleet: Fleet) -> None:
+def test_all_ranks_raise_the_same_or_nothing(fleet: Fleet) -> None:
     """And go on with the next step, if they like."""
     steps = [[["T1"], ["rsfMRI"]], [["T1"], []], [["dMRI"], ["dMRI"]], [["T1"], ["dMRI", "T1"]]]
     first, *others = fleet.ask(in_turn, steps)
-    assert all(told == first for told in others)
+    assert all(texts == first for texts in others)
     size = fleet.num_ranks
     even, odd = ("rank 0", "rank 1") if size == 2 else ("ranks 0, 2", "ranks 1, 3")
     assert first[1] == first[2] == ""
-    assert f"{even}: T1; {odd}: rsfMRI. FSDP2 gathers" in first[0]
-    assert "Concerned: rsfMRI (towers.rsfMRI.weight, towers.rsfMRI.bias)." in first[0]
-    assert f"{even}: T1; {odd}: T1, dMRI. FSDP2 gathers" in first[3]
+    assert f"{even}: T1; {odd}: rsfMRI. These parameters are in their own FSDP2 unit." in first[0]
+    assert "This concerns rsfMRI (towers.rsfMRI.weight, towers.rsfMRI.bias)." in first[0]
+    assert f"{even}: T1; {odd}: T1, dMRI. These parameters are in their own FSDP2 unit." in first[3]
 
 
 def test_a_rank_that_cannot_read_its_batch_stops_all_at_once(fleet: Fleet) -> None:
@@ -63,11 +63,11 @@ def test_a_rank_that_cannot_read_its_batch_stops_all_at_once(fleet: Fleet) -> No
             assert "UnknownModalityError" in first
             assert "'PET'" in first
         else:
-            who = "rank 1;" if fleet.num_ranks == 2 else "ranks 1, 3;"
+            who = "rank 1." if fleet.num_ranks == 2 else "ranks 1, 3."
             assert first.startswith("RankDisagreementError: The batch could not be read on")
             assert who in first
         assert second == ""
-        assert third.startswith("RankDisagreementError: Ranks hold different modalities")
+        assert third.startswith("RankDisagreementError: Ranks have different modalities")
     assert time.monotonic() - begin < 60
 
 
@@ -80,7 +80,7 @@ def counted(rank: int) -> list[tuple[int, int]]:
         sizes.append((len(everyone), own.numel() * own.element_size()))
         gather(everyone, own, group=group)
 
-    wrapper = split()
+    wrapper = sharded_towers()
     with patch.object(dist, "all_gather", count):
         check_ranks(wrapper, ["T1"])
         outcome(wrapper, NAMES[rank % 2])
@@ -95,13 +95,13 @@ def test_a_call_takes_one_gather_of_a_few_bytes(fleet: Fleet) -> None:
 def in_pairs(rank: int) -> tuple[str, str]:
     """Ranks 0 and 3, and ranks 1 and 2, agree with each other; then with the neighbour."""
     pairs = [[0, 3], [1, 2]], [[0, 1], [2, 3]]
-    wrapper = split()
-    told = []
+    wrapper = sharded_towers()
+    texts = []
     for groups in pairs:
         made = [dist.new_group(ranks) for ranks in groups]
         (group,) = (g for g, ranks in zip(made, groups, strict=True) if rank in ranks)
-        told.append(outcome(wrapper, ["T1"] if rank in (0, 3) else ["rsfMRI"], group=group))
-    return told[0], told[1]
+        texts.append(outcome(wrapper, ["T1"] if rank in (0, 3) else ["rsfMRI"], group=group))
+    return texts[0], texts[1]
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_a_group_agrees_without_the_others(four: Fleet) -> None:
     """Ranks are named as they are in the whole."""
     for rank, (first, second) in enumerate(four.ask(in_pairs)):
         assert first == ""
-        held = "rank 0: T1; rank 1: rsfMRI" if rank < 2 else "rank 2: rsfMRI; rank 3: T1"
-        assert f": {held}. FSDP2" in second
+        active = "rank 0: T1; rank 1: rsfMRI" if rank < 2 else "rank 2: rsfMRI; rank 3: T1"
+        assert f": {active}. These parameters are in their own FSDP2 unit." in second
 
 
 # --- ranks that do not come ----------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_a_group_agrees_without_the_others(four: Fleet) -> None:
 
 def ending(rank: int, fault: str) -> tuple[str, str, float]:
     """The error of a rank whose neighbour does not come, its cause, and how long it took."""
-    wrapper = split()
+    wrapper = sharded_towers()
     check_ranks(wrapper, ["T1"])
     if rank == 1 and fault == "dies":
         os._exit(1)
@@ -133,8 +133,8 @@ def ending(rank: int, fault: str) -> tuple[str, str, float]:
     try:
         check_ranks(wrapper, ["T1"])
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        return told, type(error.__cause__).__name__, time.monotonic() - begin
+        text = f"{type(error).__name__}: {error}"
+        return text, type(error.__cause__).__name__, time.monotonic() - begin
     return "", "", 0.0
 
 
@@ -147,12 +147,12 @@ def hasty() -> Iterator[Fleet]:
 
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
 def test_the_others_wait_no_longer_than_their_group(hasty: Fleet, fault: str) -> None:
-    (told, cause, elapsed), other = hasty.answers(ending, fault)
-    assert told.startswith("RankDisagreementError: Not all ranks took part in `check_ranks`")
+    (text, cause, elapsed), other = hasty.answers(ending, fault)
+    assert text.startswith("RankDisagreementError: Not all ranks called `check_ranks`")
     assert cause in ("RuntimeError", "DistBackendError", "DistNetworkError")
     assert elapsed < 2 * TIMEOUT
     if fault == "dies":
         assert isinstance(other, RankError)
         assert other.kind == "gone"
     else:
-        assert other[0].startswith("RankDisagreementError: Not all ranks took part")
+        assert other[0].startswith("RankDisagreementError: Not all ranks called `check_ranks`")

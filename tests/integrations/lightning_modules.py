@@ -87,7 +87,7 @@ class Kept(Logger):
 
 
 def batches(*active: Sequence[str]) -> "DataLoader[Batch]":
-    """Batches that hold these modalities, one after the other."""
+    """Batches that contain these modalities, one after the other."""
     data: Any = [{"modality": list(names)} for names in active]
     return DataLoader(data, batch_size=None)
 
@@ -113,7 +113,7 @@ def fit(
     logger: Logger | None = None,
     **options: Any,
 ) -> Trainer:
-    """Train on batches that hold these modalities."""
+    """Train on batches that contain these modalities."""
     made = trainer(*callbacks, logger=logger, **options)
     made.fit(module, batches(*active))
     return made

@@ -13,7 +13,7 @@ from torch import nn
 
 from modaldummy import DummyLossWrapper, gradient_norms
 
-# What diagnose says of a run, and what its loop does to the gradients of absent modalities.
+# What diagnose says of a run, and what its loop does to the gradients of inactive modalities.
 RUNS: dict[str, tuple[set[str], float]] = {"healthy": (set(), 1.0), "zeroed": ({"MD211"}, 0.0)}
 SIZES = {"T1": 8, "dMRI": 64}
 Row = dict[str, float]

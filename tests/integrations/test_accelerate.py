@@ -121,7 +121,7 @@ def test_training_that_is_held_is_that_without_the_wrapper(precision: str) -> No
 
 
 def test_accumulated_dummies_are_those_of_one_step() -> None:
-    """`backward` divides the total, so that what no batch of a step holds gets `scale`."""
+    """`backward` divides the total, so that a parameter inactive in all batches gets `scale`."""
     run = Run(gradient_accumulation_steps=4)
     start = {name: p.detach().clone() for name, p in run.bare.named_parameters()}
     run.train([["T1"], ["T1"], ["rsfMRI"], ["T1"]])
@@ -166,7 +166,7 @@ def test_nothing_is_found() -> None:
 def test_what_prepare_returned_is_no_optimizer_to_hold() -> None:
     """The message names the way to the one inside."""
     run = Run(wrapped=False)
-    with pytest.raises(TypeError, match=r"pass the inner one, often `optimizer\.optimizer`"):
+    with pytest.raises(TypeError, match=r"Pass the inner one, often `optimizer\.optimizer`"):
         hold_inactive(DummyLossWrapper(run.model, MAP), run.optimizer)
 
 

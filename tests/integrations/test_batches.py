@@ -55,7 +55,7 @@ def test_integers_are_data_once_collated() -> None:
     sample = {"T1": 1, "dMRI": 0}
     with pytest.raises(BatchMetadataError, match="Use True or False for a flag"):
         active(sample)
-    with pytest.raises(BatchMetadataError, match="use bools"):
+    with pytest.raises(BatchMetadataError, match="Use bools"):
         active(default_collate([{"modalities": sample}]))
     assert active(default_collate([sample])) == ("T1", "dMRI")
 

@@ -101,7 +101,7 @@ def test_training_that_is_held_is_that_without_the_wrapper(
 
 
 def test_accumulated_and_clipped() -> None:
-    """What no batch of the step holds gets `scale` before clipping; labels are those of all."""
+    """What is inactive in all batches gets `scale` before clipping; labels are those of all."""
     run = Run()
     start = {name: p.detach().clone() for name, p in run.bare.named_parameters()}
     run.backward(["T1"], 2, last=False)

@@ -85,7 +85,7 @@ def test_it_trains_without_a_callback() -> None:
 
 
 def test_accumulated_dummies_are_those_of_one_step() -> None:
-    """Lightning divides the total, so that what no batch of a step holds gets `scale`."""
+    """Lightning divides the total, so that a parameter inactive in all batches gets `scale`."""
     module, bare = Module(), Module(wrapped=False)
     for one in (module, bare):
         fit(one, [["T1"], ["T1"], ["T1"], ["rsfMRI"]], accumulate_grad_batches=2, max_steps=1)

@@ -130,7 +130,7 @@ def test_a_csv_of_lightning_is_one_that_diagnose_reads(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     fit(Module(), TURNS * 16, DummyLossCallback(hold=True), logger=logger)
     found = [finding.code for finding in diagnose(tmp_path / "metrics.csv")]
-    assert found == ["MD225"]  # no batch holds dMRI
+    assert found == ["MD225"]  # no batch contains dMRI
 
 
 class Manual(Module):
@@ -159,7 +159,7 @@ def test_optimizers_that_step_in_one_batch_make_one_row() -> None:
     row = logger.ours()[0]
     assert owners(row)["T1"] == {"T1"}
     assert owners(row)["rsfMRI"] == {"rsfMRI"}
-    assert row["grad_norm/T1"] == pytest.approx(DUMMY)  # the second loss did not hold it
+    assert row["grad_norm/T1"] == pytest.approx(DUMMY)  # inactive in the second loss
 
 
 def test_findings_are_logged_where_training_starts(caplog: pytest.LogCaptureFixture) -> None:
@@ -169,7 +169,9 @@ def test_findings_are_logged_where_training_starts(caplog: pytest.LogCaptureFixt
     assert [finding.code for finding in callback.findings] == ["MD141"]
     (record,) = [r for r in caplog.records if r.name == "modaldummy.integrations.lightning"]
     assert record.levelname == "WARNING"
-    assert record.getMessage().startswith("MD141 warning: AdamW moves modalities")
+    assert record.getMessage().startswith(
+        "MD141 warning: AdamW moves the parameters of inactive modalities by up to"
+    )
 
 
 def test_findings_are_logged_once(

@@ -100,7 +100,7 @@ class Ranks(LightningEnvironment):
         return 0
 
 
-TWO = [[["T1"], ["T1"]], [["rsfMRI"], ["T1"]]]  # what each rank holds at each step
+TWO = [[["T1"], ["T1"]], [["rsfMRI"], ["T1"]]]  # active on each rank at each step
 
 
 def train(rank: int, find_unused: bool) -> tuple[Any, Any, Any]:

@@ -22,14 +22,15 @@ def test_it_refuses_what_is_no_wrapper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(0, "has no DummyLossWrapper among"), (2, "has 2 Dum")]
+    ("number", "given"), [(0, "got none. Pass the wrapper"), (2, "got 2. Pass the wrapper")]
 )
-def test_it_refuses_to_guess_the_wrapper(number: int, said: str) -> None:
+def test_it_refuses_to_guess_the_wrapper(number: int, given: str) -> None:
     module = Module(wrapped=False)
     spec = {name: f"model.towers.{name}" for name in NAMES}
     for place in range(number):
         setattr(module, f"wrapper{place}", DummyLossWrapper(module, spec))
-    with pytest.raises(ValueError, match=said):
+    expected = rf"`Module` must have one DummyLossWrapper among its attributes, {given}"
+    with pytest.raises(ValueError, match=expected):
         fit(module, TURNS, DummyLossCallback())
 
 
@@ -55,7 +56,7 @@ def test_it_refuses_such_a_loss_after_others_too() -> None:
 
 
 class Two(Module):
-    """With two optimizers, of which the second may be of a kind that cannot be held."""
+    """With two optimizers, the second of which may be one that cannot be held."""
 
     def __init__(self, second: type[torch.optim.Optimizer]) -> None:
         super().__init__()

@@ -136,7 +136,7 @@ ACCELERATE += ["--main_process_port=0"]
 def test_two_ranks(
     launcher: Sequence[str], example: str, options: list[str], tmp_path: Path
 ) -> None:
-    """The promises hold on both, which hold different modalities."""
+    """Both ranks keep the promises with different modalities."""
     run = ["--steps", "30", *options]
     code, shown = launched(tmp_path, EXAMPLES / example, *run, by=launcher, timeout=TIMEOUT)
     assert code == 0, shown

@@ -116,7 +116,7 @@ def test_a_trainer_that_says_how_its_loss_is_scaled_is_believed(tmp_path: Path) 
 def test_a_held_run_ends_where_the_plain_one_does(
     name: str, optimizer: str, tmp_path: Path
 ) -> None:
-    """Parameters and optimizer state, bit for bit: what no batch held is left alone."""
+    """Parameters and optimizer state, bit for bit: what no batch contains stays unchanged."""
     args = arguments(tmp_path, optim=optimizer, max_grad_norm=1e9, weight_decay=0.1)
     model, other = MODELS[name](), MODELS[name]()
     trainer, reference = mixed(model, args, hold=True), plain(other, args)

@@ -1,4 +1,4 @@
-"""On two ranks that hold different modalities the Trainer gets the gradients of one process."""
+"""On two ranks with different modalities the Trainer gets the gradients of one process."""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def test_the_trainer_looks_for_unused_parameters_and_trains(two: Fleet, tmp_path
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
     assert [row["grad_ranks"] for row in rows] == [2] * 10
     assert all("grad_norm/dMRI" in row for row in rows)
-    # What no rank held is at the first steps as it was made.
+    # What is inactive on all ranks is at the first steps as it was made.
     assert rows[0]["modaldummy/active/dMRI"] == 0
 
 
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "reader",
         REENTRANT | {"ddp_find_unused_parameters": True},
         {},
-        "UnsupportedEngineError: ReaderForCausalLM runs parts under reentrant checkpointing",
+        "UnsupportedEngineError: ReaderForCausalLM uses reentrant checkpoints.",
     ),
 }
 

@@ -44,7 +44,7 @@ def test_evaluation_within_training_disturbs_nothing(tmp_path: Path) -> None:
     runs = []
     for options in ({}, EVALUATING):
         model = scanner()
-        # What is evaluated holds modalities that training does not.
+        # Evaluation uses modalities that training does not.
         data = samples(model, [["dMRI"], ["rsfMRI"]])
         trainer = mixed(
             model,

@@ -87,7 +87,7 @@ def test_the_doctor_finds_no_fault_with_a_healthy_history(
 
 
 def test_the_doctor_notices_missing_gradients(tmp_path: Path) -> None:
-    """So that the test above can fail: with a scale of None what is absent gets no gradient."""
+    """So that the test above can fail: with a scale of None inactive modalities get no gradient."""
     model = scanner()
     wrapper = wrapper_of(model, scale=None)
     options = {"wrapper": wrapper, "callbacks": [GradientNormCallback()]}

@@ -11,9 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 from modaldummy import DummyLossWrapper, gradient_norms
-from modaldummy._core import StepReport
-from modaldummy.integrations import _trainer_norms
-from modaldummy.integrations._batches import summed
+from modaldummy.integrations import gradient_norm_callback
+from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
 from modaldummy.integrations.transformers import GradientNormCallback
 from tests.integrations.trainers import (
     MAP,
@@ -35,23 +34,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FOUR = {"gradient_accumulation_steps": 4}
 
 
-def reports_of(model: Scanner, losses: Mapping[float, list[str]]) -> list[tuple[StepReport, float]]:
+def reports_of(model: Scanner, losses: Mapping[float, list[str]]) -> list[WeightedReport]:
     """Of batches with these losses and modalities, a quarter of a step each."""
     wrapper, found = DummyLossWrapper(model, MAP, 1e-5), []
     for loss, names in losses.items():
         wrapper.total(torch.tensor(loss), names)
         assert wrapper.last is not None
-        found.append((wrapper.last, 0.25))
+        found.append(WeightedReport(wrapper.last, 0.25))
     return found
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_was_accumulated_is_summed(turned: bool) -> None:
-    """Losses and dummies by their shares; the largest fraction, and what none held."""
+def test_accumulated_reports_are_combined(turned: bool) -> None:
+    """Losses and dummies by their shares; the largest fraction; what no batch contains."""
     model = scanner()
     reports = reports_of(model, {8.0: ["T1"], -4.0: ["T1", "dMRI"]})
-    (first, _), (second, _) = reports
-    row = summed(wrapper_of(model), reports[::-1] if turned else reports)
+    first, second = (batch.report for batch in reports)
+    row = accumulated_report(wrapper_of(model), reports[::-1] if turned else reports)
     assert row["modaldummy/real"] == 1
     dummy = 0.25 * (first.dummy + second.dummy).item()
     assert row["modaldummy/dummy"] == pytest.approx(dummy)
@@ -68,7 +67,7 @@ def test_what_was_accumulated_is_summed(turned: bool) -> None:
 def test_a_loss_that_is_not_a_number_shows_in_the_sum(turned: bool) -> None:
     model = scanner()
     reports = reports_of(model, {math.nan: ["T1"], 1.0: ["T1"]})
-    row = summed(wrapper_of(model), reports[::-1] if turned else reports)
+    row = accumulated_report(wrapper_of(model), reports[::-1] if turned else reports)
     assert math.isnan(row["modaldummy/real"])
     assert math.isnan(row["modaldummy/fraction"])
 
@@ -88,7 +87,7 @@ def test_the_history_has_report_and_norms(tmp_path: Path) -> None:
 
 
 def test_labels_are_of_all_accumulated_batches(tmp_path: Path) -> None:
-    """And what the report counts is what no batch of the step held."""
+    """And the report counts what is inactive in all batches of the step."""
     model = scanner()
     trainer = mixed(model, arguments(tmp_path, **FOUR), callbacks=[GradientNormCallback()])
     trainer.train()
@@ -140,7 +139,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         times.append(1)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(_trainer_norms, "gradient_norms", count)
+    monkeypatch.setattr(gradient_norm_callback, "gradient_norms", count)
     return times
 
 

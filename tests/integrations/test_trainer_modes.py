@@ -156,7 +156,7 @@ class Steps(TrainerCallback):
 
 
 def test_the_hold_outlives_steps_that_a_scaler_skips(tmp_path: Path) -> None:
-    """T1 is taught at skipped steps and never again: they teach nothing."""
+    """T1 is active at skipped steps and never again: they train nothing."""
     model, steps = scanner(), Steps()
     before = values_of(model)
     data = samples(model, [["T1"]] * 3 + [["dMRI"]] * 40)

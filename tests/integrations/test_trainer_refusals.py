@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer])
 def test_the_mixin_comes_first(base: type[Trainer]) -> None:
-    expected = r"write `class Wrong\(DummyLossMixin, Trainer\)`"
+    expected = r"has no effect\. Write `class Wrong\(DummyLossMixin, Trainer\)`"
     with pytest.raises(TypeError, match=expected):
         type("Wrong", (base, DummyLossMixin), {})
     assert type("Right", (DummyLossMixin, base), {}).__mro__[1] is DummyLossMixin
@@ -133,7 +133,7 @@ def test_a_dummy_that_would_be_added_twice_is_refused(tmp_path: Path) -> None:
     model: Any = Wrapping()
     model.wrapper = wrapper_of(model)
     options = {"wrapper": model.wrapper, "train_dataset": samples(model)}
-    with pytest.raises(RuntimeError, match="dummy would be added twice"):
+    with pytest.raises(RuntimeError, match="dummy term would be added twice"):
         mixed(model, arguments(tmp_path), **options).train()
 
 

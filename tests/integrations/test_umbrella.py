@@ -129,7 +129,7 @@ def test_adamw_moves_untaught_embeddings_unless_it_is_held(
 
 
 def test_generated_text_is_judged_and_written(runs: dict[str, Run]) -> None:
-    """Every ten steps and at the end, for each modality that batches hold."""
+    """Every ten steps and at the end, for each modality that batches contain."""
     for made in runs.values():
         path = Path(made.config.out) / "generated.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -184,7 +184,7 @@ def batches(sampler: ModalitySampler) -> list[list[int]]:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_batches_hold_one_modality_or_several(share: float) -> None:
-    """In the share that was asked for; each held modality has as many samples, but for one."""
+    """In the share that was asked for; each modality in it has as many samples, but for one."""
     names = random.Random(0).choices(MODALITIES, k=90)
     drawn = [Counter(names[place] for place in b) for b in batches(sampler(mixed_share=share))]
     mixed = [counts for counts in drawn if len(counts) > 1]
@@ -254,7 +254,7 @@ def test_overrides_come_before_the_file(tmp_path: Path) -> None:
         ("stepps=3", "There is no key 'stepps'; did you mean 'steps'? There are: modalities, out"),
         ("wheels=3", "There is no key 'wheels'; There are:"),
         ("steps", "--set takes key=value such as steps=50, got 'steps'"),
-        ("steps=[", "--set steps=[ is no YAML"),
+        ("steps=[", "--set steps=[ is not YAML"),
         ("steps=many", "`steps` must be of type int, got 'many'"),
         ("steps=true", "`steps` must be of type int, got True"),
         ("steps=0", "`steps` must be at least 1, got 0"),
@@ -285,9 +285,9 @@ def test_wrong_values_are_told(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- T1", "must hold keys and values, got ['T1']"),
-        ("", "must hold keys and values, got None"),
-        ("a: [", "is no YAML"),
+        ("- T1", "must contain keys and values, got ['T1']"),
+        ("", "must contain keys and values, got None"),
+        ("a: [", "is not YAML"),
         ("steps: 3", "lacks modalities, out"),
     ],
 )

@@ -78,14 +78,14 @@ def test_one_process_is_healthy(whole: tuple[Path, str]) -> None:
 
 
 def test_two_processes_are_healthy(tmp_path: Path) -> None:
-    """Ranks hold other modalities, and end with the same parameters."""
+    """Ranks have different modalities, and end with the same parameters."""
     shown = train(tmp_path, by=TORCHRUN)
     check_healthy(tmp_path, shown)
     assert promises(shown)[4:] == ["all ranks end with the same parameters"]
     assert shown.count("The doctor says") == 1
     rows = log_of(tmp_path)
     assert {row["grad_ranks"] for row in rows} == {2}
-    # An embedding that is inactive here has a real gradient where the other rank holds it.
+    # An embedding that is inactive here has a real gradient where it is active on the other rank.
     inactive = [row["grad_norm/T1"] for row in rows if not row["modaldummy/active/T1"]]
     assert min(inactive) < 1e-4 < max(inactive)
 

@@ -127,7 +127,7 @@ MODELS: dict[str, Callable[[], Any]] = {"scanner": scanner, "reader": reader}
 
 
 def samples(model: nn.Module, batches: Batches = BATCHES, seed: int = 0) -> list[dict[str, Any]]:
-    """A dataset whose batches, drawn in order, hold these modalities."""
+    """A dataset whose batches, drawn in order, contain these modalities."""
     draw = torch.Generator().manual_seed(seed)
     found = []
     for place, names in enumerate(batches):

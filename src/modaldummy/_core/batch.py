@@ -207,20 +207,15 @@ class BatchReader:
             return active
         answers: dict[Any, set[str]] = {}
         for key in fields.keys:
-            inner = fields_of(fields.get(key))
-            if inner is None:
-                continue
-            answer = self._read_level(inner, f"{where}[{key!r}]", depth + 1)
+            inner, place = fields_of(fields.get(key)), f"{where}[{key!r}]"
+            answer = None if inner is None else self._read_level(inner, place, depth + 1)
             if answer is not None:
                 answers[key] = answer
         if len({frozenset(answer) for answer in answers.values()}) > 1:
-            in_map_order = {
-                key: tuple(name for name in self.modalities if name in answer)
-                for key, answer in answers.items()
-            }
+            listed = {key: sorted(answer) for key, answer in answers.items()}
             raise BatchMetadataError(
-                f"{where} contains contradictory modalities, {in_map_order}. Say under "
-                "'modalities' which are meant."
+                f"{where} contains contradictory modalities, {listed}. Say under 'modalities' "
+                "which are meant."
             )
         return next(iter(answers.values()), None)
 
@@ -254,16 +249,14 @@ class BatchReader:
         for index, item in enumerate(items):
             if item is None and explicit:
                 continue  # a sample without modalities, as in a column with nulls
-            inside = f"{where}[{index}]"
+            place = f"{where}[{index}]"
             numbers = isinstance(item, (Tensor, np.ndarray)) and not is_mask(item)
-            names = None
-            if not numbers:
-                names = self.probe(item, inside, explicit=explicit, depth=depth + 1)
+            names = None if numbers else self.probe(item, place, explicit=explicit, depth=depth + 1)
             if names is None:
                 if index == 0 and not explicit:
                     return None
                 raise BatchMetadataError(
-                    f"{inside} does not say which modalities it contains: {describe(item)}. If "
+                    f"{place} does not say which modalities it contains: {describe(item)}. If "
                     f"{where} is a tuple such as (inputs, targets), pass the item that does. If it "
                     "is a list of samples, write `[]`, or `'modalities': []` in a dict, for one "
                     "without modalities. Integers could be flags or indexes: use bools, or an "
@@ -299,12 +292,8 @@ class BatchReader:
         if not is_integer(array) or array.ndim != 1:
             raise BatchMetadataError(
                 f"{where} is {describe(array)}, which names no modality; expected names, a bool "
-                f"mask [{width}] or [B, {width}], or integer indexes [B]. {self.remedy()}"
-            )
-        if array.dtype in (torch.uint8, np.uint8):
-            raise BatchMetadataError(
-                f"{where} is {describe(array)}; uint8 is used for masks as well as for indexes. "
-                "Convert it to bool or to int64."
+                f"mask [{width}] or [B, {width}], or integer indexes [B]. An array of uint8 may be "
+                f"either: convert it to bool or to int64. {self.remedy()}"
             )
         # A masked array of numpy gives None for a hidden element.
         indexes = set(without_repeats(array).tolist()) - {-1, None}

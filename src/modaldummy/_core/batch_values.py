@@ -1,7 +1,6 @@
 """Looks into single values of a batch: their named fields, and whether they contain anything."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from numbers import Number
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
 _INTEGERS = {
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 }
 
@@ -41,11 +40,14 @@ def fields_of(value: Any) -> Fields | None:
     if isinstance(value, Mapping):
         # Not `list(value)`: a TensorDict is a Mapping that iterates over rows.
         return Fields(list(value.keys()), value.__getitem__, True)
+    names = None
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return Fields(list(value._fields), functools.partial(getattr, value), True)
-    if dataclasses.is_dataclass(value):
+        names = list(value._fields)
+    elif dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-        return Fields(names, functools.partial(_field, value), True)
+    if names is not None:
+        # A field with `init=False` may not have been set yet.
+        return Fields(names, lambda name: getattr(value, name, None), True)
     if hasattr(value, "node_types") and hasattr(value, "__getitem__"):
         # PyG's HeteroData: its keys are attributes of nodes, and reading an item by such a name
         # would add a node type.
@@ -55,11 +57,6 @@ def fields_of(value: Any) -> Fields | None:
         if isinstance(keys, Iterable):
             return Fields(list(keys), value.__getitem__, False)
     return None
-
-
-def _field(record: Any, name: str) -> Any:
-    # A field with `init=False` may not have been set yet.
-    return getattr(record, name, None)
 
 
 def is_plain_collection(value: object) -> bool:
@@ -121,10 +118,9 @@ def is_like_collated_flags(value: Any) -> bool:
     """Whether `value` is a list or array of numbers, as collated flags of samples would be."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 1 and not is_mask(value)
-    is_list = isinstance(value, (list, tuple))
-    return is_list and any(
-        isinstance(item, Number) and not isinstance(item, bool) for item in value
-    )
+    if not isinstance(value, (list, tuple)):
+        return False
+    return any(isinstance(item, Number) and not isinstance(item, bool) for item in value)
 
 
 def check_depth(depth: int, where: str) -> None:
@@ -167,7 +163,7 @@ def is_mask(array: Any) -> bool:
 
 
 def is_integer(array: Any) -> bool:
-    """Whether an array of torch or numpy is one of integers."""
+    """Whether an array of torch or numpy is one of integers; uint8 may also be a mask."""
     if isinstance(array, np.ndarray):
-        return array.dtype.kind in "iu"
+        return array.dtype.kind in "iu" and array.dtype != np.uint8
     return array.dtype in _INTEGERS

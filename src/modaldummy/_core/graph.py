@@ -15,7 +15,9 @@ def reached_leaves(*tensors: Tensor, follow_dummies: bool = True) -> set[int] | 
 
     Args:
         tensors: Any tensors, with graphs or without.
-        follow_dummies: Whether to follow the edges that exist only to hand out dummy gradients.
+        follow_dummies: Whether to follow the edges that exist only to hand out dummy gradients. A
+            `torch.autograd.Function` of this package whose edges are such, but for the first, has
+            a class attribute `only_connects`.
 
     Returns:
         None where the graph does not say: a reentrant checkpoint builds its part during backward.
@@ -37,7 +39,7 @@ def reached_nodes(roots: Iterable[Any], follow_dummies: bool = True) -> set[Any]
     while waiting:
         node = waiting.pop()
         edges = node.next_functions
-        if not follow_dummies and _only_connects(node):
+        if not follow_dummies and getattr(function_of(node), "only_connects", False):
             edges = edges[:1]
         following = {after for after, _ in edges if after is not None} - visited
         waiting += following
@@ -54,11 +56,3 @@ def leaves_of(nodes: Iterable[Any]) -> set[int] | None:
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves.add(id(leaf))
     return leaves
-
-
-def _only_connects(node: Any) -> bool:
-    """Whether all edges of a node but the first exist only to hand out dummy gradients.
-
-    A `torch.autograd.Function` of this package says so by a class attribute `only_connects`.
-    """
-    return getattr(function_of(node), "only_connects", False)

@@ -1,5 +1,6 @@
 """A wrapped loss function: where a call says what its batch contains, and where the loss is."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -66,7 +67,9 @@ class CallReader:
             # Bound values are arguments like any other, but not in the signature of the partial.
             self._bound, self._bound_keywords = loss_fn.args, loss_fn.keywords
             loss_fn = loss_fn.func
-        self._signature = _signature(loss_fn)
+        self._signature: inspect.Signature | None = None
+        with contextlib.suppress(ValueError):  # some builtins have none
+            self._signature = inspect.signature(loss_fn)
         self._names_keyword = self._signature is not None and _KEYWORD in self._signature.parameters
 
     def take_keyword(self, kwargs: dict[str, Any]) -> Any:
@@ -89,9 +92,6 @@ class CallReader:
                 return self._reader.read_value(arguments[key], f"`{key}=`", explicit=True)
         reasons = {}
         for name, argument in arguments.items():
-            if not self._may_say(argument):
-                reasons[name] = " (not asked)"
-                continue
             active, reasons[name] = self._ask(argument, name)
             if active is not None:
                 return active
@@ -102,15 +102,12 @@ class CallReader:
             f"Arguments:{''.join(lines) or ' none.'}\n{self._reader.remedy()}"
         )
 
-    def _may_say(self, argument: Any) -> bool:
-        """Whether an argument may say which modalities the batch contains."""
-        if self._reader.resolver is not None:
-            return not is_data(argument)
-        return may_contain_metadata(argument, self._reader.modalities)
-
     def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
         """The modalities that `argument` names, or None and why it could not be read."""
         resolver = self._reader.resolver
+        may_say = may_contain_metadata(argument, self._reader.modalities)
+        if not may_say and (resolver is None or is_data(argument)):
+            return None, " (not asked)"
         if resolver is None:
             return self._reader.probe(argument, f"argument `{name}`"), ""
         try:
@@ -195,17 +192,8 @@ def take_loss(result: Any) -> Tensor:
     """
     if isinstance(result, Tensor):
         return check_loss(result, "The return value of `loss_fn`")
-    if isinstance(result, Mapping) and "loss" in result:
-        return check_loss(result["loss"], "`loss_fn(...)['loss']`")
-    if hasattr(result, "loss"):
-        return check_loss(result.loss, "`loss_fn(...).loss`")
-    if isinstance(result, (tuple, list)) and result:
-        return check_loss(result[0], "`loss_fn(...)[0]`")
-    raise TypeError(
-        "`loss_fn` must return a tensor, a tuple or list that starts with the loss, or a mapping "
-        f"or object with `loss`; got {describe(result)}. For any other result use "
-        "`wrapper.total(loss, batch)`."
-    )
+    _, loss, written = _find_loss(result)
+    return check_loss(loss, f"`loss_fn(...){written}`")
 
 
 def replace_loss(result: Any, total: Tensor) -> Any:
@@ -217,7 +205,7 @@ def replace_loss(result: Any, total: Tensor) -> Any:
     if isinstance(result, Tensor):
         return total
     try:
-        return with_item(result, _place_of_loss(result), total)
+        return with_item(result, _find_loss(result)[0], total)
     except (TypeError, AttributeError) as error:
         raise TypeError(
             f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
@@ -246,14 +234,17 @@ def with_item(container: Any, place: Any, item: Any) -> Any:
     return changed
 
 
-def _place_of_loss(result: Any) -> str | int:
-    if isinstance(result, tuple) and hasattr(result, "_fields"):  # a named tuple
-        return result._fields.index("loss") if hasattr(result, "loss") else 0
-    return "loss" if hasattr(result, "loss") or isinstance(result, Mapping) else 0
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except ValueError:  # some builtins have none
-        return None
+def _find_loss(result: Any) -> tuple[str | int, Any, str]:
+    """Where the loss is in a container, the loss, and how code would write the access to it."""
+    if isinstance(result, Mapping) and "loss" in result:
+        return "loss", result["loss"], "['loss']"
+    if hasattr(result, "loss"):
+        is_named_tuple = isinstance(result, tuple) and hasattr(result, "_fields")
+        return result._fields.index("loss") if is_named_tuple else "loss", result.loss, ".loss"
+    if isinstance(result, (tuple, list)) and result:
+        return 0, result[0], "[0]"
+    raise TypeError(
+        "`loss_fn` must return a tensor, a tuple or list that starts with the loss, or a mapping "
+        f"or object with `loss`; got {describe(result)}. For any other result use "
+        "`wrapper.total(loss, batch)`."
+    )

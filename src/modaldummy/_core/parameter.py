@@ -32,32 +32,23 @@ class OwnedParameter(NamedTuple):
         return self.parameter is own_parameters(module).get("weight")
 
 
-def check_dtype(owned: OwnedParameter, where: str) -> None:
-    """Refuse a trainable parameter of a dtype in which autograd cannot add gradients.
-
-    Raises:
-        ParameterMapError: The dtype is narrower than 16 bits; the text begins with `where`.
-    """
-    if owned.parameter.dtype.itemsize < 2 and owned.parameter.requires_grad:
-        raise ParameterMapError(
-            f"{where}: the parameter {owned.name!r} is trainable and has dtype "
-            f"{owned.parameter.dtype}, in which autograd cannot add gradients. Keep trainable "
-            "weights in torch.bfloat16 or wider and cast them in forward, or freeze this one with "
-            "`requires_grad_(False)`."
-        )
-
-
 def check_connectable(owned: OwnedParameter, where: str) -> None:
-    """Refuse what `check_dtype` refuses, and a parameter that has no shape yet.
+    """Refuse a trainable parameter that can get no gradient.
 
     Raises:
-        ParameterMapError: The dtype is too narrow, or the parameter belongs to a lazy module that
-            has not run yet; the text begins with `where`.
+        ParameterMapError: The parameter belongs to a lazy module that has not run yet, or autograd
+            cannot add gradients in its dtype. The text begins with `where`.
     """
+    parameter = owned.parameter
     # `torch.nn.parameter.is_lazy` asks the same, but Dynamo does not trace it.
-    if isinstance(owned.parameter, UninitializedTensorMixin):
+    if isinstance(parameter, UninitializedTensorMixin):
         raise ParameterMapError(
             f"{where}: the parameter {owned.name!r} of a lazy module is not initialized, so that "
             "no gradient can fit it. Run one forward pass with each modality before training."
         )
-    check_dtype(owned, where)
+    if parameter.dtype.itemsize < 2:
+        raise ParameterMapError(
+            f"{where}: the parameter {owned.name!r} is trainable and has dtype {parameter.dtype}, "
+            "in which autograd cannot add gradients. Keep trainable weights in torch.bfloat16 or "
+            "wider and cast them in forward, or freeze this one with `requires_grad_(False)`."
+        )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from modaldummy._core.parameter import OwnedParameter, check_connectable, check_dtype
+from modaldummy._core.parameter import OwnedParameter, check_connectable
 from modaldummy._core.paths import Found, find_parameters, strip_wrappers
 from modaldummy._errors import ParameterMapError, describe, unknown_modality
 
@@ -79,15 +79,11 @@ class ParameterMap:
                     f"{where} is empty. Give a path, a module or a parameter, or drop the key."
                 )
             self.paths[key] = paths
-            for found in self._find(key):
-                check_dtype(OwnedParameter(*found), where)
+            for owned in self.of_keys([key]).values():
+                if owned.parameter.requires_grad and not is_lazy(owned.parameter):
+                    check_connectable(owned, where)
         names = (name for key in self.paths for name in _members(key))
         self.modalities: tuple[str, ...] = tuple(dict.fromkeys(names))
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the first parameter of the model."""
-        return next(self.model.parameters()).device
 
     def split(self, active: Collection[str]) -> Step:
         """Divide keys and parameters by what is active in a batch.
@@ -100,19 +96,18 @@ class ParameterMap:
         """
         active_keys = self.active_keys(active)
         inactive_keys = tuple(key for key in self.paths if key not in active_keys)
-        active_ids = {id(parameter) for key in active_keys for _, parameter, _ in self._find(key)}
+        active_ids = set[int]().union(*map(self.parameter_ids, active_keys))
         inactive: dict[int, OwnedParameter] = {}
         for key in inactive_keys:
             where = _where(key)
-            for found in self._find(key):
-                parameter_id = id(found[1])
-                if not found[1].requires_grad or parameter_id in active_ids:
+            for name, parameter, module in self._find(key):
+                if not parameter.requires_grad or id(parameter) in active_ids:
                     continue
-                owned = OwnedParameter(*found)
+                owned = OwnedParameter(name, parameter, module)
                 check_connectable(owned, where)
                 # A sparse table that a dense layer uses too gets dense gradients anyway.
-                if parameter_id not in inactive or not owned.is_sparse_table:
-                    inactive[parameter_id] = owned
+                if id(parameter) not in inactive or not owned.is_sparse_table:
+                    inactive[id(parameter)] = owned
         return Step(
             active=tuple(name for name in self.modalities if name in active),
             inactive=tuple(name for name in self.modalities if name not in active),
@@ -138,9 +133,9 @@ class ParameterMap:
                 owned.setdefault(id(found[1]), OwnedParameter(*found))
         return owned
 
-    def occurrences(self, key: ModalityKey) -> list[OwnedParameter]:
-        """Parameters of one key; a tied parameter once for each of its names."""
-        return [OwnedParameter(*found) for found in self._find(key)]
+    def parameter_ids(self, key: ModalityKey) -> list[int]:
+        """`id` of each parameter of one key; of a tied one once for each of its names."""
+        return [id(parameter) for _, parameter, _ in self._find(key)]
 
     def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
         """Parameters of one key by their present full names, frozen ones included.
@@ -209,28 +204,24 @@ def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
             "Keys of `modality_param_map` must be modality names or tuples of different names, "
             f"got {key!r}."
         )
-    twin = next((other for other in earlier if text_of(other) == text_of(key)), None)
-    if twin is not None and set(_members(twin)) != set(names):
-        raise ParameterMapError(
-            f"Keys {twin!r} and {key!r} of `modality_param_map` are both written "
-            f"{text_of(key)!r} in logs and findings. Rename a modality."
-        )
-    same = next((other for other in earlier if set(_members(other)) == set(names)), None)
-    if same is not None:
-        raise ParameterMapError(
-            f"Keys {same!r} and {key!r} of `modality_param_map` mean the same modalities. "
-            "Give one key the paths of both."
-        )
+    for other in earlier:
+        pair = f"Keys {other!r} and {key!r} of `modality_param_map`"
+        if set(_members(other)) == set(names):
+            raise ParameterMapError(
+                f"{pair} mean the same modalities. Give one key the paths of both."
+            )
+        if text_of(other) == text_of(key):
+            raise ParameterMapError(
+                f"{pair} are both written {text_of(key)!r} in logs and findings. Rename a modality."
+            )
 
 
 def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
     """Full paths that `spec` selects; a glob gives one for each parameter that it matches."""
     if isinstance(spec, str):
         yield from _match(spec, model, where)
-    elif isinstance(spec, nn.Module):
-        yield _path_of_module(spec, model, where)
-    elif isinstance(spec, nn.Parameter):
-        yield _path_of_parameter(spec, model, where)
+    elif isinstance(spec, (nn.Module, nn.Parameter)):
+        yield _path_of(spec, model, where)
     elif isinstance(spec, Iterable) and not isinstance(spec, (Mapping, Tensor, bytes)):
         for item in spec:
             yield from _paths_of(item, model, where)
@@ -241,28 +232,20 @@ def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
         )
 
 
-def _path_of_parameter(spec: nn.Parameter, model: nn.Module, where: str) -> str:
-    for name, parameter in model.named_parameters():
-        if parameter is spec:
-            return name
-    raise ParameterMapError(
-        f"{where} contains a parameter of shape {list(spec.shape)} that is not part of "
-        f"{type(model).__name__}. Take it from the model that you pass as `model`."
-    )
-
-
-def _path_of_module(spec: nn.Module, model: nn.Module, where: str) -> str:
-    named = model.named_modules()
-    path = next((name for name, module in named if module is spec), None)
+def _path_of(spec: nn.Module | nn.Parameter, model: nn.Module, where: str) -> str:
+    """The path under which a model has a module or parameter."""
+    named: Iterable[tuple[str, object]] = model.named_parameters()
+    if isinstance(spec, nn.Module):
+        named = model.named_modules()
+    path = next((name for name, part in named if part is spec), None)
     if path is None:
         raise ParameterMapError(
-            f"{where} contains a {type(spec).__name__} that is not part of "
-            f"{type(model).__name__}. Pass one of its submodules, or a list of them."
+            f"{where} contains {describe(spec)} that is not part of {type(model).__name__}. Take "
+            "modules and parameters from the model that you pass as `model`."
         )
     if not find_parameters(model, path):
         raise ParameterMapError(
-            f"{where} contains the {type(spec).__name__} at {path!r}, which has no parameters. "
-            "Leave it out."
+            f"{where} contains {describe(spec)} at {path!r}, which has no parameters. Leave it out."
         )
     return path
 

@@ -2,14 +2,14 @@
 
 from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from modaldummy._engines import (
-    RENAMED_ENDINGS,
+    adapters_beside,
     child_modules,
-    lora_adapters,
     num_wrapper_segments,
     own_parameters,
+    reparametrized,
     wrapped_modules,
 )
 
@@ -24,8 +24,7 @@ def strip_wrappers(name: str) -> str:
     kept: list[str] = []
     while segments:
         count = num_wrapper_segments(segments)
-        if count == 0:
-            kept.append(segments[0])
+        kept += [] if count else segments[:1]
         del segments[: max(count, 1)]
     return ".".join(kept)
 
@@ -50,16 +49,17 @@ def _find(module: nn.Module, prefix: str, path: list[str]) -> list[Found]:
     found: list[Found] = []
     if (child := child_modules(module).get(head)) is not None:
         found = _find(child, f"{prefix}{head}.", rest)
+    elif (parameter := own_parameters(module).get(head)) is not None:
+        found = [] if rest else [(prefix + head, parameter, module)]
     elif not rest:
-        found = _find_own(module, prefix, head)
+        found = [(prefix + name, p, owner) for name, owner, p in reparametrized(module, head)]
     if found:
         return found
     for name, wrapped in wrapped_modules(module):
         inside = _find(wrapped, f"{prefix}{name}.", path)
         found += inside
-        if inside and name == "base_layer":
-            for adapter_name, adapter in lora_adapters(module):
-                found += _below(adapter, f"{prefix}{adapter_name}.")
+        for adapter_name, adapter in adapters_beside(module, name) if inside else ():
+            found += _below(adapter, f"{prefix}{adapter_name}.")
     if not found and (count := num_wrapper_segments(path)):
         found = _find(module, prefix, path[count:])
     return found
@@ -83,20 +83,3 @@ def _below(module: nn.Module, prefix: str) -> list[Found]:
 
     collect(module, prefix)
     return found
-
-
-def _find_own(module: nn.Module, prefix: str, name: str) -> list[Found]:
-    """The parameter `name` of `module` itself, or what a reparametrization made of it."""
-    own = own_parameters(module)
-    if (parameter := own.get(name)) is not None:
-        return [(prefix + name, parameter, module)]
-    parametrizations = child_modules(module).get("parametrizations")
-    if parametrizations is not None:
-        parts = child_modules(parametrizations).get(name)
-        if parts is not None:
-            return _below(parts, f"{prefix}parametrizations.{name}.")
-    # A reparametrization leaves the tensor that it computes under the old name.
-    if not isinstance(vars(module).get(name), Tensor):
-        return []
-    renamed = ((name + ending, own.get(name + ending)) for ending in RENAMED_ENDINGS)
-    return [(prefix + new, part, module) for new, part in renamed if part is not None]

@@ -1,4 +1,4 @@
-"""Sums, fills and norms over many tensors at once, with few calls and few kernel launches.
+"""Sums and fills over many tensors at once, with few calls and few kernel launches.
 
 Nothing here records autograd history of its own or synchronizes with a device. Why the sizes are
 what they are, and what all this costs: docs/explanation/cost.md.
@@ -6,14 +6,18 @@ what they are, and what all this costs: docs/explanation/cost.md.
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modaldummy._engines import foreach_norm, is_transformed, without_tensor_subclasses
+from modaldummy._engines import (
+    PLAIN_TENSORS,
+    is_transformed,
+    without_tensor_subclasses,
+)
 
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 Groups: TypeAlias = dict[Layout, list[int]]
@@ -21,8 +25,6 @@ Groups: TypeAlias = dict[Layout, list[int]]
 # Largest number of elements for which copying tensors of one shape side by side costs less than
 # one call for each tensor.
 MAX_BATCHED_ELEMENTS = 8192
-# The same for norms, which torch takes of many tensors with one call.
-MAX_STACKED_ELEMENTS = 2048
 # Elements copied per chunk. On CPU this stays below torch's threading threshold, because starting
 # threads costs more than the copy.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 2**22, 2**15
@@ -31,8 +33,6 @@ CAST_ELEMENTS = 2**20
 # Elements of gradients that share one buffer. The buffer lives as long as any of them, and
 # `torch.save` writes all of it.
 BUFFER_ELEMENTS = 2**17
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
@@ -103,21 +103,16 @@ def sum_all(
     # A subclass that only relabels tensors must not relabel the loss.
     with without_tensor_subclasses():
         groups = by_layout(tensors) if groups is None else groups
+        by_device: dict[torch.device, Groups] = {}
+        for layout, indexes in groups.items():
+            by_device.setdefault(layout[2], {})[layout] = indexes
         totals = [
             torch.stack(_sums(tensors, own, dtype, place)).sum().to(device)
-            for place, own in _by_device(groups).items()
+            for place, own in by_device.items()
         ]
         if len(totals) == 1:
             return totals[0]
         return torch.stack(totals).sum() if totals else torch.zeros((), dtype=dtype, device=device)
-
-
-def _by_device(groups: Groups) -> dict[torch.device, Groups]:
-    """The groups of each device."""
-    parts: dict[torch.device, Groups] = {}
-    for layout, indexes in groups.items():
-        parts.setdefault(layout[2], {})[layout] = indexes
-    return parts
 
 
 def _sums(
@@ -126,38 +121,40 @@ def _sums(
     """Partial sums that together cover the tensors of the groups, all on one device."""
     sums: list[Tensor] = []
     if (kernels := kernels_for(device)) is not None:
-        fused, groups = _split(tensors, groups, kernels.takes)
-        if fused:
-            sums.append(kernels.sum_all([tensors[index] for index in fused], dtype))
+        taken = {i for own in groups.values() for i in own if kernels.takes(tensors[i])}
+        groups = {key: [i for i in own if i not in taken] for key, own in groups.items()}
+        if taken:
+            sums.append(kernels.sum_all([tensors[index] for index in sorted(taken)], dtype))
     for (shape, tensor_dtype, _), indexes in groups.items():
         size = shape.numel()
         batched = shape and 0 < size <= MAX_BATCHED_ELEMENTS
-        for chunk in _chunks(indexes, _chunk_elements(device) // size if batched else 1):
+        for chunk in chunks(indexes, chunk_elements(device) // size if batched else 1):
             values = [tensors[index] for index in chunk]
             if len(values) > 1 and _are_plain(values):
                 values = [torch.cat(values)]
             for value in values:
                 value = value.real if tensor_dtype.is_complex else value
-                same = tensor_dtype is dtype
-                sums += [value.sum(dtype=dtype)] if same else _cast_sums(value, dtype)
+                sums += _sum_in_parts(value, dtype)
     return sums
 
 
-def _chunk_elements(device: torch.device) -> int:
+def chunk_elements(device: torch.device) -> int:
+    """How many elements to copy at once on a device."""
     return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
 
 
-def _chunks(indexes: list[int], length: int) -> Iterator[list[int]]:
+def chunks(indexes: list[int], length: int) -> Iterator[list[int]]:
+    """Parts of a list, each but the last with `length` items."""
     return (indexes[start : start + length] for start in range(0, len(indexes), length))
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors can be copied into one: all are strided, none is a subclass."""
-    return all(type(t) in _PLAIN and t.layout is torch.strided for t in tensors)
+    return all(type(t) in PLAIN_TENSORS and t.layout is torch.strided for t in tensors)
 
 
-def _cast_sums(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Partial sums of a tensor in another dtype, without a copy of the whole tensor."""
+def _sum_in_parts(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Partial sums of a tensor, for which no copy of the whole tensor in `dtype` is made."""
     # CUDA casts narrower dtypes to float32 while it sums; everywhere else torch copies first.
     copied = tensor.dtype is not dtype and not (tensor.is_cuda and dtype is torch.float32)
     small = tensor.numel() <= MAX_BATCHED_ELEMENTS
@@ -166,21 +163,6 @@ def _cast_sums(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
     parts = tensor.reshape(-1).split(CAST_ELEMENTS)
     cast = torch.empty(parts[0].numel(), dtype=dtype, device=tensor.device)
     return [cast[: part.numel()].copy_(part).sum() for part in parts]
-
-
-def _split(
-    tensors: Sequence[Tensor], groups: Groups, takes: Callable[[Tensor], bool]
-) -> tuple[list[int], Groups]:
-    """Indexes of the tensors that the fused kernels take, and the groups of the others."""
-    fused: list[int] = []
-    rest: Groups = {}
-    for layout, indexes in groups.items():
-        for index in indexes:
-            if takes(tensors[index]):
-                fused.append(index)
-            else:
-                rest.setdefault(layout, []).append(index)
-    return fused, rest
 
 
 def fill_like(
@@ -218,66 +200,3 @@ def _slices(value: Tensor, count: int, shape: torch.Size) -> Iterator[Tensor]:
         buffer = value.expand(length, *others).clone(memory_format=torch.contiguous_format)
         # Slices of `split` would share a version counter: a change of one would count for all.
         yield from buffer.unsafe_split(rows)
-
-
-@torch.no_grad()
-def norms(
-    tensors: Sequence[Tensor], groups: Groups | None = None, *, device: torch.device
-) -> Tensor:
-    r"""Euclidean norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
-
-    .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2}
-
-    Squares are summed in the accumulation dtype of all tensors. Squares below its smallest or above
-    its largest number are lost, as in `torch.linalg.vector_norm`. An empty tensor has norm 0.
-
-    Args:
-        tensors: Strided tensors of any shapes, floating or complex dtypes and devices.
-        groups: `by_layout(tensors)`, if the caller has it. The groups of tensors with other
-            layouts give the same result or a RuntimeError.
-        device: Device of the result.
-    """
-    order: list[int] = []
-    parts: list[Tensor] = []
-    with without_tensor_subclasses():
-        groups = by_layout(tensors) if groups is None else groups
-        dtype = accumulation_dtype(tensor_dtype for _, tensor_dtype, _ in groups)
-        if any(tensor_dtype.is_complex for _, tensor_dtype, _ in groups):
-            tensors = [
-                torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors
-            ]
-            groups = by_layout(tensors)
-        for place, own in _by_device(groups).items():
-            for indexes, part in _norms(tensors, own, dtype, place):
-                order += indexes
-                parts.append(part.to(device))
-        if not parts:
-            return torch.zeros(0, dtype=dtype, device=device)
-        joined = torch.cat(parts)
-        if order == list(range(len(order))):
-            return joined
-        positions = sorted(range(len(order)), key=order.__getitem__)
-        return joined[torch.tensor(positions, device=device)]
-
-
-def _norms(
-    tensors: Sequence[Tensor], groups: Groups, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Pairs of the indexes of some tensors, all on one device, and of their norms."""
-    if (kernels := kernels_for(device)) is not None:
-        fused, groups = _split(tensors, groups, kernels.takes)
-        if fused:
-            yield fused, torch.stack(kernels.norms([tensors[index] for index in fused], dtype))
-    stackable = {*map(type, tensors)}.issubset(_PLAIN)
-    alone: list[int] = []
-    for (shape, _, _), indexes in groups.items():
-        size = shape.numel()
-        if size > MAX_STACKED_ELEMENTS or not stackable:
-            alone += indexes
-            continue
-        for chunk in _chunks(indexes, _chunk_elements(device) // max(size, 1)):
-            rows = torch.stack([tensors[index] for index in chunk]).reshape(len(chunk), size)
-            yield chunk, torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)
-    if alone:
-        each = foreach_norm([tensors[index] for index in alone], 2, dtype=dtype)
-        yield alone, torch.stack(each)

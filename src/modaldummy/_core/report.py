@@ -59,8 +59,7 @@ class StepReport:
         It is infinite where the real loss is 0 and the dummy is not, which needs a ``max_fraction``
         of None.
         """
-        real, dummy, _ = self._values()
-        return _fraction(real, dummy)
+        return self.as_dict("")["fraction"]
 
     def as_dict(self, prefix: str = "modaldummy/") -> dict[str, float]:
         """Everything as numbers for a logger, under keys that are the same at each step.
@@ -72,7 +71,8 @@ class StepReport:
             ``real``, ``dummy``, ``uncapped``, ``fraction``, ``num_params``, ``num_elements``, and
             ``active/<modality>``, 1 or 0, for each modality.
         """
-        real, dummy, uncapped = self._values()
+        # Stacked, so that a logger synchronizes with the device once.
+        real, dummy, uncapped = torch.stack([self.real, self.dummy, self.uncapped]).tolist()
         numbers = {
             "real": real,
             "dummy": dummy,
@@ -84,11 +84,6 @@ class StepReport:
         names = sorted(self.active + self.inactive)
         flags = {f"active/{name}": float(name in self.active) for name in names}
         return {prefix + key: number for key, number in (numbers | flags).items()}
-
-    def _values(self) -> tuple[float, float, float]:
-        # Stacked, so that a logger synchronizes with the device once.
-        real, dummy, uncapped = torch.stack([self.real, self.dummy, self.uncapped]).tolist()
-        return real, dummy, uncapped
 
 
 def report_of(step: Step, term: Term) -> StepReport:

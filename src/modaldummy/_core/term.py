@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.reduce import Groups, accumulation_dtype, by_layout, fill_like, sum_all
 from modaldummy._engines import (
+    ZERO3_REMEDY,
     function_of,
     is_batched,
     is_emptied_by_zero3,
@@ -83,13 +84,13 @@ def dummy_term(
             and devices. Without any, the term is zero.
         scale: Gradient `s` per element for an upstream gradient of 1. `0.0` gives every parameter
             an exact zero, `None` gives it no gradient; neither reads the parameters.
-        loss: The real loss `L`, of any shape. It decides the device and, where it is wider, the
-            dtype. Without it there is no cap.
+        loss: The real loss `L`, of any shape. Where its dtype is the widest, it decides that of the
+            term. Without a loss there is no cap.
         max_fraction: Bound `f` on `|d| / |L|`. `None` bounds the term only as far as a finite loss
             needs to stay finite.
         read: Whether the value may read the parameters. If not, it is a negative zero: the one
             number that changes no bit of what it is added to.
-        device: Device of a term without tensors and loss.
+        device: Device of the term; by default that of the loss, else of the first tensor.
 
     Returns:
         The term. A sum that is not finite contributes zero and stays visible in `uncapped`. A real
@@ -98,14 +99,15 @@ def dummy_term(
     groups = {} if scale is None else by_layout(tensors)
     dtypes = [dtype for _, dtype, _ in groups] + ([] if loss is None else [loss.dtype])
     dtype = accumulation_dtype(dtypes)
-    device = loss.device if loss is not None else tensors[0].device if tensors else device
+    if device is None:
+        device = (tensors[0] if loss is None else loss).device
     with torch.no_grad():
         zero = torch.zeros((), dtype=dtype, device=device)
         scalar = zero / 0 if loss is None else scalar_loss(loss, dtype)
         value = uncapped = zero
         connected_value = -zero if tensors else zero
         if tensors and read and scale:
-            uncapped = sum_all(tensors, groups, dtype=dtype, device=zero.device) * scale
+            uncapped = sum_all(tensors, groups, dtype=dtype, device=device) * scale
             value = torch.nan_to_num(uncapped, 0.0, 0.0, 0.0)  # NaN, inf and -inf become zero
             if loss is not None:
                 value = _clip(value, scalar, loss, max_fraction)
@@ -129,31 +131,27 @@ def connected_tensors(
         parameters: The inactive parameters.
         scale: As for `dummy_term`; with None each parameter stands for itself.
         read: Whether the value of the term reads the parameters.
-        device: Device of the loss.
+        device: Device of the term.
 
     Raises:
         ParameterMapError: A parameter is on the meta device and has no values to read.
         UnsupportedEngineError: ZeRO-3 has released a parameter, so that no gradient can fit it.
     """
-    for name, parameter, _ in parameters:
-        if is_emptied_by_zero3(parameter):
+    tensors = []
+    for owned in parameters:
+        if is_emptied_by_zero3(owned.parameter):
             raise UnsupportedEngineError(
-                f"ZeRO-3 has sharded the parameter {name!r} of an inactive modality, so that no "
-                "dummy gradient can have its shape. If all ranks have the same modalities, "
-                "compute the total and run backward inside of "
-                "`with deepspeed.zero.GatheredParameters(parameters):` with the parameters of all "
-                "modalities. Or run every tower on every rank, inactive ones on an empty batch, "
-                "and pass `wrapper.modalities` as the batch. Or use ZeRO-1."
+                f"ZeRO-3 has released the parameter {owned.name!r} of an inactive modality, so "
+                f"that no dummy gradient can have its shape. {ZERO3_REMEDY}"
             )
-        if read and parameter.is_meta and device.type != "meta":
+        if read and owned.parameter.is_meta and device.type != "meta":
             raise ParameterMapError(
-                f"The parameter {name!r} of an inactive modality is on the meta device and has no "
-                f"values to add to a loss on {device}. Load the model before training, or pass "
-                "`gradient_only=True`, which reads no values."
+                f"The parameter {owned.name!r} of an inactive modality is on the meta device and "
+                f"has no values for a dummy term on {device}. Load the model before training, or "
+                "pass `gradient_only=True`, which reads no values."
             )
-    if scale is None:
-        return [owned.parameter for owned in parameters]
-    return list(map(connected_tensor, parameters))
+        tensors.append(owned.parameter if scale is None else connected_tensor(owned))
+    return tensors
 
 
 def connected_tensor(owned: OwnedParameter) -> Tensor:

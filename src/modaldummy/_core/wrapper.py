@@ -1,7 +1,7 @@
 """The loss wrapper: the shell around batch, parameter map and dummy term."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from modaldummy._core.batch import BatchReader, Resolver
 from modaldummy._core.loss_function import Result, check_loss, wrap_loss_function
+from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParameterMap, Step
 from modaldummy._core.report import StepReport, report_of
-from modaldummy._core.term import Term, connected_tensors, dummy_term
+from modaldummy._core.term import connected_tensors, dummy_term
 from modaldummy._engines import check_ddps, ddps_around
 from modaldummy._errors import describe
 
@@ -33,6 +34,10 @@ class DummyLossWrapper:
     >>> wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"]).backward()
     >>> model["dMRI"].bias.grad
     tensor([1.0000e-07, 1.0000e-07])
+    >>> wrapper.modalities, list(wrapper.named_parameters("dMRI")), wrapper.dummy(["T1", "dMRI"])
+    (('T1', 'dMRI'), ['dMRI.weight', 'dMRI.bias'], tensor(0.))
+    >>> wrapper.scale, wrapper.max_fraction, wrapper.reads_parameters
+    (1e-07, 0.0001, True)
 
     Args:
         model: Owner of the parameters; bare, or wrapped by DDP, ``torch.compile`` and the like.
@@ -196,31 +201,51 @@ class DummyLossWrapper:
             ModalDummyError: What ``total`` raises about the batch and the parameters.
         """
         if not torch.is_grad_enabled():
-            return torch.zeros((), device=self.parameters.device)
-        step = self.parameters.split(self.reader.read(batch))
-        term = self._term(step, None, 1.0)
-        self._finish(step, term, term.connected)
-        return term.connected
+            return torch.zeros((), device=self._device(()))
+        return self.add(None, self.reader.read(batch))
 
-    def add(self, loss: Tensor, active: Collection[str], share: float = 1.0) -> Tensor:
+    def add(self, loss: Tensor | None, active: Collection[str], share: float = 1.0) -> Tensor:
         """``total`` for modalities that are known already; for code that extends this package.
 
+        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"}, gradient_only=True)
+        >>> wrapper.add(torch.tensor(2.0), ["T1"])
+        tensor(2., grad_fn=<AddBackward0>)
+
         Args:
-            loss: The real loss, in gradient mode.
+            loss: The real loss, or None for the dummy term alone.
             active: The active modalities.
-            share: What part of ``scale`` to use, where several losses make one step.
+            share: Factor on ``scale``, for a step whose dummy terms come from several losses.
 
         Returns:
-            What ``total`` returns.
+            What ``total`` returns in gradient mode.
         """
         step = self.parameters.split(active)
-        term = self._term(step, loss, share)
-        total = term.added_to(loss)
-        self._finish(step, term, total)
+        device = self._device(step.parameters) if loss is None else loss.device
+        read = self.reads_parameters
+        term = dummy_term(
+            connected_tensors(step.parameters, self._scale, read=read, device=device),
+            None if self._scale is None else self._scale * share,
+            loss=loss,
+            max_fraction=self._max_fraction,
+            read=read,
+            device=device,
+        )
+        total = term.connected if loss is None else term.added_to(loss)
+        self.last = report_of(step, term)
+        for observe in self._observers:
+            observe(step, total)
         return total
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
         """Have a function called after each total and dummy; for code that extends this package.
+
+        >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
+        >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+        >>> unsubscribe = wrapper.subscribe(lambda step, total: print(step.inactive))
+        >>> total = wrapper.total(torch.tensor(2.0), ["T1"])
+        ('dMRI',)
+        >>> unsubscribe()
 
         Args:
             observer: Gets the step, and the tensor that is returned.
@@ -248,22 +273,10 @@ class DummyLossWrapper:
             f"gradient_only={self._gradient_only}, resolver={self.reader.resolver})"
         )
 
-    def _term(self, step: Step, loss: Tensor | None, share: float) -> Term:
-        device = self.parameters.device if loss is None else loss.device
-        read = self.reads_parameters
-        return dummy_term(
-            connected_tensors(step.parameters, self._scale, read=read, device=device),
-            None if self._scale is None else self._scale * share,
-            loss=loss,
-            max_fraction=self._max_fraction,
-            read=read,
-            device=device,
-        )
-
-    def _finish(self, step: Step, term: Term, result: Tensor) -> None:
-        self.last = report_of(step, term)
-        for observe in self._observers:
-            observe(step, result)
+    def _device(self, inactive: Sequence[OwnedParameter]) -> torch.device:
+        """Device of a dummy term without a real loss."""
+        some = inactive[0].parameter if inactive else next(self.parameters.model.parameters())
+        return some.device
 
 
 def _check_number(name: str, number: Any) -> float | None:

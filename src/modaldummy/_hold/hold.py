@@ -1,35 +1,28 @@
-"""Keeps parameters that no batch has taught still in `optimizer.step()`."""
+"""Keeps an optimizer from changing parameters that no batch has trained."""
 
-import weakref
-from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import OwnedParameter
-from modaldummy._core.parameter_map import ModalityKey, Step
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._handles import Handle
-from modaldummy._hold.holder import holder_of
-from modaldummy._hold.lookout import Lookout, may_be_dummy
-from modaldummy._hold.window import Window
+from modaldummy._hold.holder import WrapperHold, holder_of
 from modaldummy._ranks.group import check_group
 
 
 def hold_inactive(
     wrapper: DummyLossWrapper, optimizer: Optimizer, *, group: "dist.ProcessGroup | None" = None
 ) -> "HoldHandle":
-    """Keep the optimizer from moving parameters that no batch has taught.
+    """Keep the optimizer from changing parameters that no batch has trained.
 
-    From now on, at each ``optimizer.step()``, a parameter whose keys of the map were inactive in
-    every backward pass since the gradients were last cleared, on every rank, is left exactly as
-    it is: value, optimizer state and step counter, bit for bit, as if it had no gradient. The
-    gradient is there before the step and after it. A parameter that something active shares, or
-    that the model also has outside of the map, is never held.
+    Adam turns a gradient of 1e-7 into an almost full step. After this call, ``optimizer.step()``
+    skips every parameter whose keys of the map were inactive in all backward passes since the
+    gradients were last cleared, on every rank. The value, the optimizer state and the step counter
+    of a skipped parameter stay bit for bit as they were. Its gradient is the same after the step.
 
     >>> from torch import nn
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
@@ -42,70 +35,69 @@ def hold_inactive(
     >>> handle.held
     ('dMRI.weight', 'dMRI.bias')
 
-    The gradients count as cleared by a step that ran, and where all gradients of the optimizer are
-    None again before a backward pass: so after a step that ``torch.amp.GradScaler`` skipped.
-
-    Several handles may share an optimizer or a wrapper: what one wrapper sees taught, no handle of
-    the same optimizer holds. A step before which no loss of the wrapper was backwarded holds
-    nothing for it. Beside such a loss, gradients from elsewhere do not count: a modality that only
-    a loss without the wrapper taught is held, and so is one whose name is misspelt in a batch. Of
-    that a ``UserWarning`` tells, once for each key of the map: the values of its gradients are
-    looked at in the first, second, fourth, eighth... step that holds it, which waits for the
-    device.
+    A parameter that an active modality or the trunk shares is never held. Only losses that go
+    through the wrapper count. A ``UserWarning`` says so if a held gradient is more than a dummy
+    gradient. The how-to page on holding parameters covers special cases.
 
     Args:
-        wrapper: What knows which modalities were active.
-        optimizer: Any optimizer that leaves parameters alone whose gradient is None, as those of
-            ``torch.optim`` do but for ``LBFGS``. If it steps another one, as sharpness-aware
-            optimizers do outside of ``step``, pass that.
-        group: Ranks that have to agree, all of which step equally often; by default all, where
-            ``torch.distributed`` is in use. Each step then costs one MAX reduction of an integer
-            for each key of the map; a step with a closure one more for each call of the closure.
+        wrapper: The wrapper whose losses are trained.
+        optimizer: A torch optimizer that skips parameters without a gradient: all of
+            ``torch.optim`` except ``LBFGS``. If it steps another optimizer, pass that one.
+        group: The ranks that must agree; all ranks by default. All of them step equally often.
+            Each step costs one all-reduce of one integer per key.
 
     Returns:
-        A handle whose ``remove()``, or end as a context manager, lets the optimizer go.
+        A handle. ``remove()``, or the end of its ``with`` block, ends the hold.
 
     Raises:
-        TypeError: ``wrapper``, ``optimizer`` or ``group`` is of another kind, or the optimizer is
-            one around another one, without step hooks.
+        TypeError: An argument has the wrong type, or the optimizer has no step hooks.
         ValueError: The optimizer has no parameter of the map.
         UnsupportedEngineError: The optimizer is ``LBFGS``, or ``SGD`` with ``fused=True`` and
-            momentum. From ``step()``, once it is over: it has changed a held parameter, of which
-            torch's version counter tells, but not if it wrote to ``parameter.data``; or it has
-            computed a loss other than by its closure. From ``step()``: it has lost all parameters
-            of the map to copies. From it or a loss: a CUDA graph is being captured.
+            momentum. From ``step()``: it changed a held parameter, computed a loss other than by
+            its closure, or has lost all parameters of the map. From ``step()`` or a loss: a CUDA
+            graph is being captured.
     """
     check_wrapper(wrapper)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"`optimizer` must be a torch.optim.Optimizer, got {describe(optimizer)}; call "
-            "`hold_inactive` once for each optimizer, and not for those of DeepSpeed's ZeRO, which "
-            "step copies of the parameters."
+            f"`optimizer` must be a torch.optim.Optimizer, got {describe(optimizer)}. Call "
+            "`hold_inactive` once for each optimizer. Those of DeepSpeed's ZeRO cannot be held, "
+            "because they step copies of the parameters."
         )
     check_group(group)
-    _check_optimizer(optimizer)
-    return HoldHandle(wrapper, optimizer, group)
+    _check_supported(optimizer)
+    holder = holder_of(optimizer)
+    if not holder.has_any_of(wrapper.parameters.all()):
+        raise ValueError(
+            f"`optimizer` ({type(optimizer).__name__}) has no parameter of the modalities "
+            f"{', '.join(map(repr, wrapper.modalities))}. Pass the optimizer that has the model's "
+            "own parameters, made after the model was moved or sharded. Under DeepSpeed's ZeRO "
+            "there is none: use scale=0.0."
+        )
+    hold = WrapperHold(wrapper, holder, group)
+    holder.holds.append(hold)
+    return HoldHandle(hold, type(optimizer).__name__)
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
+def _check_supported(optimizer: Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedEngineError(
-            "LBFGS moves all of its parameters along one direction, also those without a "
-            "gradient, so that none can be held; give the modalities an optimizer of another "
-            "kind, or freeze those that are absent for good."
+            "`optimizer` must skip parameters without a gradient, got LBFGS, which moves all of "
+            "its parameters along one direction. Give the modalities another optimizer, or freeze "
+            "those that never occur."
         )
     if isinstance(optimizer, torch.optim.SGD) and any(
         group["fused"] and group["momentum"] for group in optimizer.param_groups
     ):
         raise UnsupportedEngineError(
-            "SGD with `fused=True` and momentum fails, with or without a hold, as soon as a "
-            "parameter gets its first gradient later than the others (a TypeError of "
-            "`torch._fused_sgd_`), as one does that has been held; pass `foreach=True`."
+            "`optimizer` must not be SGD with `fused=True` and momentum. With or without a hold, "
+            "it fails when a parameter gets its first gradient later than others, as a held "
+            "parameter does (a TypeError of `torch._fused_sgd_`). Pass `foreach=True`."
         )
 
 
 class HoldHandle(Handle):
-    """What ``hold_inactive`` returns; also a context manager, which removes it at its end.
+    """What ``hold_inactive`` returns. ``remove()``, or the end of a ``with`` block, ends the hold.
 
     >>> from torch import nn
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
@@ -116,82 +108,21 @@ class HoldHandle(Handle):
     ...     optimizer.step()
     >>> handle.held
     ('dMRI.weight', 'dMRI.bias')
-    >>> handle.remove()
+    >>> handle
+    <HoldHandle of AdamW, removed>
 
-    A copy of it, of the wrapper or of the optimizer holds nothing.
-
-    Attributes:
-        held: Full names of the parameters that the last step held.
+    A copy of the handle, of the wrapper or of the optimizer holds nothing.
     """
 
-    def __init__(
-        self, wrapper: DummyLossWrapper, optimizer: Optimizer, group: "dist.ProcessGroup | None"
-    ) -> None:
-        holder = holder_of(optimizer)
-        self.held: tuple[str, ...] = ()
-        self._holder = holder
-        self._group = group
-        self._map = wrapper.parameters
-        self._shared = self._map.shared_with_trunk()
-        self._lookout = Lookout()
-        # Gradients that are there already may be anyone's.
-        known = self._map.paths if holder.has_gradients() else ()
-        self._window = Window(list(self._map.paths), holder.is_cleared, known)
-        if holder.identities().isdisjoint(self._map.all()):
-            raise ValueError(
-                f"`optimizer` ({type(optimizer).__name__}) has no parameter of the "
-                f"modalities {', '.join(map(repr, wrapper.modalities))}; pass the one that has "
-                "the model's own parameters, made after the model was moved or sharded; under "
-                "DeepSpeed's ZeRO none has: use scale=0.0 there."
-            )
-        unsubscribe = wrapper.subscribe(self._observe)
-        super().__init__(unsubscribe, type(optimizer).__name__)
-        self.wrapper = wrapper
-        holder.handles.append(self)
-        # The wrapper may outlive the optimizer.
-        weakref.finalize(optimizer, unsubscribe).atexit = False
+    def __init__(self, hold: WrapperHold, target: str) -> None:
+        super().__init__(hold.end, target)
+        self._hold = hold
 
-    def _observe(self, step: Step, loss: Tensor) -> None:
-        self._holder.loss_seen.raised = True
-        self._window.watch(step.active_keys, loss)
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Full names of the parameters that the last step held."""
+        return self._hold.held
 
-    def close_window(self) -> None:
-        """Start anew after a step."""
-        self._window.close()
-
-    def outcome(self, device: torch.device) -> tuple[set[int], list[ModalityKey]]:
-        """`id` of parameters that something taught, and the keys that are inactive."""
-        taught, inactive = self._window.outcome(self._has_learned, self._group, device)
-        # Of several handles any may hold what this one knows to be taught.
-        known = self._map.of_keys(taught) if inactive or len(self._holder.handles) > 1 else {}
-        return known.keys() | self._shared, [] if self.removed else inactive
-
-    def to_hold(
-        self, inactive: list[ModalityKey], untaught: Collection[int]
-    ) -> dict[int, OwnedParameter]:
-        """Those of `untaught`, by `id`, that the inactive keys own; also noted as held."""
-        located = self._map.of_keys(inactive)
-        own = {identity: located[identity] for identity in located if identity in untaught}
-        if inactive and not own:
-            self._check_has_any()
-        self.held = tuple(name for name, _, _ in own.values())
-        for key in filter(self._lookout.is_due, inactive):
-            self._lookout.look(key, (own[i] for i in self._map.of_keys([key]) if i in own))
-        return own
-
-    def _check_has_any(self) -> None:
-        """Raise if none of the parameters that the optimizer has now is of the map."""
-        if self._map.all().keys().isdisjoint(self._holder.identities()):
-            raise UnsupportedEngineError(
-                "The optimizer has no parameter of the modalities any more, so that none can be "
-                "held: its parameters were replaced after `hold_inactive`, as DeepSpeed's ZeRO "
-                "does; `remove()` the handle, and use scale=0.0."
-            )
-
-    def _has_learned(self, key: ModalityKey, taught: Collection[ModalityKey]) -> bool:
-        """Whether gradients of parameters that are `key`'s alone are more than those of dummies."""
-        own = self._map.of_keys([key])
-        alone = own.keys() - self._map.of_keys(taught).keys() - self._shared
-        gradients = [g for g in (own[identity][1].grad for identity in alone) if g is not None]
-        telling = [gradient for gradient in gradients if gradient.numel() > 1]
-        return bool(gradients) and not (telling and all(map(may_be_dummy, telling)))
+    def __getstate__(self) -> dict[str, Any]:
+        # Removing a copy must not end the hold.
+        return vars(self) | {"_removed": True}

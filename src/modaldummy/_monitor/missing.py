@@ -1,65 +1,77 @@
-"""Which parameters a backward pass left without a usable gradient."""
+"""Which parameters have no usable gradient after a backward pass."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import is_zero_parameter
-from modaldummy._errors import MissingGradientError
-from modaldummy._monitor.gradients import Stock, dense, stock_of
+from modaldummy._errors import MissingGradientError, first_few
+from modaldummy._monitor.gradients import ParameterTable, local_elements, table_of
 
-Kind = Literal["none", "zero", "not finite"]
+_NONE = "No gradient"
+_ZERO = "A gradient that is zero everywhere"
+_NOT_FINITE = "NaN or infinity in the gradient"
 
-_WORDS: dict[Kind, str] = {
-    "none": "No gradient",
-    "zero": "A gradient that is zero everywhere",
-    "not finite": "NaN or infinity in the gradient",
-}
-_NOT_WRAPPED = (
-    "no loss has gone through the wrapper; backward what `wrapper.total(loss, batch)` returns"
+
+class Problem(NamedTuple):
+    """What is wrong with the gradient of a parameter.
+
+    Attributes:
+        description: One of the three texts above.
+        is_active: Whether an active key of the map owns the parameter.
+    """
+
+    description: str
+    is_active: bool
+
+
+_NO_LOSS = (
+    "no loss has gone through the wrapper. Call `backward()` on the tensor that "
+    "`wrapper.total(loss, batch)` returns."
 )
-_PARTITIONED = (
-    "DeepSpeed keeps gradients to itself; after `engine.backward` ask all ranks for "
-    "`deepspeed.utils.safe_get_full_grad(parameter)`"
+_DEEPSPEED = (
+    "DeepSpeed keeps gradients elsewhere than in `.grad`. After `engine.backward`, call "
+    "`deepspeed.utils.safe_get_full_grad(parameter)` on all ranks."
 )
-_NO_BACKWARD = "`backward()` has not run, or `zero_grad()` has run since"
-_CAUSES: dict[tuple[Kind, bool], str] = {
-    ("none", True): (
-        "the loss does not reach them; look for `.detach()`, `.item()` or `torch.no_grad()` on the "
-        "way, or for a batch that names a modality which forward leaves out"
+_NO_BACKWARD = "`backward()` has not run, or `zero_grad()` has run since."
+_CAUSES: dict[Problem, str] = {
+    Problem(_NONE, is_active=True): (
+        "the loss does not depend on them. Look for `.detach()`, `.item()` or `torch.no_grad()` in "
+        "the forward pass, or for a batch that names a modality which the model does not run."
     ),
-    ("none", False): (
-        "something else was backwarded than what `wrapper.total(loss, batch)` returned"
+    Problem(_NONE, is_active=False): (
+        "`backward()` ran on another tensor than the total. Call it on the tensor that "
+        "`wrapper.total(loss, batch)` returns."
     ),
-    ("zero", True): (
-        "the loss does not depend on them, as behind a ReLU that is dead or a weight that is zero, "
-        "such as that of a fresh LoRA adapter"
+    Problem(_ZERO, is_active=True): (
+        "the loss does not depend on their values, as behind a dead ReLU or behind a weight that "
+        "is zero, such as that of a fresh LoRA adapter."
     ),
-    ("zero", False): (
-        "the loss was multiplied by 0, or the gradients were averaged or clipped in float16"
+    Problem(_ZERO, is_active=False): (
+        "the total was multiplied by 0, or the gradients were averaged or clipped in float16."
     ),
-    ("not finite", True): (
-        "an overflow, which a GradScaler skips and recovers from, or NaN in data or parameters"
+    Problem(_NOT_FINITE, is_active=True): (
+        "an overflow, after which a GradScaler skips the step and recovers, or NaN in the data or "
+        "in the parameters."
     ),
-    ("not finite", False): "the gradient of the loss itself is not finite",
+    Problem(_NOT_FINITE, is_active=False): "the gradient of the total itself is not finite.",
 }
-_SHOWN = 5  # names in a message
+_MAX_LISTED_NAMES = 5
 
 
 def missing_gradients(
     wrapper: DummyLossWrapper, *, strict: bool = False
 ) -> dict[str, tuple[str, ...]]:
-    """Parameters that have no gradient after ``backward()``, an exactly zero, or a non-finite one.
+    """Parameters whose gradient is None, zero everywhere or not finite after ``backward()``.
 
-    What is meant to be so is not listed: with ``scale=0.0`` zeros, with ``scale=None`` none, where
-    the modality was inactive in the last loss; the empty gradient of a sparse embedding that was
-    inactive; parameters that are frozen, or have no elements. Zero means every element, however
-    small the others are. If nothing is missing, the host waits for the device once.
+    Some gradients are meant to be unusable, and are not listed: zeros and None of a modality that
+    was inactive in the last loss, for ``scale=0.0`` and ``scale=None``; the empty gradient of an
+    inactive sparse embedding; those of parameters that are frozen or have no elements.
 
     >>> import torch
     >>> from torch import nn
@@ -72,76 +84,78 @@ def missing_gradients(
     {'dMRI': ('dMRI.weight', 'dMRI.bias')}
 
     Args:
-        wrapper: The wrapper whose loss was backwarded.
-        strict: Raise if there are any.
+        wrapper: The wrapper of the loss.
+        strict: Raise an error if any parameter would be listed.
 
     Returns:
-        Modality to names of parameters as in the bare model, both in map order; tuple keys of the
-        map read ``T1-dMRI``, and a parameter that several own stands at each.
+        Modality to names of parameters in the bare model, both in map order. A tuple key of the
+        map reads ``T1-dMRI``. A parameter that several keys own is listed for each of them.
 
     Raises:
-        MissingGradientError: ``strict``, and there are any; it names them and the likely cause.
+        MissingGradientError: With ``strict``; it names the parameters and the likely causes.
         ParameterMapError: A path matches nothing in the model any more.
-        TypeError: ``wrapper`` is of another kind.
+        TypeError: ``wrapper`` has the wrong type.
+
+    Note:
+        If no gradient is missing, the host waits for the device once.
     """
     check_wrapper(wrapper)
-    stock = stock_of(wrapper)
-    kinds = _kinds(wrapper, stock)
-    found: dict[str, tuple[str, ...]] = {}
-    for key, members in stock.members.items():
-        if names := tuple(stock.bare[index] for index in members if index in kinds):
-            found[text_of(key)] = names
-    if strict and found:
-        raise MissingGradientError(_message(wrapper, stock, kinds))
-    return found
+    table = table_of(wrapper)
+    problems = _find_problems(wrapper, table)
+    if strict and problems:
+        raise MissingGradientError(_message(wrapper, table, problems))
+    missing = {
+        text_of(key): tuple(table.names[row] for row in rows if row in problems)
+        for key, rows in table.rows.items()
+    }
+    return {key: names for key, names in missing.items() if names}
 
 
-def _kinds(wrapper: DummyLossWrapper, stock: Stock) -> dict[int, tuple[Kind, bool]]:
-    """Place of each parameter that misses a gradient to how it does, and whether it is active."""
-    last, scale = wrapper.last, wrapper.scale
-    keys = stock.members if last is None else wrapper.parameters.active_keys(last.active)
-    active = {index for key in keys for index in stock.members[key]}
-    norm, _ = stock.measure(None, False)
-    kinds: dict[int, tuple[Kind, bool]] = {}
-    # A norm that is a number above 0 says enough. Of others, squares may be out of range.
-    for index in np.flatnonzero(~(np.isfinite(norm) & (norm > 0))):
-        parameter, taught = stock.parameters[index], index in active
-        if not parameter.requires_grad or not parameter.numel():
-            continue
-        if parameter.grad is None:
-            kind: Kind | None = "none" if taught or scale is not None else None
-        else:
-            kind = _kind(dense(parameter.grad), taught or bool(scale))
-        if kind is not None:
-            kinds[int(index)] = (kind, taught)
-    return kinds
+def _find_problems(wrapper: DummyLossWrapper, table: ParameterTable) -> dict[int, Problem]:
+    """Row of each parameter without a usable gradient to what is wrong with it."""
+    last = wrapper.last
+    # Before the first loss, every parameter counts as active.
+    active_keys = table.rows if last is None else wrapper.parameters.active_keys(last.active)
+    active_rows = {row for key in active_keys for row in table.rows[key]}
+    norms = table.measure().norms
+    problems: dict[int, Problem] = {}
+    # A finite norm above 0 shows a usable gradient. Otherwise the elements decide, because their
+    # squares may have underflowed or overflowed.
+    for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
+        if problem := _problem_of(table.parameters[row], row in active_rows, wrapper.scale):
+            problems[row] = problem
+    return problems
 
 
-def _kind(gradient: Tensor, nonzero: bool) -> Kind | None:
-    """What is wrong with a gradient that may have to be nonzero; of nothing, nothing is."""
-    if not gradient.isfinite().all():
-        return "not finite"
-    return "zero" if nonzero and gradient.numel() and not gradient.any() else None
+def _problem_of(parameter: nn.Parameter, is_active: bool, scale: float | None) -> Problem | None:
+    """What is wrong with the gradient of a parameter; None if it is as the scale asks for."""
+    if not parameter.requires_grad or not parameter.numel():
+        return None
+    if parameter.grad is None:
+        return Problem(_NONE, is_active) if is_active or scale is not None else None
+    elements = local_elements(parameter.grad)
+    if not elements.isfinite().all():
+        return Problem(_NOT_FINITE, is_active)
+    must_be_nonzero = elements.numel() and (is_active or scale)
+    return Problem(_ZERO, is_active) if must_be_nonzero and not elements.any() else None
 
 
 def _message(
-    wrapper: DummyLossWrapper, stock: Stock, kinds: Mapping[int, tuple[Kind, bool]]
+    wrapper: DummyLossWrapper, table: ParameterTable, problems: Mapping[int, Problem]
 ) -> str:
-    trainable = sum(parameter.requires_grad for parameter in stock.parameters)
-    lines = [f"{len(kinds)} of {trainable} trainable parameters of the map miss a gradient."]
-    for group, cause in _CAUSES.items():
-        names = [stock.bare[index] for index in sorted(kinds) if kinds[index] == group]
+    num_trainable = sum(parameter.requires_grad for parameter in table.parameters)
+    lines = [f"{len(problems)} of {num_trainable} trainable parameters have no usable gradient."]
+    for problem, cause in _CAUSES.items():
+        names = [repr(table.names[row]) for row in sorted(problems) if problems[row] == problem]
         if not names:
             continue
-        kind, active = group
-        if kind == "none" and wrapper.last is None:
-            cause = _NOT_WRAPPED
-        elif kind == "none" and any(map(is_zero_parameter, stock.parameters)):
-            cause = _PARTITIONED
-        elif kind == "none" and len(kinds) == trainable:
+        if problem.description == _NONE and wrapper.last is None:
+            cause = _NO_LOSS
+        elif problem.description == _NONE and any(map(is_zero_parameter, table.parameters)):
+            cause = _DEEPSPEED
+        elif problem.description == _NONE and len(problems) == num_trainable:
             cause = _NO_BACKWARD
-        shown = ", ".join(map(repr, names[:_SHOWN]))
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        who = "of an active" if active else "of an inactive"
-        lines.append(f"{_WORDS[kind]}: {shown}{more} {who} modality. Likely: {cause}.")
+        owner = f"{'active' if problem.is_active else 'inactive'} modality"
+        listed = first_few(names, _MAX_LISTED_NAMES)
+        lines.append(f"{problem.description}, {owner}: {listed}. Likely cause: {cause}")
     return "\n".join(lines)

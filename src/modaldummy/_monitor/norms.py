@@ -1,17 +1,19 @@
-"""Norms of gradients by modality, under names for a logger."""
+"""Norms of gradients by modality, under keys for a logger."""
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch.distributed as dist
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper, StepReport
-from modaldummy._core.parameter_map import text_of
+from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import describe
-from modaldummy._monitor.gradients import Mask, Places, stock_of
+from modaldummy._monitor.gradients import Measurement, table_of
+
+Keys: TypeAlias = tuple[ModalityKey, ...]
 
 
 def gradient_norms(
@@ -23,112 +25,73 @@ def gradient_norms(
     scaler: Any = None,
     full: bool = False,
 ) -> dict[str, float]:
-    r"""Gradient norms of all modalities and their parameters, to be logged after ``backward()``.
+    r"""Gradient norms of all parameters of the map, to be logged after ``backward()``.
 
     .. math::
         n_p = \sqrt{\sum_i |g_{p,i}|^2}, \qquad n_m = \sqrt{\sum_{p \in m} n_p^2}, \qquad
         r = \sqrt{\sum_{p \in \text{active}} n_p^2 \Big/ \sum_{p \in \text{inactive}} n_p^2}
 
-    The host waits for the device once, however many parameters there are. The keys:
-
-    - ``grad/[T1]/<parameter>``: of a parameter that an active key of the map owns, here T1;
-    - ``grad/[inactive]/<parameter>``: of one that only inactive keys own;
-    - ``grad/<parameter>``: of any, where nothing is inactive;
-    - ``grad_norm/<modality>``: of all parameters that a key owns, also those that others share;
-    - ``grad_ratio``: real to dummy, where something is inactive and has a gradient that is not 0;
-    - ``grad_ranks``: how many ranks there are, where there are several.
-
-    Tuple keys count as modalities and read ``T1-dMRI``. A parameter is called as in the bare model;
-    one without a gradient is left out.
+    - ``grad/[T1]/<parameter>``: norm of a parameter that an active key of the map owns, here T1;
+    - ``grad/[inactive]/<parameter>``: norm of a parameter that only inactive keys own;
+    - ``grad/<parameter>``: norm of any parameter, in a batch where all keys are active;
+    - ``grad_norm/<modality>``: norm of all parameters that a key owns, shared ones included;
+    - ``grad_ratio``: real to dummy norm, unless the dummy gradients are zero or there are none;
+    - ``grad_ranks``: number of ranks, if there are several.
 
     >>> import torch
     >>> from torch import nn
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
     >>> wrapper.total(model["T1"](torch.ones(3, 4)).square().mean(), ["T1"]).backward()
-    >>> found = gradient_norms(wrapper)
-    >>> list(found)[:3]
-    ['grad/[T1]/T1.weight', 'grad/[T1]/T1.bias', 'grad/[inactive]/dMRI.weight']
-    >>> print(f"{found['grad_norm/dMRI']:.3g}")  # 1e-7 * sqrt(14)
+    >>> print(f"{gradient_norms(wrapper)['grad_norm/dMRI']:.3g}")  # 1e-7 * sqrt(14)
     3.74e-07
 
     Args:
-        wrapper: The wrapper whose loss was backwarded.
-        label: False for keys that are the same at each step: ``grad/<modality>/<parameter>``,
-            ``active/<modality>``, 1 or 0, and ``grad_missing/<modality>``, how many trainable
-            parameters have no gradient. What would be left out is NaN then.
-        prefix: What to write for ``grad`` in all keys but ``active/<modality>``.
-        active: What was active, in any form of ``active_modalities``; by default what the last loss
-            said. With accumulation pass a list of the reports, ``wrapper.last``, of all batches
-            since the gradients were cleared.
-        scaler: A ``torch.amp.GradScaler`` that has not unscaled the gradients yet, or the number
-            that the loss was multiplied by; the norms are divided by it.
-        full: Measure whole DTensors rather than this rank's shards. All ranks have to call then;
-            it takes one reduction for each way in which parameters are sharded.
+        wrapper: The wrapper of the loss.
+        label: False gives the same keys at each step: ``grad/<first owner>/<parameter>``,
+            ``active/<modality>``, and the number of missing gradients
+            ``grad_missing/<modality>``. The norm of a missing gradient is NaN.
+        prefix: Text in place of ``grad`` in all keys but ``active/<modality>``.
+        active: What was active, in any form of ``active_modalities``, or a list of the reports
+            ``wrapper.last`` of accumulated batches; by default what the last loss said.
+        scaler: The ``torch.amp.GradScaler``, if it has not unscaled the gradients yet, or the
+            number that the loss was multiplied by. The norms are divided by it.
+        full: Measure whole DTensors, not the shards of this rank. All ranks must call then.
 
     Returns:
-        Key to number; of the parameters of the map alone.
+        Log key to number.
 
     Raises:
         RuntimeError: No loss has gone through the wrapper, and ``active`` is not given.
-        UnknownModalityError: ``active`` names a modality that the map does not have.
-        BatchMetadataError: ``active`` does not say which modalities it means.
+        UnknownModalityError: ``active`` names a modality that is not in the map.
+        BatchMetadataError: ``active`` does not say which modalities are active.
         ParameterMapError: A path matches nothing in the model any more.
-        ValueError: ``prefix`` is no string or empty, the factor not a finite number above 0, or the
-            scaler has unscaled the gradients.
-        TypeError: ``wrapper`` or ``scaler`` is of another kind.
-        UnsupportedEngineError: ``full``, and a DTensor is a sum over ranks that is yet to be made.
-
-    Note:
-        Once DDP has reduced them, gradients are averages over all ranks, while the labels are
-        those of this rank: an ``[inactive]`` one may be real, from another rank. A sparse gradient
-        is coalesced first, for which a GPU makes the host wait once more. In float32, elements
-        below 1e-22 count as 0, and norms above 1e19 as infinite, as their squares are out of range;
-        ``missing_gradients`` looks at the elements themselves.
+        ValueError: ``prefix`` is not a string or is empty, ``scaler`` is not a finite number above
+            0, or the scaler has unscaled the gradients already.
+        TypeError: ``wrapper`` or ``scaler`` has the wrong type.
+        UnsupportedEngineError: With ``full``, a DTensor is a sum that ranks have not added up yet.
     """
     check_wrapper(wrapper)
     if not isinstance(prefix, str) or not prefix:
-        raise ValueError(f"`prefix` must be a string such as 'grad', got {describe(prefix)}.")
-    batches = _batches(wrapper, active)
-    present = {name for names in batches for name in names}
-    keys = {key for names in batches for key in wrapper.parameters.active_keys(names)}
-    taught = tuple(key for key in wrapper.parameters.paths if key in keys)
-    everything = len(taught) == len(wrapper.parameters.paths)
-    stock = stock_of(wrapper)
-    norm, there = stock.measure(scaler, full)
-    names = stock.names(prefix, label, taught, everything)
-    found = dict(zip(names, norm.tolist(), strict=True))
-    if not there.all():
-        for name, has, parameter in zip(names, there, stock.parameters, strict=True):
-            if not has and (label or not parameter.requires_grad):
-                del found[name]
-
-    def total(chosen: Places | Mask) -> float:
-        own = norm[chosen][there[chosen]]
-        return float(np.linalg.norm(own)) if own.size else math.nan
-
-    real = np.zeros(len(norm), dtype=bool)
-    for key, members in stock.members.items():
-        real[members] |= key in taught
-        if not label:
-            trainable = [
-                stock.parameters[place].requires_grad for place in members[~there[members]]
-            ]
-            found[f"{prefix}_missing/{text_of(key)}"] = float(sum(trainable))
-        if not label or there[members].any():
-            found[f"{prefix}_norm/{text_of(key)}"] = total(members)
-    ratio = total(real) / (total(~real) or math.nan)
+        raise ValueError(f"`prefix` must be a non-empty string, got {describe(prefix)}.")
+    batches = _active_names(wrapper, active)
+    active_keys = _active_keys(wrapper, batches)
+    measured = table_of(wrapper).measure(scaler, full=full)
+    log_keys = measured.table.log_keys(prefix, label, active_keys)
+    log = _parameter_norms(measured, log_keys, label) | _modality_norms(measured, prefix, label)
+    ratio = _real_to_dummy_ratio(measured, active_keys)
     if not label or not math.isnan(ratio):
-        found[f"{prefix}_ratio"] = ratio
+        log[f"{prefix}_ratio"] = ratio
     if not label:
-        found |= {f"active/{name}": float(name in present) for name in wrapper.modalities}
+        names = {name for batch in batches for name in batch}
+        log |= {f"active/{name}": float(name in names) for name in wrapper.modalities}
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        found[f"{prefix}_ranks"] = float(dist.get_world_size())
-    return found
+        log[f"{prefix}_ranks"] = float(dist.get_world_size())
+    return log
 
 
-def _batches(wrapper: DummyLossWrapper, active: Any) -> list[Collection[str]]:
-    """The active modalities of each batch that the gradients are of."""
+def _active_names(wrapper: DummyLossWrapper, active: Any) -> list[Collection[str]]:
+    """The active modalities of each batch since the gradients were cleared."""
     reports = [active] if isinstance(active, StepReport) else active
     if isinstance(reports, list) and reports and isinstance(reports[0], StepReport):
         return [report.active for report in reports]
@@ -136,7 +99,44 @@ def _batches(wrapper: DummyLossWrapper, active: Any) -> list[Collection[str]]:
         return [wrapper.reader.read_value(active, "`active`", explicit=True)]
     if wrapper.last is None:
         raise RuntimeError(
-            "No loss has gone through the wrapper, so that nobody knows which modalities are "
-            "active; call `gradient_norms` after `wrapper.total(...).backward()`, or pass `active`."
+            "No loss has gone through the wrapper, so it is not known which modalities are active. "
+            "Call `gradient_norms` after `wrapper.total(...).backward()`, or pass `active`."
         )
     return [wrapper.last.active]
+
+
+def _active_keys(wrapper: DummyLossWrapper, batches: list[Collection[str]]) -> Keys:
+    """Keys of the map that were active in any of the batches, in map order."""
+    keys = {key for names in batches for key in wrapper.parameters.active_keys(names)}
+    return tuple(key for key in wrapper.parameters.paths if key in keys)
+
+
+def _parameter_norms(measured: Measurement, log_keys: list[str], label: bool) -> dict[str, float]:
+    """Norm of each parameter; without labels, a trainable one without a gradient gets NaN."""
+    log = dict(zip(log_keys, measured.norms.tolist(), strict=True))
+    for row in np.flatnonzero(~measured.has_gradient):
+        if label or not measured.table.parameters[row].requires_grad:
+            del log[log_keys[row]]
+    return log
+
+
+def _modality_norms(measured: Measurement, prefix: str, label: bool) -> dict[str, float]:
+    """Norm of each key of the map; without labels, also its number of missing gradients."""
+    log: dict[str, float] = {}
+    for key, rows in measured.table.rows.items():
+        has_gradient = measured.has_gradient[rows]
+        if not label:
+            missing = [measured.table.parameters[row] for row in rows[~has_gradient]]
+            num_missing = sum(parameter.requires_grad for parameter in missing)
+            log[f"{prefix}_missing/{text_of(key)}"] = float(num_missing)
+        if not label or has_gradient.any():
+            log[f"{prefix}_norm/{text_of(key)}"] = measured.joint_norm(rows)
+    return log
+
+
+def _real_to_dummy_ratio(measured: Measurement, active_keys: Keys) -> float:
+    """Norm of all active parameters over that of all inactive ones; NaN if either is missing."""
+    is_active = np.zeros(len(measured.norms), dtype=bool)
+    for key in active_keys:
+        is_active[measured.table.rows[key]] = True
+    return measured.joint_norm(is_active) / (measured.joint_norm(~is_active) or math.nan)

@@ -1,4 +1,4 @@
-"""What will go wrong in a training, told before it starts."""
+"""Finds what will go wrong in training before it starts."""
 
 from modaldummy._preflight.preflight import preflight
 

@@ -1,107 +1,116 @@
-"""Checks of what backward from a loss would reach."""
+"""Checks of the parameters that backward from a loss would reach."""
 
 from collections.abc import Collection, Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from modaldummy._core.graph import leaves_of, reached_leaves, reached_nodes
+from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import text_of
 from modaldummy._core.term import is_dummy_term
 from modaldummy._engines import is_sharded
-from modaldummy._findings import Finding
-from modaldummy._preflight.setup import Setup
+from modaldummy._findings import Finding, Severity
+from modaldummy._preflight.setup import NamedParameter, Setup
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
-    """MD111, MD120, MD121 and MD122; silent without a loss, and where its graph cannot tell."""
+    """MD111, MD120, MD121 and MD122; nothing without a loss, or if its graph is incomplete."""
     if setup.loss is None:
         return
-    reached = reached_leaves(setup.loss)
-    if reached is None:
+    reached_ids = reached_leaves(setup.loss)
+    if reached_ids is None:
         return
-    trainable = [parameter for _, parameter in setup.named.values() if parameter.requires_grad]
-    # The leaf that stands for a sharded parameter is another tensor, gathered for a while.
-    if any(id(parameter) in reached or is_sharded(parameter) for parameter in trainable):
-        yield from _out_of_reach(setup, reached)
-        yield from _reached_though_inactive(setup, setup.loss)
+    trainable = [parameter for parameter in setup.parameters if parameter.requires_grad]
+    # The graph ends at the gathered copy of a sharded parameter, which is another tensor.
+    if any(id(parameter) in reached_ids or is_sharded(parameter) for parameter in trainable):
+        yield from _check_trunk_reached(setup, reached_ids)
+        yield from _check_modalities_reached(setup, reached_ids)
+        yield from _check_inactive_not_reached(setup, setup.loss)
     else:
         yield Finding(
             "MD120",
             "error",
-            "The graph of the loss reaches no trainable parameter of the model."
+            "The graph of the loss reaches no trainable parameter, so backward trains nothing."
             if setup.loss.requires_grad
-            else "The loss has no graph, so that backward fails.",
+            else "The loss has no graph, so backward fails.",
             {"requires_grad": setup.loss.requires_grad, "trainable": len(trainable)},
-            "Look for `.item()`, `.detach()`, `torch.no_grad()` or a new tensor made of numbers "
+            "Look for `.item()`, `.detach()`, `torch.no_grad()` or a tensor made from numbers "
             "between the model and the loss.",
         )
 
 
-def _out_of_reach(setup: Setup, reached: set[int]) -> Iterator[Finding]:
-    if missed := _missed(setup.trunk, reached):
+def _check_trunk_reached(setup: Setup, reached_ids: set[int]) -> Iterator[Finding]:
+    if unreached := _find_unreached(setup.trunk_parameters, reached_ids):
+        severity, consequence = _consequence(setup, unreached)
         yield Finding(
             "MD111",
-            "error" if (stops := _stops(setup, missed)) else "warning",
-            "The graph of this loss does not reach these trainable parameters, which belong to no "
-            "modality, so that they get no gradient"
-            + (", and DDP stops with 'Expected to have finished reduction'." if stops else "."),
-            {"parameters": list(missed.values())},
-            "Give them to a modality, or to a tuple of modalities that use them together; freeze "
-            "them if they are not to be trained.",
+            severity,
+            f"These trainable parameters {consequence}, because they belong to no modality and the "
+            "graph of this loss does not reach them.",
+            {"parameters": list(unreached.values())},
+            "Give them to a modality, or to a tuple of modalities that use them together. Freeze "
+            "them if they should not be trained.",
         )
-    names = {identity: (name, parameter) for identity, (name, parameter, _) in setup.towers.items()}
-    if missed := _missed(names, reached):
+
+
+def _check_modalities_reached(setup: Setup, reached_ids: set[int]) -> Iterator[Finding]:
+    if unreached := _find_unreached(setup.modality_parameters, reached_ids):
+        severity, consequence = _consequence(setup, unreached)
         last = setup.wrapper.last
-        idle = set() if last is None else setup.inactive(last.active)
-        real = not idle.isdisjoint(missed)
+        inactive_ids = set() if last is None else setup.inactive_ids(last.active)
+        lacks_dummy = not inactive_ids.isdisjoint(unreached)
+        modalities = "inactive modalities" if lacks_dummy else "modalities"
         yield Finding(
             "MD121",
-            "error" if (stops := _stops(setup, missed)) else "warning",
-            "The graph of this loss does not reach these parameters of "
-            + ("inactive modalities, as if it were not the total" if real else "modalities")
-            + (", and DDP stops with 'Expected to have finished reduction'." if stops else "."),
-            {"parameters": list(missed.values())},
-            "Pass, and backward, what `wrapper.total(loss, batch)` or the wrapped loss function "
-            "returned."
-            if real
-            else "Freeze what forward does not use, or look for `.detach()` on its way; what only "
-            "some batches use belongs to a modality, or tuple of modalities, of its own.",
+            severity,
+            f"These parameters of {modalities} {consequence}, because the graph of this loss "
+            "does not reach them.",
+            {"parameters": list(unreached.values())},
+            "Pass the total that `wrapper.total(loss, batch)` or the wrapped loss function "
+            "returned, and call `backward()` on it."
+            if lacks_dummy
+            else "Freeze parameters that forward does not use, or look for `.detach()` after them. "
+            "Give parameters that only some batches use to a modality, or a tuple of modalities, "
+            "of their own.",
         )
 
 
-def _reached_though_inactive(setup: Setup, loss: Tensor) -> Iterator[Finding]:
-    """MD122; silent where the loss is not one total, and behind compiled code."""
-    dummies = [node for node in reached_nodes([loss.grad_fn]) if is_dummy_term(node)]
-    if len(dummies) != 1:
+def _check_inactive_not_reached(setup: Setup, loss: Tensor) -> Iterator[Finding]:
+    """MD122; nothing if the loss is not exactly one total, or if compiled code made it."""
+    dummy_nodes = [node for node in reached_nodes([loss.grad_fn]) if is_dummy_term(node)]
+    if len(dummy_nodes) != 1:
         return
-    inactive = leaves_of(reached_nodes(dummies)) or set()
-    reached = reached_leaves(loss, follow_dummies=False) or set()
-    if odd := (inactive & reached) - setup.wrapper.parameters.shared_with_trunk():
-        keys = [text_of(key) for key, own in setup.owned.items() if not odd.isdisjoint(own)]
+    inactive_ids = leaves_of(reached_nodes(dummy_nodes)) or set()
+    reached_ids = reached_leaves(loss, follow_dummies=False) or set()
+    both = (inactive_ids & reached_ids) - setup.wrapper.parameters.shared_with_trunk()
+    if both:
+        keys = ", ".join(map(text_of, setup.keys_of(both)))
         yield Finding(
             "MD122",
             "warning",
-            f"The batch leaves {', '.join(keys)} inactive, and yet the loss itself, without the "
-            "dummy, reaches parameters of it.",
-            {"parameters": [name for i, (name, _, _) in setup.towers.items() if i in odd]},
-            "Compare the batch with the map, key by key: one that is misspelt in either is ignored "
-            "like any other. If the model runs absent modalities on filler, or the loss has a "
-            "penalty on weights, there is nothing to do; `hold_inactive` keeps them still.",
+            f"The batch leaves {keys} inactive, but the real loss uses these parameters "
+            "and gives them a gradient.",
+            {"parameters": setup.names_of(both)},
+            "Compare the names in the batch with the keys of the map, because a misspelt name is "
+            "ignored. Nothing to do if the model runs inactive towers on filler data, or if the "
+            "loss has a penalty on weights; `hold_inactive` then keeps them unchanged.",
         )
 
 
-def _missed(
-    parameters: Mapping[int, tuple[str, nn.Parameter]], reached: set[int]
+def _find_unreached(
+    parameters: Mapping[int, NamedParameter | OwnedParameter], reached_ids: set[int]
 ) -> dict[int, str]:
-    """Names of those that are out of reach, of which shards cannot tell."""
+    """Names, by `id`, of parameters that the graph does not reach; sharded ones are left out."""
     return {
-        identity: name
-        for identity, (name, parameter) in parameters.items()
-        if identity not in reached and not is_sharded(parameter)
+        parameter_id: named.name
+        for parameter_id, named in parameters.items()
+        if parameter_id not in reached_ids and not is_sharded(named.parameter)
     }
 
 
-def _stops(setup: Setup, missed: Collection[int]) -> bool:
-    """Whether a DDP waits for their gradients."""
+def _consequence(setup: Setup, unreached: Collection[int]) -> tuple[Severity, str]:
+    """Severity and words for parameters without a gradient: DDP may wait for them and stop."""
     waiting = [ddp for ddp in setup.ddps if not (ddp.find_unused_parameters or ddp.static_graph)]
-    return any(id(parameter) in missed for ddp in waiting for parameter in ddp.parameters())
+    if any(id(parameter) in unreached for ddp in waiting for parameter in ddp.parameters()):
+        return "error", "get no gradient and DDP stops with 'Expected to have finished reduction'"
+    return "warning", "get no gradient"

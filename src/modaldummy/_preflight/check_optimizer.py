@@ -1,4 +1,4 @@
-"""Checks of what optimizers have, and of what they would make of dummy gradients."""
+"""Checks of the parameters that optimizers have, and of the steps that dummy gradients cause."""
 
 import math
 from collections.abc import Iterator
@@ -12,131 +12,131 @@ from modaldummy._hold import is_held
 from modaldummy._preflight.drift import expected_drift
 from modaldummy._preflight.setup import Setup
 
-# Displacement per step, in learning rates, from which on it counts.
-_RATE = 0.01
-# How many steps are tried. RAdam needs more than 10 to show; 20 of AdamW take half a second for the
-# 12 blocks of a ViT-B on a CPU.
-_STEPS = 20
+# A smaller drift, in learning rates per step, is no finding.
+_MIN_DRIFT_RATE = 0.01
+# RAdam moves nothing in its first steps, so 10 steps would not show its drift. 20 steps of AdamW
+# take half a second on a CPU for the 12 blocks of a ViT-B.
+_NUM_STEPS = 20
 
 
 def check_optimizers(setup: Setup) -> Iterator[Finding]:
-    """MD112, MD141 to MD143; silent without an optimizer."""
+    """MD112, MD141 to MD143; nothing without an optimizer."""
     if setup.optimizers is None:
         return
-    if any(_is_of_shards(setup, optimizer) for optimizer in setup.optimizers):
+    if any(_has_shards_of_gathered(setup, optimizer) for optimizer in setup.optimizers):
         yield Finding(
             "MD142",
             "info",
-            "FSDP2 has parameters of the model gathered, as between forward and backward, so that "
-            "nothing can be told about the optimizers, which have the shards.",
+            "Preflight cannot check the optimizers now, because they have the shards of parameters "
+            "that FSDP2 has gathered, as it does between forward and backward.",
             {"optimizers": [type(optimizer).__name__ for optimizer in setup.optimizers]},
-            "Call `preflight` once more, without `loss`, before the first forward pass.",
+            "Call `preflight` again, without `loss`, before the first forward pass.",
         )
         return
-    yield from _left_out(setup, setup.optimizers)
+    yield from _check_all_optimized(setup, setup.optimizers)
     for optimizer in setup.optimizers:
-        yield from _drifting(setup, optimizer)
-        yield from _without_gradients(setup, optimizer)
+        yield from _check_drift(setup, optimizer)
+        yield from _check_scaler_gets_gradients(setup, optimizer)
 
 
-def _is_of_shards(setup: Setup, optimizer: Optimizer) -> bool:
-    """Whether it has shards of parameters that the model has gathered."""
-    gathered = any(not is_sharded(p) for module in setup.sharding for p in module.parameters())
-    return gathered and any(
-        is_sharded(parameter) and id(parameter) not in setup.named
+def _has_shards_of_gathered(setup: Setup, optimizer: Optimizer) -> bool:
+    """Whether an optimizer has shards of parameters that FSDP2 has gathered in the model."""
+    parameters = (parameter for unit in setup.fsdp2_units for parameter in unit.parameters())
+    return any(not is_sharded(parameter) for parameter in parameters) and any(
+        is_sharded(parameter) and id(parameter) not in setup.named_parameters
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
 
 
-def _left_out(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Finding]:
-    known = {identity for optimizer in optimizers for identity in _identities(optimizer)}
+def _check_all_optimized(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Finding]:
+    optimized_ids = {i for optimizer in optimizers for i in _parameter_ids(optimizer)}
     trainable = {
-        identity: name
-        for identity, (name, parameter) in setup.named.items()
+        parameter_id: name
+        for parameter_id, (name, parameter) in setup.named_parameters.items()
         if parameter.requires_grad and not is_zero_parameter(parameter)
     }
-    missing = [name for identity, name in trainable.items() if identity not in known]
-    if missing:
+    names = [name for parameter_id, name in trainable.items() if parameter_id not in optimized_ids]
+    if names:
         yield Finding(
             "MD112",
             "warning",
-            f"No optimizer has {len(missing)} of {len(trainable)} trainable parameters, so that "
-            "these never change.",
-            {"parameters": missing, "trainable": len(trainable)},
-            "Pass all optimizers; make them after the model was sharded or moved, which may put "
-            "other parameters in the place of those that they have; or freeze the parameters.",
+            f"No optimizer has {len(names)} of {len(trainable)} trainable parameters, so these "
+            "never change.",
+            {"parameters": names, "trainable": len(trainable)},
+            "Pass all optimizers. Make them after you shard or move the model, which can replace "
+            "its parameters. Freeze parameters that should not be trained.",
         )
 
 
-def _drifting(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
-    chain = _chain(optimizer)
-    if setup.towers.keys().isdisjoint(_identities(optimizer)) or any(
-        is_held(setup.wrapper, link) for link in chain
+def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
+    nested = _nested_optimizers(optimizer)
+    if setup.modality_parameters.keys().isdisjoint(_parameter_ids(optimizer)) or any(
+        is_held(setup.wrapper, each) for each in nested
     ):
         return
     name = type(optimizer).__name__
     try:
-        drifts = expected_drift(setup.wrapper, chain[-1], steps=_STEPS)
+        drifts = expected_drift(setup.wrapper, nested[-1], steps=_NUM_STEPS)
     except Exception as error:
         yield Finding(
             "MD142",
             "info",
-            f"What {name} makes of dummy gradients cannot be told.",
+            f"Preflight cannot tell whether {name} moves inactive parameters: a trial failed.",
             {"optimizer": name, "error": f"{type(error).__name__}: {error}"},
-            "Compare a modality before and after steps without it; `hold_inactive` keeps it still "
-            "with any optimizer that skips parameters without a gradient.",
+            "Compare a modality before and after steps without it. `hold_inactive` keeps it "
+            "unchanged if the optimizer skips parameters without a gradient.",
         )
         return
-    moving = {text_of(key): drift for key, drift in drifts.items() if drift.rates >= _RATE}
-    if moving:
-        worst = max(drift.rates for drift in moving.values())
+    moved = {text_of(key): drift for key, drift in drifts.items() if drift.rates >= _MIN_DRIFT_RATE}
+    if moved:
+        largest_rate = max(drift.rates for drift in moved.values())
         yield Finding(
             "MD141",
             "warning",
-            f"{name} moves modalities that no batch has taught, by up to {worst:.2g} learning "
-            "rates at each step.",
+            f"{name} moves the parameters of inactive modalities by up to {largest_rate:.2g} "
+            "learning rates at each step.",
             {
                 "optimizer": name,
-                "rates": {key: drift.rates for key, drift in moving.items()},
-                # JSON knows no infinity.
+                "rates": {key: drift.rates for key, drift in moved.items()},
+                # JSON has no infinity.
                 "relative": {
                     key: drift.relative if math.isfinite(drift.relative) else None
-                    for key, drift in moving.items()
+                    for key, drift in moved.items()
                 },
-                "limit": _RATE,
-                "steps": _STEPS,
+                "limit": _MIN_DRIFT_RATE,
+                "steps": _NUM_STEPS,
             },
             "Call `hold_inactive(wrapper, optimizer)` once, or pass `hold=True` to the mixin for "
             "Hugging Face's Trainer or the callback for Lightning.",
         )
 
 
-def _chain(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer, and the one that it steps, if it is around a single one; and so on."""
-    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    return [optimizer, *(_chain(inner[0]) if len(inner) == 1 else [])]
+def _nested_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer, the single one that it wraps, the single one that this wraps, and so on."""
+    wrapped = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    return [optimizer, *(_nested_optimizers(wrapped[0]) if len(wrapped) == 1 else [])]
 
 
-def _identities(optimizer: Optimizer) -> set[int]:
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _without_gradients(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
-    # Where parameters got None, DDP leaves zeros.
-    if setup.scale is not None or not setup.grad_scaler or setup.ddps:
+def _check_scaler_gets_gradients(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
+    # DDP leaves zeros where backward gives no gradient.
+    if setup.scale is not None or not setup.has_grad_scaler or setup.ddps:
         return
-    trainable = {
-        i for i in _identities(optimizer) if i in setup.named and setup.named[i][1].requires_grad
-    }
-    batches = [[name] for name in setup.wrapper.modalities] + ([[]] if setup.trunk else [])
-    empty = [active for active in batches if trainable <= setup.inactive(active)]
-    if trainable and empty:
+    ids = _parameter_ids(optimizer) & setup.named_parameters.keys()
+    trainable_ids = {i for i in ids if setup.named_parameters[i].parameter.requires_grad}
+    batches = [[name] for name in setup.wrapper.modalities]
+    batches += [[]] if setup.trunk_parameters else []
+    without_gradient = [batch for batch in batches if trainable_ids <= setup.inactive_ids(batch)]
+    if trainable_ids and without_gradient:
         yield Finding(
             "MD143",
             "error",
-            f"With scale=None all parameters of {type(optimizer).__name__} can be without a "
-            "gradient, and GradScaler then stops with 'No inf checks were recorded'.",
-            {"optimizer": type(optimizer).__name__, "active": empty[0], "scale": None},
+            "With scale=None, GradScaler stops with 'No inf checks were recorded' at a batch that "
+            f"leaves all parameters of {type(optimizer).__name__} inactive.",
+            {"optimizer": type(optimizer).__name__, "active": without_gradient[0], "scale": None},
             "Use scale=0.0, or one optimizer for all parameters.",
         )

@@ -1,4 +1,4 @@
-"""Checks of who owns which parameters, and of what is in them."""
+"""Checks of the values of parameters, and of the keys that own them."""
 
 import math
 from collections import Counter
@@ -15,133 +15,137 @@ from modaldummy._preflight.setup import Setup, has_values
 
 def check_parameters(setup: Setup) -> Iterator[Finding]:
     """MD113 to MD119."""
-    yield from _frozen(setup)
-    yield from _not_finite(setup)
-    yield from _without_values(setup)
-    yield from _several_devices(setup)
-    yield from _several_owners(setup)
-    yield from _shared_with_trunk(setup)
-    yield from _sparse_tables(setup)
+    yield from _check_frozen_modalities(setup)
+    yield from _check_values_finite(setup)
+    yield from _check_values_loaded(setup)
+    yield from _check_devices(setup)
+    yield from _check_shared_by_keys(setup)
+    yield from _check_shared_with_trunk(setup)
+    yield from _check_sparse_tables(setup)
 
 
-def _frozen(setup: Setup) -> Iterator[Finding]:
-    keys = [text_of(key) for key, own in setup.owned.items() if setup.towers.keys().isdisjoint(own)]
+def _check_frozen_modalities(setup: Setup) -> Iterator[Finding]:
+    trainable_keys = setup.keys_of(setup.modality_parameters)
+    keys = [text_of(key) for key in setup.owned_by_key if key not in trainable_keys]
     if keys:
         yield Finding(
             "MD113",
             "info",
-            f"All parameters of {', '.join(keys)} are frozen, and frozen ones get no dummy.",
+            f"All parameters of {', '.join(keys)} are frozen, so they get no dummy gradient.",
             {"modalities": keys},
-            "Nothing to do if that is meant; what is unfrozen later gets one from then on.",
+            "Nothing to do if this is intended; once unfrozen, they get dummy gradients.",
         )
 
 
-def _not_finite(setup: Setup) -> Iterator[Finding]:
-    shards = {name: local_shard(p) for name, p in setup.named.values() if has_values(p)}
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, shard in shards.items():
-        if _is_plain(shard) and shard.numel():
-            by_device.setdefault(shard.device, {})[name] = shard
-    broken: list[str] = []
-    for own in by_device.values():
-        # Stacked, so that the host waits for each device once.
-        finite = torch.stack([_largest(shard).isfinite() for shard in own.values()]).tolist()
-        broken += [name for name, fine in zip(own, finite, strict=True) if not fine]
-    if broken:
+def _check_values_finite(setup: Setup) -> Iterator[Finding]:
+    shards_by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, parameter in setup.named_parameters.values():
+        if not has_values(parameter):
+            continue
+        shard = local_shard(parameter)
+        if _can_be_nan(shard) and shard.numel():
+            shards_by_device.setdefault(shard.device, {})[name] = shard
+    not_finite: list[str] = []
+    for shards in shards_by_device.values():
+        # Stacked, because each `tolist` synchronizes with the device.
+        finite = [_largest_absolute_value(shard).isfinite() for shard in shards.values()]
+        checked = zip(shards, torch.stack(finite).tolist(), strict=True)
+        not_finite += [name for name, is_finite in checked if not is_finite]
+    if not_finite:
         yield Finding(
             "MD114",
             "error",
-            "Parameters hold NaN or infinite values.",
-            {"parameters": broken},
-            "Load or initialise them again. While they are inactive the loss stays finite, since "
-            "the value of the dummy is then left out; its gradient is handed out all the same.",
+            "Values of these parameters are NaN or infinite, and so is each loss that uses them.",
+            {"parameters": not_finite},
+            "Load or initialize them again.",
         )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether torch itself knows what its values are, and they can be NaN."""
+def _can_be_nan(tensor: Tensor) -> bool:
+    """Whether it is a plain dense tensor of torch, with a dtype that has NaN."""
     inexact = tensor.is_floating_point() or tensor.is_complex()
     return type(tensor) in (Tensor, nn.Parameter) and inexact and tensor.layout is torch.strided
 
 
-def _largest(tensor: Tensor) -> Tensor:
+def _largest_absolute_value(tensor: Tensor) -> Tensor:
     wide = tensor.float() if tensor.dtype.itemsize < 2 else tensor  # float8 has no norm
     largest: Tensor = torch.linalg.vector_norm(wide, math.inf)
     return largest
 
 
-def _without_values(setup: Setup) -> Iterator[Finding]:
-    anywhere = setup.loss is not None and setup.loss.is_meta
-    names = [name for name, parameter, _ in setup.towers.values() if parameter.is_meta]
-    if names and setup.reads and not anywhere:
+def _check_values_loaded(setup: Setup) -> Iterator[Finding]:
+    loss_on_meta = setup.loss is not None and setup.loss.is_meta
+    names = [owned.name for owned in setup.modality_parameters.values() if owned.parameter.is_meta]
+    if names and setup.wrapper.reads_parameters and not loss_on_meta:
         yield Finding(
             "MD115",
             "error",
-            "These modality parameters are on the meta device and have no values that could be "
-            "added to a loss.",
+            "The wrapper raises an error when it adds the dummy term, because these modality "
+            "parameters are on the meta device and have no values.",
             {"parameters": names},
-            "Load the model before training, or pass `gradient_only=True`, which reads none.",
+            "Load the model before training, or pass `gradient_only=True`, which reads no values.",
         )
 
 
-def _several_devices(setup: Setup) -> Iterator[Finding]:
-    counts = Counter(str(parameter.device) for _, parameter, _ in setup.towers.values())
-    devices = set(counts) | ({str(setup.loss.device)} if setup.loss is not None else set())
-    if len(devices) > 1:
-        loss = None if setup.loss is None else str(setup.loss.device)
+def _check_devices(setup: Setup) -> Iterator[Finding]:
+    counts = Counter(str(owned.parameter.device) for owned in setup.modality_parameters.values())
+    loss_device = None if setup.loss is None else str(setup.loss.device)
+    if len({*counts, loss_device} - {None}) > 1:
         yield Finding(
             "MD116",
             "info",
-            "Modality parameters are not all where the loss is, so that at each step a number is "
-            "copied from and to each of the other devices.",
-            {"parameters": dict(counts), "loss": loss},
-            "Nothing to do: each device sums its own parameters and makes its own gradients.",
+            "Each step copies a number between devices, because modality parameters and the loss "
+            "are not all on one device.",
+            {"parameters": dict(counts), "loss": loss_device},
+            "Nothing to do. Each device sums its own parameters and makes its own gradients.",
         )
 
 
-def _several_owners(setup: Setup) -> Iterator[Finding]:
-    owners = {i: keys for i, keys in setup.owners.items() if i in setup.towers and len(keys) > 1}
-    if not owners:
+def _check_shared_by_keys(setup: Setup) -> Iterator[Finding]:
+    owners = setup.owners
+    shared_ids = [i for i in owners if i in setup.modality_parameters and len(owners[i]) > 1]
+    if not shared_ids:
         return
-    ownerless = [
+    sharing_all = [
         text_of(key)
-        for key, own in setup.owned.items()
-        if (trainable := own.keys() & setup.towers.keys()) and trainable <= owners.keys()
+        for key in setup.keys_of(shared_ids)
+        if setup.owned_by_key[key].keys() & setup.modality_parameters.keys() <= set(shared_ids)
     ]
-    names = {setup.owned[keys[0]][i][0]: list(map(text_of, keys)) for i, keys in owners.items()}
-    rest = f", and there are no others of {', '.join(ownerless)}" if ownerless else ""
+    key_texts = {
+        setup.owned_by_key[owners[i][0]][i].name: list(map(text_of, owners[i])) for i in shared_ids
+    }
+    keys = ", ".join(sharing_all)
+    no_others = f", and nothing else that is trainable belongs to {keys}" if keys else ""
     yield Finding(
         "MD117",
-        "warning" if ownerless else "info",
-        "Parameters belong to several keys of the map, so that they get no dummy while any of "
-        f"these is active{rest}.",
-        {"parameters": names, "without_own": ownerless},
-        "Nothing to do if they are shared on purpose; a module for several modalities together "
-        "belongs to a tuple of them.",
+        "warning" if sharing_all else "info",
+        "Several keys of the map own these parameters, which get no dummy gradient while any of "
+        f"the keys is active{no_others}.",
+        {"parameters": key_texts, "without_own": sharing_all},
+        "Nothing to do if they are shared on purpose. Give a module that several modalities use "
+        "together to a tuple of them.",
     )
 
 
-def _shared_with_trunk(setup: Setup) -> Iterator[Finding]:
-    shared = setup.wrapper.parameters.shared_with_trunk()
-    names = [name for identity, (name, _, _) in setup.towers.items() if identity in shared]
-    if names:
+def _check_shared_with_trunk(setup: Setup) -> Iterator[Finding]:
+    if names := setup.names_of(setup.wrapper.parameters.shared_with_trunk()):
         yield Finding(
             "MD118",
             "warning",
-            "These parameters of the map are tied to something outside of it: while their modality "
-            "is inactive they get a dummy on top of the gradient of the real loss.",
+            "These modality parameters are also used outside of the map, so they get a dummy "
+            "gradient on top of the real one while their modality is inactive.",
             {"parameters": names},
-            "Leave them out of the map; the real loss reaches them at each step.",
+            "Leave them out of the map, because the real loss reaches them at each step.",
         )
 
 
-def _sparse_tables(setup: Setup) -> Iterator[Finding]:
-    if setup.tables:
+def _check_sparse_tables(setup: Setup) -> Iterator[Finding]:
+    if setup.sparse_tables:
         yield Finding(
             "MD119",
             "info",
-            "The dummy gradient of a sparse embedding is sparse and empty, so that it adds nothing "
-            "to the loss and its gradient norm is 0.",
-            {"parameters": [name for name, _, _ in setup.tables]},
+            "These sparse embeddings get a sparse and empty dummy gradient, which adds nothing to "
+            "the loss and has the norm 0.",
+            {"parameters": [owned.name for owned in setup.sparse_tables]},
             "Nothing to do.",
         )

@@ -1,8 +1,7 @@
-"""How far an optimizer would move a modality on nothing but dummy gradients."""
+"""How far an optimizer moves the parameters of a modality that gets only dummy gradients."""
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,23 +13,25 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._core.term import nonzero_product
-from modaldummy._engines import local_shard
+from modaldummy._engines import copy_settings, local_shard
 from modaldummy._errors import UnsupportedEngineError
 
-# In place of a rate of 0, as at the start of a warm-up; the result is in units of it.
-_RATE = 1e-3
-_SMALL = 2**12  # elements of a parameter that is carried out, with others of its kind
-_MOST = 100  # such parameters, of one key and parameter group
+# Replaces a learning rate of 0, as at the start of a warm-up. Drift is in units of it.
+_ASSUMED_RATE = 1e-3
+# Larger parameters are left out, except for the smallest of each number of dimensions.
+_MAX_SAMPLE_ELEMENTS = 2**12
+_MAX_SAMPLES = 100  # of one key and parameter group
 
 
 class Drift(NamedTuple):
-    """What steps without a hold would do to the parameters of an inactive modality.
+    """How far an optimizer moves the parameters of one inactive key at each step.
+
+    Both numbers are those of the parameter for which they are largest.
 
     Attributes:
-        rates: Displacement per step in learning rates: the root mean square over the elements of a
-            parameter, the largest of the parameters.
-        relative: Displacement per step in units of the parameter's own root mean square, the
-            largest; infinite where a parameter that is 0 moves.
+        rates: Root mean square displacement per step, divided by the learning rate.
+        relative: Root mean square displacement per step, divided by the root mean square of the
+            parameter; infinite where a parameter of zeros moves.
     """
 
     rates: float
@@ -40,111 +41,102 @@ class Drift(NamedTuple):
 def expected_drift(
     wrapper: DummyLossWrapper, optimizer: Optimizer, *, steps: int = 100
 ) -> dict[ModalityKey, Drift]:
-    """Mean displacement over the next `steps` steps of each key, were it inactive in them all.
+    """Measure the drift of each key over the next `steps` steps, if it is inactive in all of them.
 
-    The optimizer's own rule is carried out, from its present state, on copies: of parameters up to
-    4,096 elements, of 100 of these or so where there are more, and of the smallest of each number
-    of dimensions. So it tells what becomes of parameters that were never active and, once training
-    has begun, of those that were. Weight decay and momentum move too, and are counted. Optimizer
-    and model stay as they are.
+    The optimizer steps copies of parameters from its present state, so the drift includes weight
+    decay and momentum. Parameters that were trained before drift in another way than parameters
+    that were never active. Optimizer and model do not change.
+
+    The copies are of about 100 parameters with at most 4,096 elements, and of the smallest
+    parameter of each number of dimensions.
 
     Returns:
-        For each key of which the optimizer has a parameter that gets dummy gradients.
+        The drift of each key of which the optimizer has a parameter that gets dummy gradients.
 
     Raises:
         UnsupportedEngineError: The optimizer steps another one, or has no learning rate.
-        Exception: What the optimizer raises when it is stepped without a closure.
+        Exception: What the optimizer raises when it steps without a closure.
     """
-    inner = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
-    if inner or not all("lr" in group for group in optimizer.param_groups):
+    wrapped = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if wrapped or not all("lr" in group for group in optimizer.param_groups):
         raise UnsupportedEngineError(
-            f"Of {type(optimizer).__name__} no drift can be told, since it "
-            + (f"steps another optimizer; ask of its `{inner[0]}`." if inner else "has no `lr`.")
+            f"The drift of {type(optimizer).__name__} cannot be measured, because it "
+            + (f"steps another optimizer. Pass its `{wrapped[0]}`." if wrapped else "has no `lr`.")
         )
-    found = {}
+    expected = {}
     for key in wrapper.parameters.paths:
         owned = wrapper.parameters.of_keys([key])
         drifts = [
             drift
             for group in optimizer.param_groups
-            if (samples := _samples(group["params"], owned))
-            for drift in _drifts(optimizer, group, samples, wrapper.scale, steps)
+            if (samples := _sample_parameters(group["params"], owned))
+            for drift in _measure_drifts(optimizer, group, samples, wrapper.scale, steps)
         ]
         if drifts:
-            found[key] = Drift(*(max(column) for column in zip(*drifts, strict=True)))
-    return found
+            expected[key] = Drift(*(max(column) for column in zip(*drifts, strict=True)))
+    return expected
 
 
-def _samples(
-    params: Iterable[nn.Parameter], owned: Mapping[int, OwnedParameter]
+def _sample_parameters(
+    params: Iterable[nn.Parameter], owned_by_id: Mapping[int, OwnedParameter]
 ) -> list[nn.Parameter]:
-    """Of `params` that are owned and get a dummy of their size, small ones of every kind."""
+    """Some of `params` that are owned and get a dummy gradient with elements, of all shapes."""
     eligible = [
         parameter
         for parameter in params
-        if (located := owned.get(id(parameter))) is not None
+        if (owned := owned_by_id.get(id(parameter))) is not None
         and parameter.requires_grad
         and parameter.numel()
-        and not located.is_sparse_table
+        and not owned.is_sparse_table
     ]
-    # Some rules go by the shape: a matrix, however large, says what a vector does not.
-    least = {
+    # Some optimizers treat matrices differently from vectors, so one of each is always tried.
+    smallest = {
         ndim: min((p for p in eligible if p.ndim == ndim), key=Tensor.numel)
         for ndim in {parameter.ndim for parameter in eligible}
     }
-    small = [p for p in eligible if p.numel() <= _SMALL and p is not least[p.ndim]]
-    return [*least.values(), *small[:: len(small) // _MOST + 1]]
+    others = [
+        p for p in eligible if p.numel() <= _MAX_SAMPLE_ELEMENTS and p is not smallest[p.ndim]
+    ]
+    return [*smallest.values(), *others[:: len(others) // _MAX_SAMPLES + 1]]
 
 
-def _drifts(
+def _measure_drifts(
     optimizer: Optimizer,
     group: Mapping[str, Any],
     samples: Sequence[nn.Parameter],
     scale: float | None,
     steps: int,
 ) -> list[Drift]:
-    """What `steps` steps do to each of the samples, which are of one parameter group."""
-    twins = [nn.Parameter(parameter.detach().clone()) for parameter in samples]
+    """The drift of each of the samples, which are all of one parameter group."""
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in samples]
     options = {name: copy.deepcopy(group[name]) for name in group if name != "params"}
-    rate = float(options["lr"]) or float(options.get("initial_lr", 0.0)) or _RATE
+    rate = float(options["lr"]) or float(options.get("initial_lr", 0.0)) or _ASSUMED_RATE
     if not float(options["lr"]):
         options["lr"] = rate
-    stepper = _twin(optimizer)
-    stepper.param_groups = [options | {"params": twins}]
-    for twin, parameter in zip(twins, samples, strict=True):
+    stepper = copy_settings(optimizer)
+    stepper.param_groups = [options | {"params": copies}]
+    for copied, parameter in zip(copies, samples, strict=True):
         if parameter in optimizer.state:
-            stepper.state[twin] = copy.deepcopy(optimizer.state[parameter])
+            stepper.state[copied] = copy.deepcopy(optimizer.state[parameter])
     for _ in range(steps):
-        for twin in twins:
-            twin.grad = None if scale is None else _gradient(twin, scale)
+        for copied in copies:
+            copied.grad = None if scale is None else _dummy_gradient(copied, scale)
         stepper.step()
     drifts = []
-    for twin, parameter in zip(twins, samples, strict=True):
-        length = _rms(twin.detach() - parameter.detach()) / steps
-        size = _rms(parameter.detach())
-        drifts.append(Drift(length / rate, length / size if size else math.inf if length else 0.0))
+    for copied, parameter in zip(copies, samples, strict=True):
+        moved = _root_mean_square(copied.detach() - parameter.detach()) / steps
+        size = _root_mean_square(parameter.detach())
+        drifts.append(Drift(moved / rate, moved / size if size else math.inf if moved else 0.0))
     return drifts
 
 
-def _gradient(parameter: Tensor, scale: float) -> Tensor:
+def _dummy_gradient(parameter: Tensor, scale: float) -> Tensor:
     value = nonzero_product(torch.ones((), device=parameter.device), scale, parameter.dtype)
     return torch.zeros_like(parameter) + value
 
 
-def _twin(optimizer: Optimizer) -> Optimizer:
-    """An optimizer with the settings of another, without its parameters, state and hooks."""
-    twin = object.__new__(type(optimizer))
-    kept = {
-        name: value
-        for name, value in vars(optimizer).items()
-        # A learning rate schedule puts a `step` there that is bound to the optimizer itself.
-        if name not in ("step", "state", "param_groups") and not name.startswith("_optimizer_")
-    }
-    twin.__setstate__(kept | {"state": defaultdict(dict), "param_groups": []})
-    return twin
-
-
-def _rms(tensor: Tensor) -> float:
-    """Root mean square of all elements that are here."""
-    # In float64: the square of what SGD makes of a small scale is below all float32.
+def _root_mean_square(tensor: Tensor) -> float:
+    """Root mean square of all elements, or of those in the local shard of a DTensor."""
+    # In float64: SGD with a small scale moves a parameter so little that the square underflows in
+    # float32.
     return local_shard(tensor).abs().double().square().mean().sqrt().item()

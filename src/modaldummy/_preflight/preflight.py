@@ -1,4 +1,4 @@
-"""What will go wrong in training, told before it starts."""
+"""Finds what will go wrong in training before it starts."""
 
 from collections.abc import Iterable
 from numbers import Real
@@ -33,7 +33,7 @@ def preflight(
     max_norm: float | None = None,
     accumulation_steps: int = 1,
 ) -> list[Finding]:
-    """Findings about a training that is about to start; an empty list if there is nothing to say.
+    """Find what will go wrong in a training, before it starts.
 
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
@@ -42,50 +42,48 @@ def preflight(
     ...     print(finding.code, finding.severity)
     MD141 warning
 
-    Each finding has a code; ``docs/reference/preflight.md`` has a section for each code. What an
-    argument would be needed for is not checked without it. Model, optimizers, gradients, random
-    number generators, the graph of ``loss`` and ``wrapper.last`` stay as they are, and no rank
-    waits for another: call it once per run, on any or all ranks.
+    Call it once per run, on any rank or on all ranks: it does not communicate. Each argument that
+    you leave out skips the checks that need it. The model, its gradients, the optimizers, random
+    number generators, the graph of ``loss`` and ``wrapper.last`` do not change.
+    ``docs/reference/preflight.md`` explains each code.
 
     Args:
         wrapper: The wrapper that training uses.
-        optimizer: The optimizer, or all optimizers of the model together, held or not.
-        model: What is called in training: DDP, FSDP2, an engine, a compiled model. By default the
-            model that the wrapper was made with.
-        loss: The total of one batch as the wrapper returned it, before backward. Where its graph
-            does not tell what backward will reach, in a reentrant checkpoint or of parameters that
-            FSDP2 has back in shards, nothing is said about that.
+        optimizer: The optimizer, or all optimizers of the model together, with or without a hold.
+        model: The module that training calls: DDP, FSDP2, an engine, a compiled model. By default
+            the model that the wrapper was made with.
+        loss: The total of one batch as the wrapper returned it, before backward.
         scaler: The ``torch.amp.GradScaler``, or the number that the loss is multiplied by.
-        max_norm: What ``torch.nn.utils.clip_grad_norm_`` will be given.
-        accumulation_steps: By how many the loss is divided.
+        max_norm: The maximum norm that training passes to ``torch.nn.utils.clip_grad_norm_``.
+        accumulation_steps: The number that the loss is divided by.
 
     Returns:
-        Errors first, then warnings, then what is good to know; within each by code.
+        Errors first, then warnings, then infos; within each by code. Empty if nothing was found.
 
     Raises:
-        TypeError: An argument is of another kind.
+        TypeError: An argument has the wrong type.
         ValueError: ``optimizer`` is empty, ``model`` shares no parameter with that of the wrapper,
             or a number is not positive.
-        ParameterMapError: A path of the map matches nothing in the model any more, or no gradient
-            can reach what it matches, such as the parameter of a lazy module before its first use.
+        ParameterMapError: A path of the map matches nothing in the model any more, or matches a
+            parameter that no gradient fits, such as that of a lazy module before its first use.
     """
     check_wrapper(wrapper)
     check_model(model)
     if loss is not None:
         check_loss(loss, "`loss`")
-    factor, grad_scaler = _check_scaler(scaler)
+    loss_factor, has_grad_scaler = _check_scaler(scaler)
     setup = Setup(
         wrapper=wrapper,
         model=called_model(wrapper, model),
         optimizers=_check_optimizers(optimizer),
         loss=loss,
-        factor=factor,
-        grad_scaler=grad_scaler,
-        max_norm=None if max_norm is None else _positive("max_norm", max_norm, "a number or None"),
+        loss_factor=loss_factor,
+        has_grad_scaler=has_grad_scaler,
+        max_norm=None if max_norm is None else _check_positive("max_norm", max_norm, "a number"),
         accumulation_steps=_check_steps(accumulation_steps),
     )
-    # An optimizer that is tried may draw random numbers.
-    devices = {p.device for _, p in setup.named.values() if p.is_cuda}
+    # A trial of an optimizer may draw random numbers.
+    devices = {parameter.device for parameter in setup.parameters if parameter.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
         return by_severity(finding for check in _CHECKS for finding in check(setup))
 
@@ -94,30 +92,30 @@ def _check_optimizers(optimizer: Any) -> tuple[Optimizer, ...] | None:
     if optimizer is None:
         return None
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, (str, Tensor))
-    given = tuple(optimizer) if several else (optimizer,)
-    for one in given:
-        if not isinstance(one, Optimizer):
+    optimizers = tuple(optimizer) if several else (optimizer,)
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
             raise TypeError(
-                "`optimizer` must be a torch.optim.Optimizer, several of them, or None, got "
-                f"{describe(one)}."
+                "`optimizer` must be a torch.optim.Optimizer, an iterable of them or None, got "
+                f"{describe(each)}."
             )
-    if not given:
-        raise ValueError("`optimizer` is empty; leave it out if there is none yet.")
-    return given
+    if not optimizers:
+        raise ValueError("`optimizer` is empty. Leave it out if there is no optimizer yet.")
+    return optimizers
 
 
 def _check_scaler(scaler: Any) -> tuple[float | None, bool]:
-    """What the loss is multiplied by, and whether it is a `GradScaler` that does it."""
+    """The number that the loss is multiplied by, and whether an enabled `GradScaler` does it."""
     if isinstance(scaler, torch.amp.GradScaler):
         return scaler.get_scale(), scaler.is_enabled()
     if scaler is None:
         return None, False
-    return _positive("scaler", scaler, "a torch.amp.GradScaler, a number or None"), False
+    return _check_positive("scaler", scaler, "a torch.amp.GradScaler, a number"), False
 
 
-def _positive(name: str, number: Any, kinds: str) -> float:
+def _check_positive(name: str, number: Any, accepted: str) -> float:
     if not isinstance(number, Real) or isinstance(number, bool):
-        raise TypeError(f"`{name}` must be {kinds}, got {describe(number)}.")
+        raise TypeError(f"`{name}` must be {accepted} or None, got {describe(number)}.")
     if not float(number) > 0:
         raise ValueError(f"`{name}` must be positive, got {describe(number)}.")
     return float(number)

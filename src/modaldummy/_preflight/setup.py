@@ -1,8 +1,9 @@
-"""What the checks before training look at: what they were given, and what follows from it."""
+"""The training setup that the checks look at: the arguments of `preflight`, and what they imply."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +17,39 @@ from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._engines import ddps_around, is_fsdp2_unit
 
 
+class NamedParameter(NamedTuple):
+    """A parameter of the model.
+
+    Attributes:
+        name: Its full name.
+        parameter: The parameter itself.
+    """
+
+    name: str
+    parameter: nn.Parameter
+
+
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """A wrapper, and what it is about to be trained with.
+    """A wrapper, and the model and optimizers that it will be used with.
 
     Attributes:
         wrapper: The wrapper.
-        model: The model as it is called, with whatever is around it.
+        model: The module that training calls, such as DDP.
         optimizers: All optimizers together; None if none were given.
         loss: The total of one batch, or None.
-        factor: What the loss is multiplied by before backward, 1 without a scaler.
-        grad_scaler: Whether that is done by an enabled `torch.amp.GradScaler`.
-        max_norm: What gradients are clipped to, or None.
-        accumulation_steps: What the loss is divided by.
+        loss_factor: The loss scaler multiplies the loss by this number; None without a scaler.
+        has_grad_scaler: Whether the loss scaler is an enabled `torch.amp.GradScaler`.
+        max_norm: Gradients are clipped to this norm; None without clipping.
+        accumulation_steps: The loss is divided by this number.
     """
 
     wrapper: DummyLossWrapper
     model: nn.Module
     optimizers: tuple[Optimizer, ...] | None
     loss: Tensor | None
-    factor: float | None
-    grad_scaler: bool
+    loss_factor: float | None
+    has_grad_scaler: bool
     max_norm: float | None
     accumulation_steps: int
 
@@ -45,85 +58,99 @@ class Setup:
         """The scale of the wrapper."""
         return self.wrapper.scale
 
-    @property
-    def reads(self) -> bool:
-        """Whether the dummy term reads parameters."""
-        return self.wrapper.reads_parameters
-
     @cached_property
     def modules(self) -> list[nn.Module]:
-        """Each module of the model and of the wrapper's model once."""
+        """All modules of the called model and of the wrapper's model, each once."""
         both = (self.model, self.wrapper.parameters.model)
         return list(dict.fromkeys(module for model in both for module in model.modules()))
 
     @cached_property
-    def named(self) -> dict[int, tuple[str, nn.Parameter]]:
-        """All parameters with their full names, by `id`; the names of the wrapper's model first."""
-        found: dict[int, tuple[str, nn.Parameter]] = {}
+    def named_parameters(self) -> dict[int, NamedParameter]:
+        """All parameters of both models, by `id`.
+
+        A parameter of both has the name that it has in the wrapper's model.
+        """
+        parameters: dict[int, NamedParameter] = {}
         for model in (self.wrapper.parameters.model, self.model):
             for name, parameter in model.named_parameters():
-                found.setdefault(id(parameter), (name, parameter))
-        return found
+                parameters.setdefault(id(parameter), NamedParameter(name, parameter))
+        return parameters
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of both models, each once."""
+        return [named.parameter for named in self.named_parameters.values()]
 
     @cached_property
-    def owned(self) -> dict[ModalityKey, dict[int, OwnedParameter]]:
-        """Parameters of each key of the map, frozen ones included."""
-        return {
-            key: self.wrapper.parameters.of_keys([key]) for key in self.wrapper.parameters.paths
-        }
+    def owned_by_key(self) -> dict[ModalityKey, dict[int, OwnedParameter]]:
+        """Parameters of each key of the map by `id`, frozen ones included."""
+        parameters = self.wrapper.parameters
+        return {key: parameters.of_keys([key]) for key in parameters.paths}
 
     @cached_property
     def owners(self) -> dict[int, tuple[ModalityKey, ...]]:
-        """Keys of the map that own a parameter, by its `id`; in map order."""
-        found: dict[int, tuple[ModalityKey, ...]] = {}
-        for key, own in self.owned.items():
-            for identity in own:
-                found[identity] = (*found.get(identity, ()), key)
-        return found
+        """Keys of the map that own a parameter, in map order, by the `id` of the parameter."""
+        owners: dict[int, tuple[ModalityKey, ...]] = {}
+        for key, owned in self.owned_by_key.items():
+            for parameter_id in owned:
+                owners[parameter_id] = (*owners.get(parameter_id, ()), key)
+        return owners
 
     @cached_property
-    def towers(self) -> dict[int, OwnedParameter]:
-        """Trainable parameters of any key of the map, by `id`: in a batch without a modality all
-        of them get a dummy.
+    def modality_parameters(self) -> dict[int, OwnedParameter]:
+        """Trainable parameters that any key of the map owns, by `id`.
+
+        A batch without modalities gives all of them a dummy gradient.
         """
-        return {id(found[1]): found for found in self.wrapper.parameters.split(()).parameters}
+        step = self.wrapper.parameters.split(())
+        return {id(owned.parameter): owned for owned in step.parameters}
 
     @cached_property
-    def trunk(self) -> dict[int, tuple[str, nn.Parameter]]:
+    def trunk_parameters(self) -> dict[int, NamedParameter]:
         """Trainable parameters that no key of the map owns, by `id`."""
         return {
-            identity: (name, parameter)
-            for identity, (name, parameter) in self.named.items()
-            if parameter.requires_grad and identity not in self.owners
+            parameter_id: named
+            for parameter_id, named in self.named_parameters.items()
+            if named.parameter.requires_grad and parameter_id not in self.owners
         }
 
     @cached_property
-    def tables(self) -> list[OwnedParameter]:
-        """Those of `towers` whose gradients are sparse."""
-        return [located for located in self.towers.values() if located.is_sparse_table]
+    def sparse_tables(self) -> list[OwnedParameter]:
+        """The modality parameters whose gradients are sparse."""
+        return [owned for owned in self.modality_parameters.values() if owned.is_sparse_table]
 
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
-        """Dtypes in which dummy gradients are handed out."""
-        dense = (located for located in self.towers.values() if not located.is_sparse_table)
-        return list(dict.fromkeys(parameter.dtype for _, parameter, _ in dense))
+        """Dtypes of the modality parameters that get a dummy gradient with elements."""
+        dense = [owned for owned in self.modality_parameters.values() if not owned.is_sparse_table]
+        return list(dict.fromkeys(owned.parameter.dtype for owned in dense))
 
     @cached_property
     def ddps(self) -> list[DistributedDataParallel]:
-        """DDP modules around parameters of the map."""
-        return list(ddps_around(self.modules, self.towers))
+        """DDP modules that contain a modality parameter."""
+        return list(ddps_around(self.modules, self.modality_parameters))
 
     @cached_property
-    def sharding(self) -> list[nn.Module]:
+    def fsdp2_units(self) -> list[nn.Module]:
         """Modules that FSDP2's `fully_shard` was called on."""
         return [module for module in self.modules if is_fsdp2_unit(module)]
 
-    def inactive(self, active: Collection[str]) -> set[int]:
-        """`id` of each of `towers` that is inactive in a batch of these modalities."""
-        present = set(self.wrapper.parameters.active_keys(active))
-        return {identity for identity in self.towers if present.isdisjoint(self.owners[identity])}
+    def inactive_ids(self, active: Collection[str]) -> set[int]:
+        """`id` of each modality parameter that is inactive in a batch of these modalities."""
+        active_keys = self.wrapper.parameters.active_keys(active)
+        return self.modality_parameters.keys() - self.wrapper.parameters.of_keys(active_keys)
+
+    def keys_of(self, parameter_ids: Collection[int]) -> list[ModalityKey]:
+        """Keys of the map that own at least one of these parameters."""
+        ids = set(parameter_ids)
+        return [key for key, owned in self.owned_by_key.items() if not ids.isdisjoint(owned)]
+
+    def names_of(self, parameter_ids: Collection[int]) -> list[str]:
+        """Names of the modality parameters among these."""
+        owned_by_id = self.modality_parameters.items()
+        return [owned.name for parameter_id, owned in owned_by_id if parameter_id in parameter_ids]
 
 
 def has_values(parameter: Tensor) -> bool:
-    """Whether there is anything to read: not on meta, nor of a lazy module without a shape."""
+    """Whether a parameter has values: it is not on meta, and no lazy module has yet to shape it."""
     return not parameter.is_meta and not is_lazy(parameter)

@@ -1,4 +1,4 @@
-"""Several processes: whether their batches fit together, and what DDP sees of the parameters."""
+"""Several ranks: whether they have to agree, and how DDP gets to know all parameters."""
 
 from modaldummy._ranks.attach import AttachHandle, attach_to_outputs
 from modaldummy._ranks.check import check_ranks

@@ -1,4 +1,4 @@
-"""Ties the parameters of modalities to what a model returns, inside of DDP."""
+"""Connects the output of a model to the parameters of all modalities, inside DDP."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
@@ -17,12 +17,12 @@ from modaldummy._handles import Handle
 
 
 def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHandle":
-    """Let DDP see the parameters of all modalities in what its forward returns.
+    """Connect the output of a model to the parameters of all modalities, so that DDP finds them.
 
-    DDP with ``find_unused_parameters=True`` walks the graph of its outputs, takes what it does not
-    find for unused, and stops at a dummy term that reaches such parameters after all. From now on,
-    in gradient mode, the output has edges to all of them, by which backward hands them nothing. The
-    dummy term and the training loop stay as they are: the loss has to go through the wrapper.
+    DDP with ``find_unused_parameters=True`` walks the graph of its output and marks every parameter
+    that it does not find as unused. It stops if the dummy term then gives such a parameter a
+    gradient. After this call, every output in gradient mode has an edge to each trainable parameter
+    of the map, and backward sends no gradient along these edges. The training loop does not change.
 
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> model.forward = lambda batch: model["T1"](batch["T1"])
@@ -34,24 +34,24 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
     tensor([1.0000e-07, 1.0000e-07])
 
     Args:
-        wrapper: Made with the module inside of DDP.
-        model: What is called in training: DDP, a compiled DDP, or the module that DDP will wrap.
-            It returns a tensor, or tuples, lists, dicts and dataclasses that hold tensors.
+        wrapper: A wrapper of the module inside DDP.
+        model: The DDP that training calls, also compiled, or the module that DDP will wrap. It
+            returns a tensor, or tuples, lists, dicts and dataclasses that contain tensors.
 
     Returns:
-        A handle whose ``remove()``, or end as a context manager, lets the model go.
+        A handle. ``remove()``, or the end of its ``with`` block, ends the connection.
 
     Raises:
-        TypeError: ``wrapper`` or ``model`` is of another kind.
-        ValueError: ``model`` has none of the parameters of the map, or several DDPs that do.
-        UnsupportedEngineError: The graph of DDP is static and the scale None. From forward: nothing
-            that the model returned has a graph; parts of it run under reentrant checkpointing; or
-            FSDP2 has sharded the parameters, which asks for nothing of this kind.
+        TypeError: ``wrapper`` or ``model`` has the wrong type.
+        ValueError: ``model`` has no parameter of the map, or contains several DDPs that have some.
+        UnsupportedEngineError: DDP has a static graph and the scale is None. From forward: no
+            output has a graph, the model uses reentrant checkpoints, or FSDP2 has sharded the
+            parameters.
 
     Note:
-        Backward visits each parameter once, so that the gradients are those that the loss gives.
-        With ``scale=None``, DDP leaves the gradients of a modality that no rank had at a step as
-        they are, None for instance, where it looks for unused parameters.
+        All gradients stay as they are without this call. With ``scale=None`` and
+        ``find_unused_parameters=True``, DDP does not change the gradients of a modality that is
+        inactive on all ranks.
     """
     check_wrapper(wrapper)
     if not isinstance(model, nn.Module):
@@ -60,7 +60,7 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
     if owned.keys().isdisjoint(map(id, model.parameters())):
         raise ValueError(
             f"`model` ({type(model).__name__}) has none of the parameters of the modalities "
-            f"{', '.join(map(repr, wrapper.modalities))}; pass the model that the wrapper was made "
+            f"{', '.join(map(repr, wrapper.modalities))}. Pass the model that the wrapper was made "
             "with, or the DDP around it."
         )
     ddps = list(ddps_around(model.modules(), owned))
@@ -68,16 +68,18 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
         check_ddp_reduces(ddp, wrapper.scale)
     if len(ddps) > 1:
         raise ValueError(
-            f"`model` ({type(model).__name__}) has {len(ddps)} DDP modules around parameters of "
-            "the map; put one around the whole model, or pass find_unused_parameters=False."
+            f"`model` ({type(model).__name__}) contains {len(ddps)} DDP modules around parameters "
+            "of the map. Put one DDP around the whole model, or pass find_unused_parameters=False."
         )
-    return AttachHandle(wrapper, ddps[0].module if ddps else model)
+    module = ddps[0].module if ddps else model
+    hook = module.register_forward_hook(_ConnectOutput(wrapper))
+    return AttachHandle(hook.remove, type(module).__name__)
 
 
 def is_attached(wrapper: DummyLossWrapper, module: nn.Module) -> bool:
-    """Whether `module`, which DDP calls, ties what `wrapper` adds to its outputs."""
-    handles = (getattr(hook, "__self__", None) for hook in forward_hooks(module))
-    return any(isinstance(h, AttachHandle) and h.wrapper is wrapper for h in handles)
+    """Whether the output of `module`, which DDP calls, is connected to the map of `wrapper`."""
+    hooks = (hook for hook in forward_hooks(module) if isinstance(hook, _ConnectOutput))
+    return any(hook.wrapper is wrapper for hook in hooks)
 
 
 class AttachHandle(Handle):
@@ -87,48 +89,50 @@ class AttachHandle(Handle):
     >>> wrapper = DummyLossWrapper(model, {"T1": "0", "dMRI": "1"})
     >>> handle = attach_to_outputs(wrapper, model)
     >>> output = model(torch.ones(3, 4))
-    >>> len(output.grad_fn.next_functions)  # the output itself, four parameters
+    >>> len(output.grad_fn.next_functions)  # the output itself and four parameters
     5
     >>> handle.remove()
     """
 
-    def __init__(self, wrapper: DummyLossWrapper, module: nn.Module) -> None:
-        self.wrapper = wrapper
-        hook = module.register_forward_hook(self._after_forward)
-        super().__init__(hook.remove, type(module).__name__)
 
-    def _after_forward(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        """`output` with edges to the parameters of the map; None to leave it as it is."""
+class _ConnectOutput:
+    """A forward hook that connects the output to the trainable parameters of a map."""
+
+    def __init__(self, wrapper: DummyLossWrapper) -> None:
+        self.wrapper = wrapper
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        """The output with edges to the parameters, or None to leave it as it is."""
         if not torch.is_grad_enabled():
             return None
-        parameters = [p for _, p, _ in self.wrapper.parameters.split(()).parameters]
+        parameters = [owned.parameter for owned in self.wrapper.parameters.split(()).parameters]
         if not parameters:
             return None
         if any(map(is_sharded, parameters)):
             raise UnsupportedEngineError(
-                "`attach_to_outputs` is for DDP, and FSDP2 has sharded the parameters; `remove()` "
-                "the handle, `wrapper.total` needs no help there."
+                "`attach_to_outputs` is for DDP, but FSDP2 has sharded the parameters. Call "
+                "`remove()` on the handle: under FSDP2 `wrapper.total` works without it."
             )
-        tensors = list(_tensors(output))
-        # Dynamo traces neither the walk nor what it looks for.
+        tensors = list(_tensors_with_graph(output))
+        # Dynamo traces neither the walk nor reentrant checkpoints.
         if not torch.compiler.is_compiling() and reached_leaves(*tensors) is None:
             raise UnsupportedEngineError(
-                f"{type(module).__name__} runs parts under reentrant checkpointing, which DDP and "
-                "`attach_to_outputs` would each reduce at another time; pass use_reentrant=False "
-                "to the checkpoint, or find_unused_parameters=False to DDP and `remove()` the "
-                "handle."
+                f"{type(module).__name__} uses reentrant checkpoints. DDP and `attach_to_outputs` "
+                "would then reduce the same parameters at different times. Pass "
+                "use_reentrant=False to the checkpoint. Or pass find_unused_parameters=False to "
+                "DDP, and call `remove()` on the handle."
             )
         if not tensors:
             raise UnsupportedEngineError(
-                f"Nothing in what {type(module).__name__} returned, {describe(output)}, is a "
-                "tensor with a graph that the dummy term could be attached to; let it return one, "
-                "call it without gradient mode, or `remove()` the handle."
+                f"The output of {type(module).__name__} contains no tensor with a graph, got "
+                f"{describe(output)}. Return a tensor with a graph, call the model in "
+                "`torch.no_grad()`, or call `remove()` on the handle."
             )
-        tied: Tensor = _Tie.apply(tensors[0], *parameters)  # type: ignore[no-untyped-call]
-        return _replaced(output, tensors[0], tied)
+        connected: Tensor = _Connect.apply(tensors[0], *parameters)  # type: ignore[no-untyped-call]
+        return _replace_first(output, tensors[0], connected)
 
 
-class _Tie(torch.autograd.Function):
+class _Connect(torch.autograd.Function):
     """The same tensor, with edges to parameters, which get no gradient from it."""
 
     only_connects = True
@@ -136,7 +140,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.num_parameters = len(parameters)
-        # No view, which autograd would not let anyone change in place.
+        # Not a view of the input, which autograd would not let the caller change in place.
         return output.detach()
 
     @staticmethod
@@ -144,25 +148,26 @@ class _Tie(torch.autograd.Function):
         return (gradient, *[None] * ctx.num_parameters)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors with a graph in `output`, looked for where DDP does."""
+def _tensors_with_graph(output: Any) -> Iterator[Tensor]:
+    """The tensors with a graph in `output`, in the containers that DDP searches."""
     if isinstance(output, Tensor):
         yield from [output] if output.requires_grad else []
     for _, item in _items(output):
-        yield from _tensors(item)
+        yield from _tensors_with_graph(item)
 
 
-def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A copy of `output` with `new` where `old` comes first; None if it does not have it."""
+def _replace_first(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A copy of `output` with `new` in place of the first `old`, or None if it is not in there."""
     if output is old:
         return new
-    for place, item in _items(output):
-        if (changed := _replaced(item, old, new)) is not None:
-            return with_item(output, place, changed)
+    for key, item in _items(output):
+        if (changed := _replace_first(item, old, new)) is not None:
+            return with_item(output, key, changed)
     return None
 
 
 def _items(container: Any) -> Iterable[tuple[Any, Any]]:
+    """Keys, indices or field names of a container, with what is there."""
     if isinstance(container, dict):
         return container.items()
     if isinstance(container, (list, tuple)):

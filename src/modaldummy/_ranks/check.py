@@ -1,9 +1,9 @@
-"""Agreement between ranks on what a batch holds, where their engine needs it."""
+"""Checks before forward that ranks agree on their modalities, if their engine needs that."""
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,13 +12,16 @@ from torch import nn
 from modaldummy._arguments import called_model, check_model, check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, text_of
-from modaldummy._errors import RankDisagreementError, UnsupportedEngineError
+from modaldummy._errors import RankDisagreementError, UnsupportedEngineError, first_few
+from modaldummy._ranks.conflicts import ZERO2_SCALE_NONE
 from modaldummy._ranks.group import check_group, num_ranks, tensor_device
-from modaldummy._ranks.limits import STOPPING
-from modaldummy._ranks.sharding import limits
+from modaldummy._ranks.sharding import find_conflicts
 
-# Whether a rank could read its batch, told before which keys of the map are active in it.
-_UNREADABLE, _READ = range(2)
+# The first byte that a rank sends. The others say which keys of the map are active.
+_UNREADABLE, _READABLE = range(2)
+
+# Rank to the keys that are active in its batch, in map order.
+_ActiveKeys: TypeAlias = Mapping[int, tuple[ModalityKey, ...]]
 
 
 def check_ranks(
@@ -28,39 +31,38 @@ def check_ranks(
     model: nn.Module | None = None,
     group: "dist.ProcessGroup | None" = None,
 ) -> None:
-    """Raise on all ranks where they hold different modalities and their engine cannot bear that.
+    """Raise on all ranks if they have different modalities and their engine does not support that.
 
-    Call it before forward, on all ranks of ``group``. Silent where ranks agree, and where they may
-    differ: without an engine, under DDP, ZeRO-1, and FSDP2 for the whole model.
+    Call it before forward, on all ranks of ``group``. It does nothing if all ranks have the same
+    modalities, or if their engine supports divergent ranks: DDP, ZeRO-1, and FSDP2 that shards only
+    the whole model do.
 
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
     >>> check_ranks(wrapper, {"T1": torch.ones(3, 4)})
 
-    A rank that cannot read its batch raises its own error, and all others say which rank that is,
-    so that no rank is left to wait. What has to agree is whether a key of the map is active; keys
-    without a parameter that the engine splits need not. Where forward runs every tower on every
-    rank, pass ``wrapper.modalities`` as ``batch``.
+    Only keys of the map whose parameters the engine shards have to agree. If forward runs every
+    tower on every rank, pass ``wrapper.modalities`` as ``batch``.
 
     Args:
-        wrapper: What knows which modalities own which parameters.
+        wrapper: The wrapper whose map says which modalities own which parameters.
         batch: The batch or its metadata, in any form of ``active_modalities``.
-        model: The model as it is called, if an engine is around that of the wrapper: a DeepSpeed
-            engine, or FSDP2 for more than that.
-        group: Ranks that have to agree; by default all, where ``torch.distributed`` is in use. A
-            call gathers, from each rank, a byte for each key of the map and one more, and the host
-            waits for it. On a single rank the batch is read, and nothing else is checked.
+        model: The module that training calls, if it is not the model of the wrapper: a DeepSpeed
+            engine, or a larger model that FSDP2 shards.
+        group: The ranks that have to agree; all ranks by default. A call gathers one byte per key
+            of the map, and one more, from each rank. The host waits for it. A single rank only
+            reads its batch.
 
     Raises:
-        RankDisagreementError: The same text on every rank: ranks differ where they must not, or
-            some of them could not read their batch. Or a rank did not take part before the timeout
-            of ``group``.
-        BatchMetadataError: The batch of this rank does not say which modalities it holds.
-        UnknownModalityError: The batch of this rank names a modality that the map does not have.
-        UnsupportedEngineError: The scale is None and no rank holds a modality, at which ZeRO-2, and
-            ZeRO-1 with ``overlap_comm``, would stop.
-        TypeError: ``wrapper``, ``model`` or ``group`` is of another kind.
-        ValueError: Where ranks differ: ``model`` shares no parameter with that of the wrapper.
+        RankDisagreementError: On every rank, with the same text: ranks have different modalities
+            under an engine that does not support it. Or another rank could not read its batch, or
+            did not call ``check_ranks`` before the timeout of ``group``.
+        BatchMetadataError: The batch of this rank does not say which modalities it contains.
+        UnknownModalityError: The batch of this rank names a modality that is not in the map.
+        UnsupportedEngineError: The scale is None and a modality is inactive on all ranks. ZeRO-2,
+            and ZeRO-1 with ``overlap_comm``, would stop in backward.
+        TypeError: ``wrapper``, ``model`` or ``group`` has the wrong type.
+        ValueError: Ranks differ, and ``model`` shares no parameter with the model of the wrapper.
     """
     check_wrapper(wrapper)
     check_model(model)
@@ -72,112 +74,98 @@ def check_ranks(
     try:
         active = wrapper.parameters.active_keys(wrapper.reader.read(batch))
     except Exception:
-        # The error of this rank says more than that another did not answer.
+        # The error of this rank says more than that another rank did not answer.
         with contextlib.suppress(RankDisagreementError):
             _gather(wrapper, [_UNREADABLE] + [0] * len(keys), group)
         raise
-    told = _gather(wrapper, [_READ] + [int(key in active) for key in keys], group)
-    ranks = dist.get_process_group_ranks(group)
-    _check_all_read(ranks, [said[0] for said in told])
-    marks = [said[1:] for said in told]
-    _check_absent(wrapper, model, marks)
-    _check_agreement(wrapper, model, ranks, marks)
+    rows = _gather(wrapper, [_READABLE] + [int(key in active) for key in keys], group)
+    _check_all_readable([rank for rank, row in rows.items() if row[0] == _UNREADABLE])
+    active_keys = {rank: tuple(itertools.compress(keys, row[1:])) for rank, row in rows.items()}
+    _check_inactive_supported(wrapper, model, active_keys)
+    _check_agreement(wrapper, model, active_keys)
 
 
 def _gather(
-    wrapper: DummyLossWrapper, said: list[int], group: "dist.ProcessGroup | None"
-) -> list[list[int]]:
-    """What each rank says, in the order of the ranks of `group`."""
+    wrapper: DummyLossWrapper, row: list[int], group: "dist.ProcessGroup | None"
+) -> dict[int, list[int]]:
+    """The row of bytes that each rank of `group` sends, by rank."""
     parameter = next(wrapper.parameters.model.parameters())
     device = tensor_device(group, parameter.device)
-    own = torch.tensor(said, dtype=torch.uint8, device=device)
-    everyone = own.new_empty(num_ranks(group), len(said))
+    sent = torch.tensor(row, dtype=torch.uint8, device=device)
+    received = sent.new_empty(num_ranks(group), len(row))
     try:
-        dist.all_gather(list(everyone), own, group=group)
-        told: list[list[int]] = everyone.tolist()
+        dist.all_gather(list(received), sent, group=group)
+        rows: list[list[int]] = received.tolist()
     except RuntimeError as error:
         raise RankDisagreementError(
-            "Not all ranks took part in `check_ranks` before the timeout of their group: one has "
-            "ended, hangs, or is elsewhere in the program. See what each rank printed last, and "
-            "have all of them call `check_ranks` equally often, before forward."
+            "Not all ranks called `check_ranks` before the timeout of their group. A rank has "
+            "ended, hangs, or runs another part of the program. Look at what each rank printed "
+            "last, and let all ranks call `check_ranks` equally often, before forward."
         ) from error
-    return told
+    return dict(zip(dist.get_process_group_ranks(group), rows, strict=True))
 
 
-def _check_all_read(ranks: Sequence[int], marks: Sequence[int]) -> None:
-    failed = [rank for rank, mark in zip(ranks, marks, strict=True) if mark == _UNREADABLE]
+def _check_all_readable(failed: Sequence[int]) -> None:
     if failed:
         raise RankDisagreementError(
-            f"The batch could not be read on {_ranks(failed)}; look at the error there, which says "
-            "why."
+            f"The batch could not be read on {_text_of_ranks(failed)}. Look at the error there: it "
+            "gives the reason."
         )
 
 
-def _check_absent(
-    wrapper: DummyLossWrapper, model: nn.Module | None, marks: Sequence[Sequence[int]]
+def _check_inactive_supported(
+    wrapper: DummyLossWrapper, model: nn.Module | None, active_keys: _ActiveKeys
 ) -> None:
-    """Raise where backward would stop at a modality that no rank holds, as it has no gradient."""
-    if wrapper.scale is not None:
+    """Raise if backward would stop at a key that is inactive on all ranks."""
+    somewhere = set().union(*active_keys.values())
+    inactive = [key for key in wrapper.parameters.paths if key not in somewhere]
+    if wrapper.scale is not None or not inactive:
         return
-    columns = zip(wrapper.parameters.paths, zip(*marks, strict=True), strict=True)
-    absent = [key for key, column in columns if not any(column)]
-    if absent and any(
-        found.limit is STOPPING for found in limits(wrapper, called_model(wrapper, model), absent)
-    ):
-        raise UnsupportedEngineError(f"{STOPPING.message} {STOPPING.remedy}")
+    conflicts = find_conflicts(wrapper, called_model(wrapper, model), inactive)
+    if any(one.conflict is ZERO2_SCALE_NONE for one in conflicts):
+        raise UnsupportedEngineError(f"{ZERO2_SCALE_NONE.message} {ZERO2_SCALE_NONE.remedy}")
 
 
 def _check_agreement(
-    wrapper: DummyLossWrapper,
-    model: nn.Module | None,
-    ranks: Sequence[int],
-    marks: Sequence[Sequence[int]],
+    wrapper: DummyLossWrapper, model: nn.Module | None, active_keys: _ActiveKeys
 ) -> None:
-    """Raise where ranks differ in a key that has a parameter which cannot bear it."""
-    keys = list(wrapper.parameters.paths)
-    columns = zip(keys, zip(*marks, strict=True), strict=True)
-    differing = [key for key, column in columns if len(set(column)) > 1]
+    """Raise if ranks differ in a key whose parameters do not support it."""
+    parameters = wrapper.parameters
+    somewhere = set().union(*active_keys.values())
+    everywhere = somewhere.intersection(*active_keys.values())
+    differing = [key for key in parameters.paths if key in somewhere - everywhere]
     if not differing:
         return
     problems = []
-    for found in limits(wrapper, called_model(wrapper, model), differing):
-        own = {id(parameter) for _, parameter, _ in found.parameters}
-        split = [key for key in differing if not own.isdisjoint(wrapper.parameters.of_keys([key]))]
-        names = _some((name for name, _, _ in found.parameters), 3)
-        concerned = f"Concerned: {_some(map(text_of, split))} ({names})."
-        problems.append(f"{found.limit.message} {concerned} {found.limit.remedy}")
+    for conflicting in find_conflicts(wrapper, called_model(wrapper, model), differing):
+        ids = {id(owned.parameter) for owned in conflicting.parameters}
+        keys = [key for key in differing if not ids.isdisjoint(parameters.of_keys([key]))]
+        names = first_few((owned.name for owned in conflicting.parameters), 3)
+        concerned = f"This concerns {first_few(map(text_of, keys))} ({names})."
+        problems.append(f"{conflicting.conflict.message} {concerned} {conflicting.conflict.remedy}")
     if problems:
         raise RankDisagreementError(
-            f"Ranks hold different modalities: {_holdings(keys, ranks, marks)}. "
+            f"Ranks have different modalities: {_text_of_active_keys(active_keys)}. "
             f"{' '.join(problems)}"
         )
 
 
-def _holdings(
-    keys: Sequence[ModalityKey], ranks: Sequence[int], marks: Sequence[Sequence[int]]
-) -> str:
+def _text_of_active_keys(active_keys: _ActiveKeys) -> str:
     """Such as `ranks 0, 2: T1; rank 1: dMRI, rsfMRI; rank 3: nothing`."""
-    members: dict[tuple[int, ...], list[int]] = {}
-    for rank, own in zip(ranks, marks, strict=True):
-        members.setdefault(tuple(own), []).append(rank)
-    parts = []
-    for own, holders in members.items():
-        held = _some(text_of(key) for key, mark in zip(keys, own, strict=True) if mark)
-        parts.append(f"{_ranks(holders)}: {held or 'nothing'}")
-    return _some(parts, separator="; ")
+    ranks_of: dict[tuple[ModalityKey, ...], list[int]] = {}
+    for rank, keys in active_keys.items():
+        ranks_of.setdefault(keys, []).append(rank)
+    parts = (
+        f"{_text_of_ranks(ranks)}: {first_few(map(text_of, keys)) or 'nothing'}"
+        for keys, ranks in ranks_of.items()
+    )
+    return first_few(parts, separator="; ")
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _text_of_ranks(ranks: Sequence[int]) -> str:
     """Such as `rank 3` or `ranks 0-15, 32`."""
-    # Ranks in a row have the same distance to their place.
-    rows = itertools.groupby(enumerate(ranks), lambda item: item[1] - item[0])
-    runs = [[rank for _, rank in row] for _, row in rows]
+    # Consecutive ranks have the same distance to their index.
+    groups = itertools.groupby(enumerate(ranks), lambda item: item[1] - item[0])
+    runs = [[rank for _, rank in group] for _, group in groups]
     words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {_some(words)}"
-
-
-def _some(words: Iterable[str], number: int = 6, separator: str = ", ") -> str:
-    """The first few, and how many more there are."""
-    listed = list(words)
-    more = [f"and {len(listed) - number} more"] if len(listed) > number else []
-    return separator.join(listed[:number] + more)
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_few(words)}"

@@ -1,4 +1,4 @@
-"""The ranks that have to agree: whether there are others, and where their tensors go."""
+"""The ranks of a process group: how many there are, and where their tensors have to be."""
 
 import torch
 import torch.distributed as dist
@@ -7,10 +7,10 @@ from modaldummy._errors import describe
 
 
 def check_group(group: object) -> None:
-    """Refuse what is no group of ranks, or one that this rank is not in.
+    """Refuse an argument that is not a process group of this rank.
 
     Raises:
-        TypeError: It is neither a process group nor None.
+        TypeError: It is neither a process group that contains this rank nor None.
     """
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -20,15 +20,16 @@ def check_group(group: object) -> None:
 
 
 def num_ranks(group: "dist.ProcessGroup | None") -> int:
-    """How many ranks `group` has, None for all; 1 where `torch.distributed` is not in use."""
-    in_use = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size(group) if in_use else 1
+    """Number of ranks of `group`, None for all; 1 if `torch.distributed` is not initialized."""
+    is_initialized = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size(group) if is_initialized else 1
 
 
 def tensor_device(group: "dist.ProcessGroup | None", device: torch.device) -> torch.device:
-    """Where the backend of `group` takes tensors: on the CPU if it can, since nothing waits there.
+    """A device from which the backend of `group` can send tensors.
 
-    Else on the `device` of the parameters, which need not be the current one of its type.
+    The CPU if the backend supports it, because that needs no synchronization with a device. Else
+    the `device` of the parameters, which need not be the current device of its type.
     """
     # Such as "cpu:gloo,cuda:nccl".
     types = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]

@@ -1,9 +1,9 @@
-"""Engines that split parameters among ranks, and where they cannot bear ranks that differ."""
+"""Finds sharded parameters that do not support ranks with different modalities."""
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -23,147 +23,153 @@ from modaldummy._engines import (
     zero_reduces_once,
     zero_stage,
 )
-from modaldummy._ranks.limits import (
-    BY_ARRIVAL,
-    GATHERED,
-    LEFT_OUT,
-    RESHARDED,
-    SKIPPED,
-    SPLIT,
-    STOPPING,
-    UNTOLD,
-    ZERO_3,
-    Limit,
+from modaldummy._ranks.conflicts import (
+    DTENSOR,
+    FSDP2_RESHARDED,
+    FSDP2_SCALE_NONE,
+    FSDP2_TOWER_UNIT,
+    ZERO1_SCALE_NONE,
+    ZERO2_BUCKET_ORDER,
+    ZERO2_SCALE_NONE,
+    ZERO3,
+    ZERO_STAGE_UNKNOWN,
+    EngineConflict,
 )
 
 
 @dataclass(frozen=True)
-class Limited:
-    """Parameters of the map that a limit is about.
+class ConflictingParameters:
+    """Parameters of the map to which one conflict applies.
 
     Attributes:
-        limit: The limit.
-        engine: The DeepSpeed engine around them, or None.
-        parameters: At least one.
+        conflict: What goes wrong.
+        engine: The DeepSpeed engine around the parameters, or None.
+        parameters: At least one parameter.
     """
 
-    limit: Limit
+    conflict: EngineConflict
     engine: Any
     parameters: list[OwnedParameter]
 
 
-# The FSDP2 units around a module, the outermost first, and the DeepSpeed engine, or None; either
-# may be the module itself.
-_Around: TypeAlias = tuple[tuple[nn.Module, ...], Any]
-_NOTHING: _Around = ((), None)
+class _Surroundings(NamedTuple):
+    """What is around a module. Each of these may be the module itself.
+
+    Attributes:
+        units: FSDP2 units, from the outermost to the innermost.
+        engine: The DeepSpeed engine, or None.
+    """
+
+    units: tuple[nn.Module, ...] = ()
+    engine: Any = None
+
+    @property
+    def depth(self) -> int:
+        return len(self.units) + (self.engine is not None)
 
 
-def limits(
+def find_conflicts(
     wrapper: DummyLossWrapper, model: nn.Module, keys: Collection[ModalityKey] | None = None
-) -> list[Limited]:
-    """Where ranks whose modalities differ go wrong, as the model is now.
+) -> list[ConflictingParameters]:
+    """Find parameters that go wrong if ranks have different modalities, as the model is now.
 
     Args:
-        wrapper: Its map says which parameters are of modalities.
-        model: The model as it is called, with whatever is around it.
-        keys: Keys of the map whose parameters to look at; all by default.
+        wrapper: Its map says which modalities own which parameters.
+        model: The module that training calls, such as a DeepSpeed engine.
+        keys: Keys of the map whose parameters to check; all by default.
     """
-    own = wrapper.parameters
-    around = _surroundings([model, own.model])
-    fsdp2 = _fsdp2_limit(wrapper, around)
-    found: dict[tuple[Limit, Any], list[OwnedParameter]] = {}
-    for located in own.of_keys(own.paths if keys is None else keys).values():
-        _, parameter, owner = located
-        units, engine = around[owner]
+    parameters = wrapper.parameters
+    surroundings = _find_surroundings([model, parameters.model])
+    always_run = _units_that_always_run(wrapper, surroundings)
+    conflicting: dict[tuple[EngineConflict, Any], list[OwnedParameter]] = {}
+    for owned in parameters.of_keys(parameters.paths if keys is None else keys).values():
+        units, engine = surroundings[owned.module]
+        trainable = owned.parameter.requires_grad
         if engine is not None:
-            limit = _zero_limit(engine, parameter.requires_grad, wrapper.scale)
+            conflict = _zero_conflict(engine, trainable, wrapper.scale)
         elif units:
-            limit = fsdp2(units, parameter.requires_grad)
+            conflict = _fsdp2_conflict(units, trainable, wrapper.scale, always_run)
         else:
-            limit = _limit_of(parameter)
-        if limit is not None:
-            found.setdefault((limit, engine), []).append(located)
-    return [Limited(limit, engine, parameters) for (limit, engine), parameters in found.items()]
+            conflict = _conflict_without_engine(owned.parameter)
+        if conflict is not None:
+            conflicting.setdefault((conflict, engine), []).append(owned)
+    return [ConflictingParameters(*group, owned) for group, owned in conflicting.items()]
 
 
-def _surroundings(models: Iterable[nn.Module]) -> dict[nn.Module, _Around]:
-    """Every module, and what is around it."""
-    found: dict[nn.Module, _Around] = {}
-    # To ask takes long where the answer is no, so that each class is asked once.
-    engines: dict[type[nn.Module], bool] = {}
+def _find_surroundings(models: Iterable[nn.Module]) -> dict[nn.Module, _Surroundings]:
+    """What is around each module of the models."""
+    surroundings: dict[nn.Module, _Surroundings] = {}
+    # The check takes long if the answer is no, so each class is checked once.
+    is_engine: Callable[[Any], bool] = functools.cache(is_deepspeed_engine)
 
-    def visit(module: nn.Module, around: _Around) -> None:
-        kind = type(module)
-        if kind not in engines:
-            engines[kind] = is_deepspeed_engine(kind)
-        if engines[kind]:
-            around = around[0], module
+    def visit(module: nn.Module, around: _Surroundings) -> None:
+        if is_engine(type(module)):
+            around = _Surroundings(around.units, module)
         elif is_fsdp2_unit(module):
-            around = (*around[0], module), around[1]
-        # A model may come after a part of it.
-        if module not in found or _depth(around) > _depth(found[module]):
-            found[module] = around
+            around = _Surroundings((*around.units, module), around.engine)
+        # The second model may be around the first, and then knows more of what is around it.
+        if module not in surroundings or around.depth > surroundings[module].depth:
+            surroundings[module] = around
             for child in child_modules(module).values():
                 if child is not None:
                     visit(child, around)
 
     for model in models:
-        visit(model, _NOTHING)
-    return found
+        visit(model, _Surroundings())
+    return surroundings
 
 
-def _depth(around: _Around) -> int:
-    return len(around[0]) + (around[1] is not None)
+def _units_that_always_run(
+    wrapper: DummyLossWrapper, surroundings: Mapping[nn.Module, _Surroundings]
+) -> set[nn.Module]:
+    """FSDP2 units that forward runs on every rank, whatever modalities its batch contains.
 
-
-def _limit_of(parameter: nn.Parameter) -> Limit | None:
-    """What a parameter around which no engine is seen cannot bear, or None.
-
-    Of ZeRO-3 it tells by itself, of ZeRO-1 and ZeRO-2 that it is one of them.
+    A unit around the whole model does. So does a unit that contains all modalities and something
+    else. A unit that contains only modalities need not run for a batch without modalities.
     """
-    if is_zero3_parameter(parameter):
-        return ZERO_3
-    if is_zero_parameter(parameter) and parameter.requires_grad:
-        return UNTOLD
-    return SPLIT if is_sharded(parameter) else None
+    owned = wrapper.parameters.all()
+    around_owned = {surroundings[one.module].units for one in owned.values()}
+    around_all = set.intersection(*map(set, around_owned))
+    with_trunk = {u for u in around_all if any(id(p) not in owned for p in u.parameters())}
+    return with_trunk | set(surroundings[wrapper.parameters.model].units)
 
 
-def _zero_limit(engine: Any, trainable: bool, scale: float | None) -> Limit | None:
+def _fsdp2_conflict(
+    units: tuple[nn.Module, ...],
+    trainable: bool,
+    scale: float | None,
+    always_run: Collection[nn.Module],
+) -> EngineConflict | None:
+    """The conflict of a parameter in FSDP2 units, or None."""
+    unit = units[-1]  # The innermost unit manages the parameter.
+    if unit not in always_run:
+        return FSDP2_TOWER_UNIT
+    if not trainable or fsdp2_reduces_unused(unit):
+        return None
+    if fsdp2_reshards(unit, outermost=len(units) == 1):
+        return FSDP2_RESHARDED
+    return FSDP2_SCALE_NONE if scale is None else None
+
+
+def _zero_conflict(engine: Any, trainable: bool, scale: float | None) -> EngineConflict | None:
+    """The conflict of a parameter in a DeepSpeed engine, or None."""
     stage = zero_stage(engine)
     if stage == 3:
-        return ZERO_3
+        return ZERO3
     if stage == 0 or not trainable:
         return None
     if (stage == 2 or zero_overlaps_communication(engine)) and not zero_reduces_once(engine):
-        return BY_ARRIVAL if scale is not None else STOPPING
-    return LEFT_OUT if scale is None else None
+        return ZERO2_BUCKET_ORDER if scale is not None else ZERO2_SCALE_NONE
+    return ZERO1_SCALE_NONE if scale is None else None
 
 
-def _fsdp2_limit(
-    wrapper: DummyLossWrapper, around: Mapping[nn.Module, _Around]
-) -> Callable[[tuple[nn.Module, ...], bool], Limit | None]:
-    """What FSDP2 cannot bear for a parameter in these units that is trainable or not, or None."""
-    own = wrapper.parameters
+def _conflict_without_engine(parameter: nn.Parameter) -> EngineConflict | None:
+    """The conflict that the parameter itself shows, or None.
 
-    @functools.cache
-    def runs_always(unit: nn.Module) -> bool:
-        if unit in around[own.model][0]:
-            return True
-        # Beside all modalities it must have something else, or it need not run without any.
-        owned = own.all()
-        return all(unit in around[owner][0] for _, _, owner in owned.values()) and any(
-            id(parameter) not in owned for parameter in unit.parameters()
-        )
-
-    @functools.cache
-    def limit(units: tuple[nn.Module, ...], trainable: bool) -> Limit | None:
-        unit = units[-1]  # the innermost one manages it
-        if not runs_always(unit):
-            return GATHERED
-        if not trainable or fsdp2_reduces_unused(unit):
-            return None
-        if fsdp2_reshards(unit, outermost=len(units) == 1):
-            return RESHARDED
-        return SKIPPED if wrapper.scale is None else None
-
-    return limit
+    A parameter shows that ZeRO-3 shards it. ZeRO-1 and ZeRO-2 look alike on it.
+    """
+    if is_zero3_parameter(parameter):
+        return ZERO3
+    if is_zero_parameter(parameter) and parameter.requires_grad:
+        return ZERO_STAGE_UNKNOWN
+    return DTENSOR if is_sharded(parameter) else None

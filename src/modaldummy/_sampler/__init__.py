@@ -1,4 +1,4 @@
-"""Batches with the same modalities at the same step on every rank."""
+"""Batches that contain the same modalities on every rank."""
 
 from modaldummy._sampler.sampler import ModalityBatchSampler
 

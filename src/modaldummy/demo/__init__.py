@@ -1,1 +1,1 @@
-"""The demo: a three-modality model on real scans, trained from mostly single-modality batches."""
+"""The demo: trains a model of three modalities on real scans, mostly one modality per batch."""

@@ -15,15 +15,15 @@ from modaldummy.demo.scans import MODALITIES, SOURCES, load_scans
 from modaldummy.demo.summary import largest_fraction, summarise, table
 from modaldummy.demo.training import Training
 
-BOUND = 1e-4
+MAX_FRACTION = 1e-4  # the wrapper's own default
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, print what happened, write metrics, picture and sources.
+    """Train, print a summary, and write metrics, picture and sources.
 
     Returns:
-        0 if the promises held or the wrapper was not used, 1 if they did not, 2 if the output
-        cannot be written.
+        0 on success, 1 if a parameter has missed a gradient or the dummy term was too large, 2 if
+        the output cannot be written. A run without the wrapper does not return 1.
     """
     console = Console()
     use_dummy = not arguments.no_dummy
@@ -35,19 +35,19 @@ def run(arguments: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
         _train(training, arguments.steps, out / "metrics.jsonl")
         (out / "SOURCES.md").write_text(SOURCES, encoding="utf-8")
-        amount = "one or two of " if len(present) > 1 else ""
-        heading = f"Batches of {amount}{', '.join(present)}: {title}"
+        one_or_two = "one or two of " if len(present) > 1 else ""
+        heading = f"Batches of {one_or_two}{', '.join(present)}: {title}"
         diagnosis = examine(out / "metrics.jsonl")
         draw(diagnosis, heading, out / "demo.png")
     except OSError as error:
         print(f"Cannot write to {out}: {error}. Choose another folder by --out.", file=sys.stderr)
         return 2
-    held = _report(console, training, title)
+    promises_kept = _report(console, training, title)
     for finding in diagnosis.findings:
         console.print(f"{finding}\n", highlight=False, markup=False, soft_wrap=True)
     console.print(f"The doctor says: {verdict(diagnosis)}", highlight=False)
     console.print(f"Wrote metrics.jsonl, demo.png and SOURCES.md to {out}/", highlight=False)
-    return 0 if held or not use_dummy else 1
+    return 0 if promises_kept or not use_dummy else 1
 
 
 def _train(training: Training, steps: int, path: Path) -> None:
@@ -59,7 +59,11 @@ def _train(training: Training, steps: int, path: Path) -> None:
 
 
 def _report(console: Console, training: Training, title: str) -> bool:
-    """Print the table and the figures under it; whether every gradient arrived in bounds."""
+    """Print the table and the numbers below it.
+
+    Returns:
+        Whether no parameter has missed a gradient and the dummy term stayed within its bound.
+    """
     summaries = summarise(training)
     console.print(table(summaries, title))
     missed = [name for summary in summaries for name in summary.missed]
@@ -69,8 +73,8 @@ def _report(console: Console, training: Training, title: str) -> bool:
     fraction = largest_fraction(training.records)
     if fraction is None:
         return not missed
-    console.print(f"Largest |dummy| / |real|: {fraction:.1e}; the bound is {BOUND:.0e}.")
+    console.print(f"Largest |dummy| / |real|: {fraction:.1e}; the bound is {MAX_FRACTION:.0e}.")
     ratios = [f"{s.name} {s.ratio:,.0f} : 1" for s in summaries if s.ratio is not None]
     if ratios:
         console.print(f"Real : dummy gradient, median norms: {', '.join(ratios)}.")
-    return not missed and fraction <= BOUND
+    return not missed and fraction <= MAX_FRACTION

@@ -1,4 +1,4 @@
-"""Real scans that nibabel and dipy ship inside their wheels, as one matrix per modality."""
+"""Real scans from the wheels of nibabel and dipy, as one matrix per modality."""
 
 from importlib.resources import as_file, files
 
@@ -31,17 +31,17 @@ nibabel's file says neither what task the functional volumes were recorded under
 was any; they stand in here for a resting-state scan.
 """
 
-_T1_PATCH, _T1_STRIDE = 5, 3
-_MIN_S0 = 0.05
+_PATCH_VOXELS, _STRIDE_VOXELS = 5, 3
+_MIN_RELATIVE_S0 = 0.05  # voxels with a weaker unweighted signal are left out
 
 
 def load_scans() -> dict[str, Tensor]:
-    """Samples of each modality, standardised to mean 0 and variance 1.
+    """Load samples of each modality, standardised to mean 0 and variance 1.
 
     Returns:
-        T1: 3D patches, `[patches, 125]`. rsfMRI: time series, each standardised by itself,
-        `[voxels, 20]`. dMRI: signals of voxels in 64 directions, relative to the unweighted signal
-        S0, `[voxels, 64]`; T1 and dMRI are standardised over the whole modality.
+        T1: 3D patches, `[patches, 125]`, standardised together. rsfMRI: time series,
+        `[voxels, 20]`, each standardised by itself. dMRI: signals of voxels in 64 directions
+        relative to the unweighted signal S0, `[voxels, 64]`, standardised together.
     """
     return {"T1": _patches(), "rsfMRI": _time_series(), "dMRI": _diffusion_signals()}
 
@@ -49,8 +49,8 @@ def load_scans() -> dict[str, Tensor]:
 def _patches() -> Tensor:
     volume = torch.from_numpy(_read("nibabel", "tests/data/anatomical.nii"))
     for axis in range(3):
-        volume = volume.unfold(axis, _T1_PATCH, _T1_STRIDE)
-    return _standardise(volume.reshape(-1, _T1_PATCH**3))
+        volume = volume.unfold(axis, _PATCH_VOXELS, _STRIDE_VOXELS)
+    return _standardise(volume.reshape(-1, _PATCH_VOXELS**3))
 
 
 def _time_series() -> Tensor:
@@ -63,7 +63,7 @@ def _time_series() -> Tensor:
 def _diffusion_signals() -> Tensor:
     volumes = _read("dipy", "data/files/small_64D.nii")
     unweighted, weighted = volumes[..., 0].reshape(-1), volumes[..., 1:].reshape(-1, 64)
-    usable = unweighted > _MIN_S0 * unweighted.max()
+    usable = unweighted > _MIN_RELATIVE_S0 * unweighted.max()
     return _standardise(torch.from_numpy(weighted[usable] / unweighted[usable, None]))
 
 

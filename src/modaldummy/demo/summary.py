@@ -1,4 +1,4 @@
-"""What a run of the demo showed, as numbers and as a table."""
+"""The summary of a run of the demo, as numbers and as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ _HEADINGS = (
 
 @dataclass(frozen=True)
 class ModalitySummary:
-    """Gradient norms of one modality over a run, by whether it was active at the step.
+    """Gradient norms of one modality over a run.
 
     Attributes:
         name: The modality.
         num_params: Its number of parameters.
-        num_elements: How many elements these have together.
-        active: Gradient norms at steps where it was active.
-        inactive: Gradient norms at steps where it was inactive and had a gradient.
-        num_inactive: Number of steps where it was inactive.
-        missed: Names of its parameters that ever had no gradient after backward.
+        num_elements: Number of elements of these parameters.
+        active: Gradient norms at the steps where it was active.
+        inactive: Gradient norms at the steps where it was inactive and had a gradient.
+        num_inactive: Number of steps where it was inactive, with a gradient or without.
+        missed: Names of its parameters that had no gradient after some backward pass.
     """
 
     name: str
@@ -43,27 +43,27 @@ class ModalitySummary:
 
     @property
     def ratio(self) -> float | None:
-        """Median gradient norm while active over the median while inactive."""
-        return (
-            median(self.active) / median(self.inactive) if self.active and self.inactive else None
-        )
+        """Median norm while active divided by the median while inactive; None without both."""
+        if not self.active or not self.inactive:
+            return None
+        return median(self.active) / median(self.inactive)
 
 
 def summarise(training: Training) -> list[ModalitySummary]:
-    """One summary a modality, in map order."""
+    """Summarise each modality, in map order."""
     summaries = []
     for name in training.wrapper.modalities:
         parameters = training.wrapper.named_parameters(name)
-        idle = [record for record in training.records if not record[f"active/{name}"]]
-        busy = [record for record in training.records if record[f"active/{name}"]]
+        active = [record for record in training.records if record[f"active/{name}"]]
+        inactive = [record for record in training.records if not record[f"active/{name}"]]
         summaries.append(
             ModalitySummary(
                 name=name,
                 num_params=len(parameters),
                 num_elements=sum(parameter.numel() for parameter in parameters.values()),
-                active=_norms(busy, name),
-                inactive=_norms(idle, name),
-                num_inactive=len(idle),
+                active=_norms(active, name),
+                inactive=_norms(inactive, name),
+                num_inactive=len(inactive),
                 missed=tuple(sorted(training.missed[name])),
             )
         )
@@ -71,16 +71,16 @@ def summarise(training: Training) -> list[ModalitySummary]:
 
 
 def largest_fraction(records: Sequence[Record]) -> float | None:
-    """Largest `|dummy| / |real|` of a run, None if it ran without the wrapper."""
+    """Largest `|dummy| / |real|` of a run; None if it did not use the wrapper."""
     fractions = (record.get("modaldummy/fraction") for record in records)
     return max((fraction for fraction in fractions if fraction is not None), default=None)
 
 
 def table(summaries: Sequence[ModalitySummary], title: str) -> Table:
-    """The table that the demo prints."""
+    """Make the table that the demo prints."""
     result = Table(
         title=title,
-        caption="Gradient norms: smallest - largest. Missed: no gradient after some backward.",
+        caption="Gradient norms: smallest - largest. Missed: no gradient after some backward pass.",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -89,14 +89,14 @@ def table(summaries: Sequence[ModalitySummary], title: str) -> Table:
     for heading in _HEADINGS:
         result.add_column(heading, justify="right", no_wrap=True)
     for row in summaries:
-        idle = _range(row.inactive) if row.inactive or not row.num_inactive else "none"
+        inactive = _range(row.inactive) if row.inactive or not row.num_inactive else "none"
         result.add_row(
             row.name,
             f"{row.num_elements:,}",
             str(len(row.active)),
             str(row.num_inactive),
             _range(row.active),
-            idle,
+            inactive,
             f"{len(row.missed)} of {row.num_params}",
         )
     return result

@@ -1,4 +1,4 @@
-"""The training loop of the demo and what it records at each step."""
+"""The training loop of the demo, and the record that it makes of each step."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,26 @@ from modaldummy.demo.model import MaskedAutoencoder, parameter_map
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.3
-PAIRS = 0.25
+PAIR_PROBABILITY = 0.25
 
 Record = dict[str, float | None]
 
 
 class Training:
-    """Masked reconstruction with plain SGD from batches of one modality, sometimes of two.
+    """Trains masked reconstruction with plain SGD. Most batches contain one modality, some two.
 
     Args:
         scans: Modality to its samples, `[samples, width]`; the model is built for all of them.
-        present: The modalities that batches hold; the others are never active.
+        present: The modalities that batches contain; the others are never active.
         seed: Seed of weights, batches and masks.
-        use_dummy: Whether the loss is wrapped.
+        use_dummy: Whether the dummy term is added to the loss.
+
+    Attributes:
+        model: The model; it has towers for all modalities.
+        wrapper: The wrapper of the model.
+        use_dummy: As given.
+        missed: Modality to those of its parameters that had no gradient after some backward pass.
+        records: One record for each step.
     """
 
     model: MaskedAutoencoder
@@ -39,20 +46,21 @@ class Training:
         self.missed: dict[str, set[str]] = {name: set() for name in scans}
         self.records: list[Record] = []
         self._scans, self._present = scans, list(present)
-        self._choice = random.Random(seed)
+        self._random = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
-        # Without momentum and weight decay an inactive parameter moves by lr * scale at most.
+        # Plain SGD moves an inactive parameter by at most lr * scale.
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
 
     def run(self, steps: int) -> Iterator[Record]:
-        """Train, yielding what each step recorded.
+        """Train, and yield a record of each step.
 
-        The keys are `step`, `loss`; for each modality `active/<m>` (1 or 0) and `loss/<m>` (None
-        where there is none); those of `gradient_norms`; with the wrapper, of its `StepReport` too.
+        Its keys are `step` and `loss`; `active/<modality>`, 1 or 0, and `loss/<modality>`, None
+        where it is inactive; the keys of `gradient_norms`; and those of the `StepReport`, if the
+        dummy term is used.
         """
         for step in range(1, steps + 1):
             self._optimizer.zero_grad()
-            batch = self._draw()
+            batch = self._draw_batch()
             errors = self.model(batch, self._generator)
             loss = torch.stack(list(errors.values())).mean()
             if self.use_dummy:
@@ -63,12 +71,12 @@ class Training:
             self.records.append(record)
             yield record
 
-    def _draw(self) -> dict[str, Tensor]:
-        pair = len(self._present) > 1 and self._choice.random() < PAIRS
-        names = self._choice.sample(self._present, 2 if pair else 1)
-        return {name: self._samples(self._scans[name]) for name in names}
+    def _draw_batch(self) -> dict[str, Tensor]:
+        pair = len(self._present) > 1 and self._random.random() < PAIR_PROBABILITY
+        names = self._random.sample(self._present, 2 if pair else 1)
+        return {name: self._draw_samples(self._scans[name]) for name in names}
 
-    def _samples(self, data: Tensor) -> Tensor:
+    def _draw_samples(self, data: Tensor) -> Tensor:
         return data[torch.randint(len(data), (BATCH_SIZE,), generator=self._generator)]
 
     def _record(self, step: int, loss: Tensor, errors: dict[str, Tensor]) -> Record:

@@ -1,1 +1,1 @@
-"""Adapters for training frameworks; each module needs the framework that it is called after."""
+"""Adapters for training frameworks. Each module needs the framework of its name."""

@@ -16,15 +16,16 @@ from modaldummy._arguments import called_model
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.batch import EXPLICIT_KEYS
 from modaldummy._core.loss_function import check_loss
+from modaldummy._core.parameter_map import Step
 from modaldummy._engines import check_ddp_reduces, ddp_marks_twice, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
 from modaldummy._findings import log_findings
-from modaldummy._hold.hold import hold_inactive
-from modaldummy._preflight.preflight import preflight
-from modaldummy._ranks.attach import attach_to_outputs, is_attached
-from modaldummy._ranks.check import check_ranks
-from modaldummy.integrations._batches import summed
-from modaldummy.integrations._trainer_norms import GradientNormCallback
+from modaldummy._hold import hold_inactive
+from modaldummy._preflight import preflight
+from modaldummy._ranks import attach_to_outputs, check_ranks
+from modaldummy._ranks.attach import is_attached
+from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
+from modaldummy.integrations.gradient_norm_callback import GradientNormCallback
 
 __all__ = ["DummyLossMixin", "GradientNormCallback"]
 
@@ -35,57 +36,59 @@ if TYPE_CHECKING:
 else:
     _TrainerMethods = object
 _logger = logging.getLogger(__name__)
-_LOST = (
-    "The Trainer's default collators drop strings: pass a `data_collator` that keeps the names of "
+_METADATA_DROPPED = (
+    "The Trainer's default collators drop strings. Pass a `data_collator` that keeps the names of "
     "modalities, or write integer indexes into the map into a column 'modality'. With "
-    "`remove_unused_columns=True` a column is dropped as well that is neither an argument of the "
-    "model's `forward` nor in `metadata_columns`."
+    "`remove_unused_columns=True` the Trainer also drops each column that is neither an argument "
+    "of the model's `forward` nor in `metadata_columns`."
 )
-_TWICE = (
-    "The loss has been through the wrapper besides what the mixin adds, so that the dummy would be "
-    "added twice; use `super().compute_loss(...)` or `self.wrapper.total(...)`, not both."
+_ADDED_TWICE = (
+    "The loss went through the wrapper, and the mixin adds the dummy term as well, so that the "
+    "dummy term would be added twice. Use `super().compute_loss(...)` or "
+    "`self.wrapper.total(...)`, not both."
 )
-_DISPATCHED = (
-    "The first rank deals out batches of an iterable dataset by the keys of the first of them: a "
-    "modality that this one lacks is lost on all ranks. Give all batches the same keys, or pass "
-    "`accelerator_config={'dispatch_batches': False}` and give each rank samples of its own."
+_BATCHES_DISPATCHED = (
+    "The first rank sends batches of an iterable dataset to all ranks, but only with the keys of "
+    "its first batch. A modality that this batch does not contain is lost on all ranks. Give all "
+    "batches the same keys, or pass `accelerator_config={'dispatch_batches': False}` and let each "
+    "rank load its own samples."
 )
 
 
 class DummyLossMixin(_TrainerMethods):
-    """Sends the training loss of a Trainer through a ``DummyLossWrapper``.
+    """Adds the dummy term of a ``DummyLossWrapper`` to the training loss of a Trainer.
 
-    It comes before the Trainer::
+    Put the mixin before the Trainer::
 
         class MyTrainer(DummyLossMixin, Trainer): ...
         trainer = MyTrainer(model, args, wrapper=wrapper, callbacks=[GradientNormCallback()], ...)
 
-    The modalities are read from the Trainer's inputs before forward, in any form of
-    ``active_modalities``. What training logs carries the wrapper's report; losses of evaluation and
-    prediction are the real ones. However many batches are accumulated, and whoever normalises the
-    loss, an inactive parameter gets ``scale`` per element at a step. Where training starts,
-    ``preflight`` is logged. The loss may be multiplied, smoothed or computed by
-    ``compute_loss_func``, the model compiled, adapted by PEFT, checkpointed or under DDP, with
-    ``ddp_find_unused_parameters`` or without.
+    Before forward, the mixin reads the modalities from the Trainer's inputs, in any form of
+    ``active_modalities``. Evaluation and prediction see the real loss. An inactive parameter gets
+    ``scale`` per element and step, also if a step accumulates several batches. The log of training
+    contains the wrapper's report. When training starts, the mixin logs the findings of
+    ``preflight`` with ``logging``.
 
     Args:
-        *args: What the Trainer takes.
-        wrapper: The wrapper, or, as ``model_init`` needs, a function that makes one from a model.
-        hold: Whether the optimizer is held by ``hold_inactive``.
-        metadata_columns: Which columns are kept for the wrapper, and kept from a model whose
-            ``forward`` does not name them.
-        **kwargs: What the Trainer takes.
+        *args: Arguments of the Trainer.
+        wrapper: The wrapper, or a function that makes one from a model. ``model_init`` needs the
+            function.
+        hold: Whether ``hold_inactive`` holds the optimizer.
+        metadata_columns: Columns of the dataset that the Trainer keeps for the wrapper. The model
+            gets those that its ``forward`` names.
+        **kwargs: Arguments of the Trainer.
 
     Attributes:
-        wrapper: The wrapper that is in use.
+        wrapper: The wrapper in use.
 
     Raises:
-        TypeError: The mixin comes after the Trainer; or ``wrapper`` neither is nor makes one.
-        ValueError: The model of the wrapper is not that of the Trainer.
-        BatchMetadataError: From a step: the inputs do not say which modalities they hold.
-        UnsupportedEngineError: From a step: the engine cannot bear what the wrapper does.
-        RankDisagreementError: From a step: ranks differ where FSDP or DeepSpeed cannot bear it.
-        RuntimeError: From a step: the loss has not been through the wrapper, or has been twice.
+        TypeError: The mixin comes after the Trainer, or ``wrapper`` neither is nor makes a wrapper.
+        ValueError: The wrapper belongs to another model.
+        BatchMetadataError: From a step: the inputs do not say which modalities they contain.
+        UnsupportedEngineError: From a step: the engine does not support what the wrapper does.
+        RankDisagreementError: From a step: ranks have different modalities, and FSDP or DeepSpeed
+            does not support that.
+        RuntimeError: From a step: the loss did not go through the wrapper, or it did so twice.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -93,8 +96,8 @@ class DummyLossMixin(_TrainerMethods):
         order = cls.__mro__
         if Trainer in order and order.index(Trainer) < order.index(DummyLossMixin):
             raise TypeError(
-                f"`{cls.__name__}` has the Trainer before the mixin, which then changes nothing; "
-                f"write `class {cls.__name__}(DummyLossMixin, Trainer)`."
+                f"`{cls.__name__}` has the Trainer before the mixin, so that the mixin has no "
+                f"effect. Write `class {cls.__name__}(DummyLossMixin, Trainer)`."
             )
 
     def __init__(
@@ -105,21 +108,20 @@ class DummyLossMixin(_TrainerMethods):
         metadata_columns: str | Sequence[str] = EXPLICIT_KEYS,
         **kwargs: Any,
     ) -> None:
-        one = isinstance(metadata_columns, str)
-        self._metadata_columns = [metadata_columns] if one else list(metadata_columns)
+        is_name = isinstance(metadata_columns, str)
+        self._metadata_columns = [metadata_columns] if is_name else list(metadata_columns)
         super().__init__(*args, **kwargs)
         model: Any = self.model
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
-        asked = inspect.signature(bare.forward).parameters
-        self._withheld = {name for name in self._metadata_columns if name not in asked}
-        self._make_wrapper = wrapper
+        accepted = inspect.signature(bare.forward).parameters
+        self._withheld = {name for name in self._metadata_columns if name not in accepted}
+        self._given = wrapper
         self._hold = hold
-        self._started: tuple[Any, ...] = ()
-        # What went through the wrapper since the gradients were cleared, in which training and
-        # after how many steps, and its share of the loss.
-        self._reports: list[tuple[StepReport, float]] = []
-        self._training: tuple[Any, int] = (None, 0)
-        self._added: StepReport | None = None  # by this class, in the step that is made
+        self._prepared: tuple[Any, ...] = ()  # the model and the optimizer that `_prepare` got
+        # Of all losses that went through backward since the gradients were cleared.
+        self._reports: list[WeightedReport] = []
+        self._reports_of: tuple[Any, int] = (None, 0)  # the training and step that they belong to
+        self._added: StepReport | None = None  # what `compute_loss` has added in this batch
         self._use_wrapper()
 
     def training_step(
@@ -128,41 +130,24 @@ class DummyLossMixin(_TrainerMethods):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As the Trainer's; gradient norms are measured after it."""
-        self._start(model)
+        """Do what the Trainer does, then measure gradient norms."""
+        self._prepare(model)
         self._added = None
-        backwarded: list[StepReport] = []
+        reports: list[StepReport] = []  # of the losses that backward goes through
 
-        def observe(_: Any, loss: Tensor) -> None:
+        def observe(step: Step, total: Tensor) -> None:
             report: Any = self.wrapper.last
-            if loss.requires_grad:
-                loss.register_hook(lambda _: backwarded.append(report))
+            if total.requires_grad:
+                total.register_hook(lambda _: reports.append(report))
 
         unsubscribe = self.wrapper.subscribe(observe)
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         finally:
             unsubscribe()
-        if self._added in backwarded and len(backwarded) > 1:
-            raise RuntimeError(_TWICE)
-        if not backwarded:
-            raise RuntimeError(
-                f"The loss of `{type(self).__name__}` did not go through the wrapper; have its "
-                "`compute_loss` return what `super().compute_loss(...)` returns, or what "
-                "`self.wrapper.total(loss, inputs)` makes of a loss of its own."
-            )
-        training, step = self._training
-        # Each training has a state of its own, which may be equal to that of the last.
-        if training is not self.state or step != self.state.global_step:
-            self._training, self._reports = (self.state, self.state.global_step), []
-        share = self._divisor(not self._is_normalised(num_items_in_batch))
-        self._reports += [(report, 1 / share) for report in backwarded]
+        self._collect(reports, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            reports = [report for report, _ in self._reports]
-            for callback in self._callbacks():
-                if callback.is_for(self.wrapper):
-                    scaler = self.accelerator.scaler
-                    callback.measure(self.wrapper, reports, self.args, self.state, scaler)
+            self._measure_norms()
         return loss
 
     def compute_loss(
@@ -172,7 +157,7 @@ class DummyLossMixin(_TrainerMethods):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As the Trainer's, plus the dummy term where gradients are computed."""
+        """Do what the Trainer does, and add the dummy term in gradient mode."""
         active = self._read(model, inputs) if torch.is_grad_enabled() else None
         result: Any = super().compute_loss(
             model,
@@ -184,23 +169,23 @@ class DummyLossMixin(_TrainerMethods):
             return result
         real, *outputs = result if return_outputs else (result,)
         check_loss(real, "The loss that `compute_loss` of the Trainer returns")
-        # Batches that are not divided later have to share one dummy.
-        weight = 1 / self._divisor(self._is_normalised(num_items_in_batch))
-        total = self.wrapper.add(real, active, weight)
+        # If nobody divides the losses later, the accumulated batches share one dummy term.
+        share = 1.0 if self._is_divided_later(num_items_in_batch) else 1 / self._num_accumulated()
+        total = self.wrapper.add(real, active, share)
         self._added = self.wrapper.last
         return (total, *outputs) if return_outputs else total
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's."""
+        """Do what the Trainer does."""
         return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; what training logs gets the report and the gradient norms."""
+        """Do what the Trainer does; add the report and the gradient norms to a log of training."""
         if "loss" in logs and self._reports:
-            logs |= summed(self.wrapper, self._reports)
-            for callback in self._callbacks():
+            logs |= accumulated_report(self.wrapper, self._reports)
+            for callback in self._norm_callbacks():
                 logs |= callback.metrics_of(self.state)
         super().log(logs, *args, **kwargs)
 
@@ -217,52 +202,88 @@ class DummyLossMixin(_TrainerMethods):
         return {name: value for name, value in inputs.items() if name not in self._withheld}
 
     def _read(self, model: nn.Module, inputs: dict[str, Any]) -> set[str]:
+        """The active modalities; under an engine that shards, ranks have to agree on them."""
         engine = self.accelerator.distributed_type
         try:
             if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
                 check_ranks(self.wrapper, inputs, model=model)
             return self.wrapper.reader.read(inputs)
         except BatchMetadataError as error:
-            error.add_note(_LOST)
+            error.add_note(_METADATA_DROPPED)
             raise
 
-    def _is_normalised(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the loss is a share of that of all accumulated batches: the Trainer's rule."""
+    def _collect(
+        self, reports: Sequence[StepReport], num_items_in_batch: Tensor | int | None
+    ) -> None:
+        """Keep the reports of a batch until the gradients are cleared.
+
+        Raises:
+            RuntimeError: The loss did not go through the wrapper, or it did so twice.
+        """
+        if self._added in reports and len(reports) > 1:
+            raise RuntimeError(_ADDED_TWICE)
+        if not reports:
+            raise RuntimeError(
+                f"The loss of `{type(self).__name__}` did not go through the wrapper. Let its "
+                "`compute_loss` return what `super().compute_loss(...)` returns, or pass a loss of "
+                "its own to `self.wrapper.total(loss, inputs)`."
+            )
+        state, step = self._reports_of
+        # Each training has its own state. That of the next training may be equal, but not the same.
+        if state is not self.state or step != self.state.global_step:
+            self._reports_of, self._reports = (self.state, self.state.global_step), []
+        share = 1 / self._num_accumulated() if self._is_divided_later(num_items_in_batch) else 1.0
+        self._reports += [WeightedReport(report, share) for report in reports]
+
+    def _measure_norms(self) -> None:
+        """Measure gradient norms before the Trainer clips the gradients."""
+        reports = [batch.report for batch in self._reports]
+        for callback in self._norm_callbacks():
+            if callback.is_for(self.wrapper):
+                scaler = self.accelerator.scaler
+                callback.measure(self.wrapper, reports, self.args, self.state, scaler)
+
+    def _is_divided_later(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the Trainer divides the loss by the number of accumulated batches.
+
+        It does not if the loss is divided by the number of items in all of them already. These are
+        the conditions of `Trainer.training_step`.
+        """
         if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        return self.compute_loss_func is not None or (
+            return not self.loss_is_scaled_for_ga
+        return self.compute_loss_func is None and not (
             self.model_accepts_loss_kwargs and num_items_in_batch is not None
         )
 
-    def _divisor(self, divides: bool) -> int:
-        # Outside of `train` the Trainer does not know any number.
-        return getattr(self, "current_gradient_accumulation_steps", 1) if divides else 1
+    def _num_accumulated(self) -> int:
+        """How many batches this step accumulates; 1 outside of `train`, which sets the number."""
+        return getattr(self, "current_gradient_accumulation_steps", 1)
 
-    def _callbacks(self) -> list[GradientNormCallback]:
+    def _norm_callbacks(self) -> list[GradientNormCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, GradientNormCallback)]
 
     def _use_wrapper(self) -> None:
-        """Have a wrapper of the model as it is now."""
+        """Set `wrapper` to one of the model as it is now."""
         model: Any = self.model
-        made = self._make_wrapper
-        if callable(made) and not isinstance(made, DummyLossWrapper):
-            made = made(model)
-        if not isinstance(made, DummyLossWrapper):
+        wrapper = self._given
+        if callable(wrapper) and not isinstance(wrapper, DummyLossWrapper):
+            wrapper = wrapper(model)
+        if not isinstance(wrapper, DummyLossWrapper):
             raise TypeError(
                 "`wrapper` must be a DummyLossWrapper, or a function that makes one from the "
-                f"model, got {describe(made)}."
+                f"model, got {describe(wrapper)}."
             )
-        called_model(made, model)
-        self.wrapper = made
-        self._made_for = model
+        called_model(wrapper, model)
+        self.wrapper = wrapper
+        self._wrapped_model = model
 
-    def _start(self, model: nn.Module) -> None:
-        """Once for each model and optimizer that is trained: connect, hold, and log findings."""
-        if self.model is not self._made_for:  # `train` has called `model_init`
+    def _prepare(self, model: nn.Module) -> None:
+        """Attach, hold, and log findings, once for each pair of a model and an optimizer."""
+        if self.model is not self._wrapped_model:  # `train` has called `model_init`
             self._use_wrapper()
-        if self._started == (model, self.optimizer):
+        if self._prepared == (model, self.optimizer):
             return
-        self._connect(model)
+        self._attach(model)
         optimizer: Any = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
@@ -280,11 +301,15 @@ class DummyLossMixin(_TrainerMethods):
             log_findings(findings, _logger)
         loader = self.callback_handler.train_dataloader
         if self.args.world_size > 1 and isinstance(loader, DataLoaderDispatcher):
-            _logger.warning(_DISPATCHED)
-        self._started = (model, self.optimizer)
+            _logger.warning(_BATCHES_DISPATCHED)
+        self._prepared = (model, self.optimizer)
 
-    def _connect(self, model: nn.Module) -> None:
-        """Make DDP bear the dummy, or refuse it."""
+    def _attach(self, model: nn.Module) -> None:
+        """Attach the parameters of the map to the outputs of DDP that looks for unused ones.
+
+        Raises:
+            UnsupportedEngineError: DDP silently leaves gradients unreduced.
+        """
         owned = self.wrapper.parameters.all()
         for ddp in ddps_around(model.modules(), owned):
             check_ddp_reduces(ddp, self.wrapper.scale)

@@ -1,15 +1,15 @@
-"""Hypothesis strategies and assertions, to test the promises on a model of your own.
+"""Hypothesis strategies and assertions that test the promises of modaldummy on your own model.
 
-Needs the extra `testing`. Nothing is registered with pytest or Hypothesis: a test that wants
-these imports them.
+Needs the extra `testing`. The package registers nothing with pytest or Hypothesis: only tests that
+import it load it.
 """
 
-from modaldummy.testing._assertions import (
+from modaldummy.testing.assertions import (
     assert_dummy_is_negligible,
     assert_every_parameter_has_gradient,
     assert_gradients_unchanged,
 )
-from modaldummy.testing._strategies import active_sets, batches, param_maps, scales
+from modaldummy.testing.strategies import active_sets, batches, param_maps, scales
 
 __all__ = [
     "active_sets",

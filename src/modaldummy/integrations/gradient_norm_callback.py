@@ -7,32 +7,32 @@ from transformers.trainer_utils import IntervalStrategy
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper, StepReport
-from modaldummy._monitor.norms import gradient_norms
+from modaldummy._monitor import gradient_norms
 
 
 class GradientNormCallback(TrainerCallback):
     """Measures ``gradient_norms`` at each step that the Trainer logs.
 
-    ``DummyLossMixin.log`` adds them to what is logged. The labels are those of all batches that
-    were accumulated for a step. Under the mixin the norms are those before clipping, like the
-    Trainer's own ``grad_norm``; in another Trainer, whose ``log`` has to add ``metrics`` itself,
-    after it.
+    ``DummyLossMixin`` adds the norms to what the Trainer logs. The labels cover all batches that
+    are accumulated for the step. The norms are those before clipping, like the Trainer's own
+    ``grad_norm``. In a Trainer without the mixin they are those after clipping, and its ``log``
+    has to add ``metrics_of(self.state)``.
 
     Args:
-        wrapper: What the loss goes through; by default that of the ``DummyLossMixin``.
+        wrapper: The wrapper that the loss goes through; by default that of the ``DummyLossMixin``.
         label: As for ``gradient_norms``.
         prefix: As for ``gradient_norms``.
 
     Attributes:
-        metrics: What was measured last.
+        metrics: The norms that were measured last.
 
     Raises:
-        TypeError: ``wrapper`` is of another kind.
+        TypeError: ``wrapper`` is not a ``DummyLossWrapper``.
         RuntimeError: From a step: there is no wrapper, or no loss has gone through it.
 
     Note:
-        With ``logging_strategy="epoch"`` each step is measured: no callback knows which is the
-        last. A step that another callback has the Trainer log in between has no norms.
+        With ``logging_strategy="epoch"`` the callback measures each step, because it cannot know
+        which one is the last.
     """
 
     def __init__(
@@ -41,20 +41,21 @@ class GradientNormCallback(TrainerCallback):
         if wrapper is not None:
             check_wrapper(wrapper)
         self.metrics: dict[str, float] = {}
-        self._wrapper, self._label, self._prefix = wrapper, label, prefix
-        # Of all batches since the optimizer stepped. Noted after backward, so that nothing of it is
-        # in code that may be compiled.
+        self._wrapper = wrapper
+        self._options: dict[str, Any] = {"label": label, "prefix": prefix}
+        # Of all batches since the last step of the optimizer. They are collected after backward,
+        # where no code is compiled.
         self._reports: list[StepReport] = []
-        self._measured = -2  # how many steps were made before the one that `metrics` are of
+        self._measured_at: int | None = None  # `state.global_step` when `metrics` were measured
 
     def is_for(self, wrapper: DummyLossWrapper) -> bool:
-        """Whether it was not given another wrapper.
+        """Whether the callback measures what a wrapper does.
 
         Args:
-            wrapper: That of a ``DummyLossMixin``.
+            wrapper: The wrapper of a ``DummyLossMixin``.
 
         Returns:
-            False for one that measures what another wrapper did.
+            False if the callback was given another wrapper.
         """
         return self._wrapper is None or self._wrapper is wrapper
 
@@ -66,72 +67,68 @@ class GradientNormCallback(TrainerCallback):
         state: TrainerState,
         scaler: Any = None,
     ) -> None:
-        """Measure if the step that is about to be made will be logged.
+        """Measure the gradients, if the Trainer will log the step that it makes next.
 
         Args:
-            wrapper: What the losses went through.
-            reports: Of each loss that the gradients are of.
-            args: Those of the Trainer.
-            state: That of the Trainer.
-            scaler: The ``GradScaler`` if it has not unscaled the gradients yet.
+            wrapper: The wrapper that the losses went through.
+            reports: The reports of all losses that contribute to the gradients.
+            args: The arguments of the Trainer.
+            state: The state of the Trainer.
+            scaler: The ``GradScaler``, if it has not unscaled the gradients yet.
         """
         if _is_logged(args, state):
             self.metrics = gradient_norms(
-                wrapper,
-                label=self._label,
-                prefix=self._prefix,
-                active=reports or None,
-                scaler=scaler,
+                wrapper, active=reports or None, scaler=scaler, **self._options
             )
-            self._measured = state.global_step
+            self._measured_at = state.global_step
 
     def metrics_of(self, state: TrainerState) -> dict[str, float]:
-        """``metrics`` if they are of the step that was just made, else nothing.
+        """The norms of the step that the Trainer has just made.
 
         Args:
-            state: That of the Trainer.
+            state: The state of the Trainer.
 
         Returns:
-            What to add to the row of that step.
+            ``metrics``, or an empty dict if they belong to an earlier step.
         """
-        return self.metrics if self._measured == state.global_step - 1 else {}
+        return self.metrics if self._measured_at == state.global_step - 1 else {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Forget an earlier training."""
-        self._measured = -2
+        """Forget the previous training."""
+        self._measured_at = None
         self.metrics, self._reports = {}, []
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Note what a batch held before which others are accumulated."""
+        """Keep the report of a batch that is accumulated with later ones."""
         if self._wrapper is not None and self._wrapper.last is not None:
             self._reports.append(self._wrapper.last)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Measure what no mixin has measured before clipping.
+        """Measure, unless a mixin did so before clipping.
 
         Raises:
             RuntimeError: There is no wrapper, or no loss has gone through it.
         """
         self.on_substep_end()
-        if self._measured == state.global_step or not _is_logged(args, state):
+        if self._measured_at == state.global_step or not _is_logged(args, state):
             return
         if self._wrapper is None:
             raise RuntimeError(
-                "`GradientNormCallback` has no wrapper; pass it one, "
-                "`GradientNormCallback(wrapper)`, or train with a `DummyLossMixin`."
+                "`GradientNormCallback` has no wrapper. Pass one, `GradientNormCallback(wrapper)`, "
+                "or train with a `DummyLossMixin`."
             )
-        # The Trainer has unscaled the gradients.
+        # The Trainer has unscaled the gradients by now.
         self.measure(self._wrapper, self._reports, args, state)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Forget what the step held, whose gradients are cleared now."""
+        """Forget the reports, because the gradients are cleared now."""
         self._reports = []
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the Trainer will log the step that is being made, or may."""
+    """Whether the Trainer will or may log the step that it makes next."""
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:
         return True

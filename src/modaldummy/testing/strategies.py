@@ -1,4 +1,4 @@
-"""Random maps, active sets, batches and scales."""
+"""Hypothesis strategies that draw maps, sets of active modalities, batches and scales."""
 
 import glob
 from collections.abc import Collection, Sequence
@@ -15,14 +15,14 @@ try:
     from hypothesis import strategies as st
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "`modaldummy.testing` needs Hypothesis; install the extra: pip install modaldummy[testing]"
+        "`modaldummy.testing` needs Hypothesis. Install it: pip install modaldummy[testing]"
     ) from error
 
-_NAMES = ("T1", "T10", "rsfMRI", "dMRI", "text", "audio")
+_MODALITIES = ("T1", "T10", "rsfMRI", "dMRI", "text", "audio")
 
 
 def active_sets(modalities: Sequence[str]) -> st.SearchStrategy[set[str]]:
-    """Any subset of ``modalities``, the empty and the full one included.
+    """Draw any subset of ``modalities``, including the empty and the full one.
 
     >>> from hypothesis import given
     >>> @given(active_sets(["T1", "dMRI"]))
@@ -34,16 +34,16 @@ def active_sets(modalities: Sequence[str]) -> st.SearchStrategy[set[str]]:
         modalities: Names to choose from, usually ``wrapper.modalities``.
 
     Returns:
-        A strategy of sets that shrink towards the empty one.
+        A strategy that draws sets and shrinks towards the empty set.
 
     Raises:
         ValueError: ``modalities`` is empty or a string.
     """
-    return st.sets(st.sampled_from(_names(modalities)))
+    return st.sets(st.sampled_from(_check_names(modalities)))
 
 
 def scales() -> st.SearchStrategy[float]:
-    """Positive scales from 1e-36 to 1e3, the default 1e-7 often.
+    """Draw positive scales from 1e-36 to 1e3, often the default of 1e-7.
 
     >>> from hypothesis import given
     >>> @given(scales())
@@ -52,7 +52,7 @@ def scales() -> st.SearchStrategy[float]:
     >>> test()
 
     Returns:
-        A strategy of floats that shrink towards the default.
+        A strategy that draws floats and shrinks towards the default.
     """
     return st.just(1e-7) | st.floats(-36, 3).map(lambda exponent: float(10**exponent))
 
@@ -60,10 +60,10 @@ def scales() -> st.SearchStrategy[float]:
 def batches(
     modalities: Sequence[str], active: Collection[str] | None = None
 ) -> st.SearchStrategy[Any]:
-    """Batch metadata that says, in any of several forms, which modalities are active.
+    """Draw batch metadata that says which modalities are active, in one of several forms.
 
-    The forms are names, names per sample, an explicit key, one entry per modality, and a bool
-    mask; what they hold besides are small tensors of zeros, not data that a model could run on.
+    The forms are names, names for each sample, an explicit key, an entry for each modality, and a
+    bool mask. Entries are small tensors of zeros, not data that a model could run on.
 
     >>> from hypothesis import given
     >>> from modaldummy import active_modalities
@@ -73,29 +73,29 @@ def batches(
     >>> test()
 
     Args:
-        modalities: All names, in map order, usually ``wrapper.modalities``.
-        active: Those that the batch is to hold; drawn by ``active_sets`` if None.
+        modalities: All names in map order, usually ``wrapper.modalities``.
+        active: The modalities that the batch contains. ``active_sets`` draws them if None.
 
     Returns:
-        A strategy of what ``wrapper.total`` takes for a batch.
+        A strategy that draws batches for ``wrapper.total``.
 
     Raises:
-        UnknownModalityError: ``active`` has a name that is not in ``modalities``.
+        UnknownModalityError: ``active`` contains a name that is not in ``modalities``.
         ValueError: ``modalities`` is empty or a string.
     """
-    names = _names(modalities)
+    names = _check_names(modalities)
     if active is None:
         return active_sets(names).flatmap(lambda drawn: batches(names, drawn))
     for name in active:
         if name not in names:
             raise unknown_modality(name, names, "`active`")
-    present = [name for name in names if name in active]
+    active_names = [name for name in names if name in active]
     mask = torch.tensor([name in active for name in names])
     forms: list[Any] = [
-        present,
-        [[name] for name in present],
-        {"modalities": present},
-        {"modality": [[name] for name in present]},
+        active_names,
+        [[name] for name in active_names],
+        {"modalities": active_names},
+        {"modality": [[name] for name in active_names]},
         {"active_modalities": mask.numpy()},
         mask,
     ]
@@ -108,10 +108,10 @@ def batches(
 def param_maps(
     model: nn.Module, *, max_modalities: int = 4
 ) -> st.SearchStrategy[dict[ModalityKey, ParamSpec]]:
-    """Valid maps of a model to its parameters: which modality owns what is left to chance.
+    """Draw valid values of ``modality_param_map`` for a model; what modalities own is random.
 
-    Modalities own modules or single parameters, given as paths, globs, objects or lists of these;
-    they may overlap, and two of them may own something jointly, under a tuple key.
+    Modalities own modules or single parameters, given as paths, globs, objects or lists of these.
+    Several modalities may own the same parameter, and a tuple key may own something jointly.
 
     >>> from hypothesis import given
     >>> from modaldummy import DummyLossWrapper
@@ -122,19 +122,19 @@ def param_maps(
     >>> test()
 
     Args:
-        model: The model to share out, bare or wrapped.
-        max_modalities: At most how many names a map has, up to 6.
+        model: The model whose parameters the modalities own, bare or wrapped.
+        max_modalities: Largest number of modalities in a map, up to 6.
 
     Returns:
-        A strategy of maps that ``DummyLossWrapper`` takes.
+        A strategy that draws maps for ``DummyLossWrapper``.
 
     Raises:
         ValueError: The model has no parameters.
     """
-    modules = [name for name, module in model.named_modules() if name and any(_names_in(module))]
-    paths = [*modules, *_names_in(model)]
+    modules = [path for path, part in model.named_modules() if path and list(part.parameters())]
+    paths = [*modules, *dict(model.named_parameters())]
     if not paths:
-        raise ValueError(f"`model` must have parameters to share out, got {describe(model)}.")
+        raise ValueError(f"`model` must have parameters to map, got {describe(model)}.")
     return _param_maps(model, paths, max_modalities)
 
 
@@ -142,7 +142,7 @@ def param_maps(
 def _param_maps(
     draw: st.DrawFn, model: nn.Module, paths: Sequence[str], max_modalities: int
 ) -> dict[ModalityKey, ParamSpec]:
-    names = st.lists(st.sampled_from(_NAMES), min_size=1, max_size=max_modalities, unique=True)
+    names = st.lists(st.sampled_from(_MODALITIES), min_size=1, max_size=max_modalities, unique=True)
     keys: list[ModalityKey] = [*draw(names)]
     if len(keys) > 1 and draw(st.booleans()):
         keys.append((str(keys[0]), str(keys[1])))
@@ -151,7 +151,7 @@ def _param_maps(
 
 
 def _specs(model: nn.Module, paths: Sequence[str]) -> st.SearchStrategy[ParamSpec]:
-    """Several ways to select what is at `paths`."""
+    """Draw one of several specs that all select what is at `paths`."""
     modules = dict(model.named_modules())
     objects = [modules[p] if p in modules else model.get_parameter(p) for p in paths]
     globs = [glob.escape(path) + (".*" if path in modules else "") for path in paths]
@@ -160,11 +160,7 @@ def _specs(model: nn.Module, paths: Sequence[str]) -> st.SearchStrategy[ParamSpe
     return st.sampled_from(specs + single)
 
 
-def _names_in(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters()]
-
-
-def _names(modalities: Sequence[str]) -> list[str]:
+def _check_names(modalities: Sequence[str]) -> list[str]:
     if isinstance(modalities, str) or not modalities:
         raise ValueError(
             "`modalities` must be a non-empty sequence of names such as `wrapper.modalities`, "

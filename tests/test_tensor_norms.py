@@ -1,0 +1,61 @@
+"""Norms of many tensors at once, against the plain loop in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modaldummy._core.reduce import accumulation_dtype, by_layout
+from modaldummy._monitor.tensor_norms import tensor_norms
+from tests.oracles import naive_norm
+from tests.strategies import parameters
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+F64 = torch.float64
+
+
+def test_norms_of_nothing() -> None:
+    assert tensor_norms([], device=META).device == META
+
+
+def test_norms_go_where_they_are_wanted() -> None:
+    tensors = [torch.ones(3), torch.ones(3, device=META)]
+    assert tensor_norms(tensors, device=META).device == META
+
+
+@given(st.lists(parameters(), max_size=6))
+def test_norms_agree_with_the_loop(tensors: list[torch.nn.Parameter]) -> None:
+    found = tensor_norms(tensors, device=CPU)
+    assert found.dtype == accumulation_dtype(tensor.dtype for tensor in tensors)
+    assert found.shape == (len(tensors),)
+    assert not found.requires_grad
+    assert found.tolist() == pytest.approx([naive_norm(t) for t in tensors], rel=1e-5)
+
+
+def test_norms_keep_their_order_whatever_the_layouts() -> None:
+    sizes = [3, 5, 3, 0, 5, 9000, 3]
+    tensors = [torch.full((size,), float(index)) for index, size in enumerate(sizes)]
+    expected = [index * size**0.5 for index, size in enumerate(sizes)]
+    assert tensor_norms(tensors, device=CPU).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_groups_of_other_tensors_give_the_same_or_raise() -> None:
+    """As where a model was cast or its parameters were emptied since they were made."""
+    sizes = [(3,), (3,), (2, 2), (9000,), (0,)]
+    old = by_layout([torch.ones(size) for size in sizes])
+    narrow = [torch.ones(size, dtype=torch.float16) for size in sizes]
+    assert (
+        tensor_norms(narrow, old, device=CPU).tolist() == tensor_norms(narrow, device=CPU).tolist()
+    )
+    for place, size in ((0, (5,)), (2, (5,)), (4, (1,))):
+        other = [torch.ones(size) for size in sizes]
+        other[place] = torch.ones(size)
+        with pytest.raises(RuntimeError):
+            tensor_norms(other, old, device=CPU)
+    with pytest.raises(RuntimeError):
+        tensor_norms([torch.ones(size, dtype=F64) for size in sizes], old, device=CPU)
+
+
+def test_norms_of_conjugates() -> None:
+    conjugate = torch.tensor([3 + 4j]).conj()
+    assert tensor_norms([conjugate], device=CPU).tolist() == [5.0]

@@ -1,0 +1,1 @@
+"""Programs for people who change this project; users need none of them."""
