@@ -36,7 +36,8 @@ from typing import Any
 import torch
 
 from modaldummy import BatchMetadataError, UnknownModalityError, active_modalities
-from modaldummy._diagnose import diagnose, doctor
+from modaldummy._diagnose import doctor
+from modaldummy._diagnose.diagnose import examine
 from modaldummy._errors import HistoryError, describe
 from modaldummy._findings import Finding
 from tests import fuzz_batches, fuzz_logs
@@ -88,7 +89,7 @@ def check_log(log: Log, folder: Path) -> str:
     """Show it to `examine`, and to the command."""
     with placed(log, folder) as path:
         try:
-            diagnosis = diagnose.examine(path)
+            diagnosis = examine(path)
             status, kind = (0, "healthy") if diagnosis.is_healthy else (1, "not healthy")
             require(all(map(_is_finding, diagnosis.findings)), diagnosis.findings)
         except (HistoryError, OSError) as error:

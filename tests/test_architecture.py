@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from tools import figures
 from tools.architecture import ALLOWED, CORE, PICTURE, ROOT, SAYS, SOURCE, draw, imports, part_of
 

@@ -89,7 +89,11 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
         )
     if (parts := _parts_of(value)) is not None:
         return any(is_present(part, where, depth + 1) for part in parts)
-    return _size_of(value) > 0
+    if isinstance(value, Tensor):
+        return value.numel() > 0
+    if isinstance(value, np.ndarray):
+        return value.size > 0
+    return len(value) > 0 if isinstance(value, Sized) else True
 
 
 def _parts_of(value: Any) -> Iterable[Any] | None:
@@ -104,14 +108,6 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
     if (fields := fields_of(value)) is not None:
         return (fields.get(key) for key in fields.keys)
     return None
-
-
-def _size_of(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel()
-    if isinstance(value, np.ndarray):
-        return value.size
-    return len(value) if isinstance(value, Sized) else 1
 
 
 def is_like_collated_flags(value: Any) -> bool:

@@ -1,12 +1,17 @@
 """A parameter that a modality owns, and whether a dummy gradient can reach it."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from modaldummy._engines import own_parameters
 from modaldummy._errors import ParameterMapError
+
+# The fields of an `OwnedParameter` as a plain tuple. A step makes one for each parameter of the
+# map; plain tuples are faster to make and no work for Python's garbage collector.
+ParameterEntry: TypeAlias = tuple[str, nn.Parameter, nn.Module]
 
 
 class OwnedParameter(NamedTuple):
@@ -22,33 +27,33 @@ class OwnedParameter(NamedTuple):
     parameter: nn.Parameter
     module: nn.Module
 
-    @property
-    def is_sparse_table(self) -> bool:
-        """Whether it is the weight of an embedding that makes sparse gradients."""
-        module = self.module
-        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or not module.sparse:
-            return False
-        # A subclass may have further parameters.
-        return self.parameter is own_parameters(module).get("weight")
+
+def is_sparse_table(entry: ParameterEntry) -> bool:
+    """Whether a parameter is the weight of an embedding that makes sparse gradients."""
+    _, parameter, module = entry
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or not module.sparse:
+        return False
+    # A subclass may have further parameters.
+    return parameter is own_parameters(module).get("weight")
 
 
-def check_connectable(owned: OwnedParameter, where: str) -> None:
-    """Refuse a trainable parameter that can get no gradient.
+def check_connectable(entries: Iterable[ParameterEntry], where: str) -> None:
+    """Refuse trainable parameters that can get no gradient.
 
     Raises:
-        ParameterMapError: The parameter belongs to a lazy module that has not run yet, or autograd
+        ParameterMapError: A parameter belongs to a lazy module that has not run yet, or autograd
             cannot add gradients in its dtype. The text begins with `where`.
     """
-    parameter = owned.parameter
-    # `torch.nn.parameter.is_lazy` asks the same, but Dynamo does not trace it.
-    if isinstance(parameter, UninitializedTensorMixin):
-        raise ParameterMapError(
-            f"{where}: the parameter {owned.name!r} of a lazy module is not initialized, so that "
-            "no gradient can fit it. Run one forward pass with each modality before training."
-        )
-    if parameter.dtype.itemsize < 2:
-        raise ParameterMapError(
-            f"{where}: the parameter {owned.name!r} is trainable and has dtype {parameter.dtype}, "
-            "in which autograd cannot add gradients. Keep trainable weights in torch.bfloat16 or "
-            "wider and cast them in forward, or freeze this one with `requires_grad_(False)`."
-        )
+    for name, parameter, _ in entries:
+        # `torch.nn.parameter.is_lazy` asks the same, but Dynamo does not trace it.
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise ParameterMapError(
+                f"{where}: the parameter {name!r} of a lazy module is not initialized, so that no "
+                "gradient can fit it. Run one forward pass with each modality before training."
+            )
+        if parameter.dtype.itemsize < 2:
+            raise ParameterMapError(
+                f"{where}: the parameter {name!r} is trainable and has dtype {parameter.dtype}, in "
+                "which autograd cannot add gradients. Keep trainable weights in torch.bfloat16 or "
+                "wider and cast them in forward, or freeze this one with `requires_grad_(False)`."
+            )

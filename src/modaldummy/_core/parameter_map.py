@@ -12,8 +12,13 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from modaldummy._core.parameter import OwnedParameter, check_connectable
-from modaldummy._core.paths import Found, find_parameters, strip_wrappers
+from modaldummy._core.parameter import (
+    OwnedParameter,
+    ParameterEntry,
+    check_connectable,
+    is_sparse_table,
+)
+from modaldummy._core.paths import find_parameters, strip_wrappers
 from modaldummy._errors import ParameterMapError, describe, unknown_modality
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
@@ -25,21 +30,26 @@ ModalityParamMap: TypeAlias = Mapping[Any, ParamSpec]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one batch makes active and inactive.
+    """The keys and parameters that one batch makes active and inactive.
 
     Attributes:
         active: Modalities in the batch, in map order.
         inactive: The other modalities of the map, in map order.
         active_keys: Keys of the map all of whose modalities are active.
         inactive_keys: The other keys of the map.
-        parameters: Trainable parameters that only inactive keys own, each once.
+        entries: Trainable parameters that only inactive keys own, each once, as plain tuples.
     """
 
     active: tuple[str, ...]
     inactive: tuple[str, ...]
     active_keys: tuple[ModalityKey, ...]
     inactive_keys: tuple[ModalityKey, ...]
-    parameters: tuple[OwnedParameter, ...]
+    entries: tuple[ParameterEntry, ...]
+
+    @property
+    def parameters(self) -> list[OwnedParameter]:
+        """The `entries` as named records."""
+        return [OwnedParameter(*entry) for entry in self.entries]
 
 
 class ParameterMap:
@@ -79,9 +89,8 @@ class ParameterMap:
                     f"{where} is empty. Give a path, a module or a parameter, or drop the key."
                 )
             self.paths[key] = paths
-            for owned in self.of_keys([key]).values():
-                if owned.parameter.requires_grad and not is_lazy(owned.parameter):
-                    check_connectable(owned, where)
+            trainable = [entry for entry in self._find(key) if entry[1].requires_grad]
+            check_connectable([entry for entry in trainable if not is_lazy(entry[1])], where)
         names = (name for key in self.paths for name in _members(key))
         self.modalities: tuple[str, ...] = tuple(dict.fromkeys(names))
 
@@ -96,24 +105,24 @@ class ParameterMap:
         """
         active_keys = self.active_keys(active)
         inactive_keys = tuple(key for key in self.paths if key not in active_keys)
-        active_ids = set[int]().union(*map(self.parameter_ids, active_keys))
-        inactive: dict[int, OwnedParameter] = {}
+        active_ids: set[int] = set().union(*map(self.parameter_ids, active_keys))
+        inactive: dict[int, ParameterEntry] = {}
         for key in inactive_keys:
-            where = _where(key)
-            for name, parameter, module in self._find(key):
-                if not parameter.requires_grad or id(parameter) in active_ids:
-                    continue
-                owned = OwnedParameter(name, parameter, module)
-                check_connectable(owned, where)
+            trainable = [entry for entry in self._find(key) if entry[1].requires_grad]
+            check_connectable(trainable, _where(key))
+            for entry in trainable:
+                parameter_id = id(entry[1])
                 # A sparse table that a dense layer uses too gets dense gradients anyway.
-                if id(parameter) not in inactive or not owned.is_sparse_table:
-                    inactive[id(parameter)] = owned
+                if parameter_id not in inactive or not is_sparse_table(entry):
+                    inactive[parameter_id] = entry
+        for parameter_id in active_ids & inactive.keys():
+            del inactive[parameter_id]
         return Step(
             active=tuple(name for name in self.modalities if name in active),
             inactive=tuple(name for name in self.modalities if name not in active),
             active_keys=active_keys,
             inactive_keys=inactive_keys,
-            parameters=tuple(inactive.values()),
+            entries=tuple(inactive.values()),
         )
 
     def active_keys(self, active: Collection[str]) -> tuple[ModalityKey, ...]:
@@ -127,11 +136,11 @@ class ParameterMap:
 
     def of_keys(self, keys: Iterable[ModalityKey]) -> dict[int, OwnedParameter]:
         """Parameters, frozen ones included, that any of these keys owns, by `id`."""
-        owned: dict[int, OwnedParameter] = {}
+        parameters: dict[int, OwnedParameter] = {}
         for key in keys:
-            for found in self._find(key):
-                owned.setdefault(id(found[1]), OwnedParameter(*found))
-        return owned
+            for entry in self._find(key):
+                parameters.setdefault(id(entry[1]), OwnedParameter(*entry))
+        return parameters
 
     def parameter_ids(self, key: ModalityKey) -> list[int]:
         """`id` of each parameter of one key; of a tied one once for each of its names."""
@@ -155,26 +164,26 @@ class ParameterMap:
 
         Such as the weight of a tower that is tied to an output layer. Walks the whole model.
         """
-        owned = [found for key in self.paths for found in self._find(key)]
-        names = {strip_wrappers(name) for name, _, _ in owned}
+        everything = [entry for key in self.paths for entry in self._find(key)]
+        names = {strip_wrappers(name) for name, _, _ in everything}
         elsewhere = {
             id(parameter)
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
             if strip_wrappers(name) not in names
         }
-        return elsewhere.intersection(id(parameter) for _, parameter, _ in owned)
+        return elsewhere.intersection(id(parameter) for _, parameter, _ in everything)
 
-    def _find(self, key: ModalityKey) -> list[Found]:
-        everything: list[Found] = []
+    def _find(self, key: ModalityKey) -> list[ParameterEntry]:
+        everything: list[ParameterEntry] = []
         for path in self.paths[key]:
-            found = find_parameters(self.model, path)
-            if not found:
+            entries = find_parameters(self.model, path)
+            if not entries:
                 raise ParameterMapError(
                     f"{_where(key)}: {path!r} was found when the wrapper was made but matches no "
                     f"parameter of {type(self.model).__name__} any more. Make a new wrapper after "
                     "you change the structure of the model."
                 )
-            everything += found
+            everything += entries
         return everything
 
 
@@ -234,9 +243,7 @@ def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
 
 def _path_of(spec: nn.Module | nn.Parameter, model: nn.Module, where: str) -> str:
     """The path under which a model has a module or parameter."""
-    named: Iterable[tuple[str, object]] = model.named_parameters()
-    if isinstance(spec, nn.Module):
-        named = model.named_modules()
+    named = model.named_modules() if isinstance(spec, nn.Module) else model.named_parameters()
     path = next((name for name, part in named if part is spec), None)
     if path is None:
         raise ParameterMapError(

@@ -1,9 +1,8 @@
 """Finds parameters by path in a model as it is now, through whatever wraps parts of it."""
 
-from typing import TypeAlias
-
 from torch import nn
 
+from modaldummy._core.parameter import ParameterEntry
 from modaldummy._engines import (
     adapters_beside,
     child_modules,
@@ -12,10 +11,6 @@ from modaldummy._engines import (
     reparametrized,
     wrapped_modules,
 )
-
-# The present full name of a parameter, the parameter, and the module that holds it. A plain tuple:
-# a lookup makes one for each parameter at each step, and a named tuple takes five times as long.
-Found: TypeAlias = tuple[str, nn.Parameter, nn.Module]
 
 
 def strip_wrappers(name: str) -> str:
@@ -29,7 +24,7 @@ def strip_wrappers(name: str) -> str:
     return ".".join(kept)
 
 
-def find_parameters(model: nn.Module, path: str) -> list[Found]:
+def find_parameters(model: nn.Module, path: str) -> list[ParameterEntry]:
     """Parameters of `model` at or below the dotted `path`, with their present full names.
 
     The path may lack wrapper segments such as `module.`, or have them where the model has none. A
@@ -42,44 +37,45 @@ def find_parameters(model: nn.Module, path: str) -> list[Found]:
     return _find(model, "", path.split(".") if path else [])
 
 
-def _find(module: nn.Module, prefix: str, path: list[str]) -> list[Found]:
+def _find(module: nn.Module, prefix: str, path: list[str]) -> list[ParameterEntry]:
     if not path:
         return _below(module, prefix)
     head, rest = path[0], path[1:]
-    found: list[Found] = []
+    entries: list[ParameterEntry] = []
     if (child := child_modules(module).get(head)) is not None:
-        found = _find(child, f"{prefix}{head}.", rest)
+        entries = _find(child, f"{prefix}{head}.", rest)
     elif (parameter := own_parameters(module).get(head)) is not None:
-        found = [] if rest else [(prefix + head, parameter, module)]
+        entries = [] if rest else [(prefix + head, parameter, module)]
     elif not rest:
-        found = [(prefix + name, p, owner) for name, owner, p in reparametrized(module, head)]
-    if found:
-        return found
+        parts = reparametrized(module, head)
+        entries = [(prefix + name, part, owner) for name, owner, part in parts]
+    if entries:
+        return entries
     for name, wrapped in wrapped_modules(module):
         inside = _find(wrapped, f"{prefix}{name}.", path)
-        found += inside
+        entries += inside
         for adapter_name, adapter in adapters_beside(module, name) if inside else ():
-            found += _below(adapter, f"{prefix}{adapter_name}.")
-    if not found and (count := num_wrapper_segments(path)):
-        found = _find(module, prefix, path[count:])
-    return found
+            entries += _below(adapter, f"{prefix}{adapter_name}.")
+    if not entries and (count := num_wrapper_segments(path)):
+        entries = _find(module, prefix, path[count:])
+    return entries
 
 
-def _below(module: nn.Module, prefix: str) -> list[Found]:
+def _below(module: nn.Module, prefix: str) -> list[ParameterEntry]:
     """All parameters of `module` and of its submodules; `prefix` is the path of `module`.
 
     This runs for each modality at each step. A recursion of its own is faster than the nested
     generators of `named_modules`.
     """
-    found: list[Found] = []
+    entries: list[ParameterEntry] = []
 
     def collect(owner: nn.Module, prefix: str) -> None:
         for name, parameter in own_parameters(owner).items():
             if parameter is not None:
-                found.append((prefix + name, parameter, owner))
+                entries.append((prefix + name, parameter, owner))
         for name, child in child_modules(owner).items():
             if child is not None:
                 collect(child, f"{prefix}{name}.")
 
     collect(module, prefix)
-    return found
+    return entries

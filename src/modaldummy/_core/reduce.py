@@ -6,6 +6,7 @@ what they are, and what all this costs: docs/explanation/cost.md.
 
 import functools
 import os
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TypeAlias
@@ -75,9 +76,9 @@ def accumulation_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def by_layout(tensors: Sequence[Tensor]) -> Groups:
     """Indexes of the tensors that share a shape, dtype and device."""
-    groups: Groups = {}
+    groups: Groups = defaultdict(list)
     for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
+        groups[tensor.shape, tensor.dtype, tensor.device].append(index)
     return groups
 
 

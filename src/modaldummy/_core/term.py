@@ -1,5 +1,6 @@
 """The dummy term: its value, its cap and its gradient. All numerics of the loss are here."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter import ParameterEntry, is_sparse_table
 from modaldummy._core.reduce import Groups, accumulation_dtype, by_layout, fill_like, sum_all
 from modaldummy._engines import (
     ZERO3_REMEDY,
@@ -102,18 +103,19 @@ def dummy_term(
     if device is None:
         device = (tensors[0] if loss is None else loss).device
     with torch.no_grad():
-        zero = torch.zeros((), dtype=dtype, device=device)
-        scalar = zero / 0 if loss is None else scalar_loss(loss, dtype)
-        value = uncapped = zero
-        connected_value = -zero if tensors else zero
+        number = functools.partial(torch.full, (), dtype=dtype, device=device)
+        scalar = number(math.nan) if loss is None else scalar_loss(loss, dtype)
         if tensors and read and scale:
             uncapped = sum_all(tensors, groups, dtype=dtype, device=device) * scale
             value = torch.nan_to_num(uncapped, 0.0, 0.0, 0.0)  # NaN, inf and -inf become zero
             if loss is not None:
                 value = _clip(value, scalar, loss, max_fraction)
-            connected_value = value
+            connected = connect(value, scale, tensors, groups)
+        else:
+            value = uncapped = number(0.0)
+            connected = connect(number(-0.0), scale, tensors, groups) if tensors else value
     return Term(
-        connected=connect(connected_value, scale, tensors, groups),
+        connected=connected,
         value=value,
         uncapped=uncapped,
         loss=scalar,
@@ -123,12 +125,12 @@ def dummy_term(
 
 
 def connected_tensors(
-    parameters: Sequence[OwnedParameter], scale: float | None, *, read: bool, device: torch.device
+    entries: Sequence[ParameterEntry], scale: float | None, *, read: bool, device: torch.device
 ) -> list[Tensor]:
     """The tensors that the dummy term sums and hands gradients to, one for each parameter.
 
     Args:
-        parameters: The inactive parameters.
+        entries: The inactive parameters.
         scale: As for `dummy_term`; with None each parameter stands for itself.
         read: Whether the value of the term reads the parameters.
         device: Device of the term.
@@ -137,24 +139,24 @@ def connected_tensors(
         ParameterMapError: A parameter is on the meta device and has no values to read.
         UnsupportedEngineError: ZeRO-3 has released a parameter, so that no gradient can fit it.
     """
-    tensors = []
-    for owned in parameters:
-        if is_emptied_by_zero3(owned.parameter):
+    for name, parameter, _ in entries:
+        if not parameter.numel() and is_emptied_by_zero3(parameter):
             raise UnsupportedEngineError(
-                f"ZeRO-3 has released the parameter {owned.name!r} of an inactive modality, so "
-                f"that no dummy gradient can have its shape. {ZERO3_REMEDY}"
+                f"ZeRO-3 has released the parameter {name!r} of an inactive modality, so that no "
+                f"dummy gradient can have its shape. {ZERO3_REMEDY}"
             )
-        if read and owned.parameter.is_meta and device.type != "meta":
+        if read and parameter.is_meta and device.type != "meta":
             raise ParameterMapError(
-                f"The parameter {owned.name!r} of an inactive modality is on the meta device and "
-                f"has no values for a dummy term on {device}. Load the model before training, or "
-                "pass `gradient_only=True`, which reads no values."
+                f"The parameter {name!r} of an inactive modality is on the meta device and has no "
+                f"values for a dummy term on {device}. Load the model before training, or pass "
+                "`gradient_only=True`, which reads no values."
             )
-        tensors.append(owned.parameter if scale is None else connected_tensor(owned))
-    return tensors
+    if scale is None:
+        return [parameter for _, parameter, _ in entries]
+    return list(map(connected_tensor, entries))
 
 
-def connected_tensor(owned: OwnedParameter) -> Tensor:
+def connected_tensor(entry: ParameterEntry) -> Tensor:
     """The part of a parameter that the dummy term sums and hands a gradient to.
 
     For a DTensor it is the local shard, which takes no communication. For the table of a sparse
@@ -162,8 +164,8 @@ def connected_tensor(owned: OwnedParameter) -> Tensor:
     and empty, as an optimizer such as `torch.optim.SparseAdam` needs it. Any other parameter
     stands for itself.
     """
-    shard = local_shard(owned.parameter)
-    if owned.is_sparse_table:
+    shard = local_shard(entry[1])
+    if is_sparse_table(entry):
         no_rows = torch.empty(0, dtype=torch.long, device=shard.device)
         return nn.functional.embedding(no_rows, shard, sparse=True)
     return shard
@@ -188,10 +190,8 @@ def connect(
 ) -> Tensor:
     """A copy of `value` whose backward hands each of `tensors` the gradient `scale * upstream`.
 
-    Without tensors it is `value` itself. `groups` is `by_layout(tensors)`, if the caller has it.
+    `groups` is `by_layout(tensors)`, if the caller has it.
     """
-    if not tensors:
-        return value
     groups = by_layout(tensors) if groups is None else groups
     # The Python part of `apply` examines each argument for what only `torch.func` needs.
     apply = _Connect.apply if is_transformed() else super(torch.autograd.Function, _Connect).apply

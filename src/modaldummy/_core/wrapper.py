@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modaldummy._core.batch import BatchReader, Resolver
 from modaldummy._core.loss_function import Result, check_loss, wrap_loss_function
-from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter import ParameterEntry
 from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParameterMap, Step
 from modaldummy._core.report import StepReport, report_of
 from modaldummy._core.term import connected_tensors, dummy_term
@@ -221,10 +221,10 @@ class DummyLossWrapper:
             What ``total`` returns in gradient mode.
         """
         step = self.parameters.split(active)
-        device = self._device(step.parameters) if loss is None else loss.device
+        device = self._device(step.entries) if loss is None else loss.device
         read = self.reads_parameters
         term = dummy_term(
-            connected_tensors(step.parameters, self._scale, read=read, device=device),
+            connected_tensors(step.entries, self._scale, read=read, device=device),
             None if self._scale is None else self._scale * share,
             loss=loss,
             max_fraction=self._max_fraction,
@@ -273,10 +273,10 @@ class DummyLossWrapper:
             f"gradient_only={self._gradient_only}, resolver={self.reader.resolver})"
         )
 
-    def _device(self, inactive: Sequence[OwnedParameter]) -> torch.device:
+    def _device(self, inactive: Sequence[ParameterEntry]) -> torch.device:
         """Device of a dummy term without a real loss."""
-        some = inactive[0].parameter if inactive else next(self.parameters.model.parameters())
-        return some.device
+        some = [parameter for _, parameter, _ in inactive] or self.parameters.model.parameters()
+        return next(iter(some)).device
 
 
 def _check_number(name: str, number: Any) -> float | None:

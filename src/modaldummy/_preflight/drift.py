@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter import OwnedParameter, is_sparse_table
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._core.term import nonzero_product
 from modaldummy._engines import copy_settings, local_shard
@@ -87,7 +87,7 @@ def _sample_parameters(
         if (owned := owned_by_id.get(id(parameter))) is not None
         and parameter.requires_grad
         and parameter.numel()
-        and not owned.is_sparse_table
+        and not is_sparse_table(owned)
     ]
     # Some optimizers treat matrices differently from vectors, so one of each is always tried.
     smallest = {

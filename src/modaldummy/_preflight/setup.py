@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter import OwnedParameter, is_sparse_table
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._engines import ddps_around, is_fsdp2_unit
 
@@ -117,12 +117,12 @@ class Setup:
     @cached_property
     def sparse_tables(self) -> list[OwnedParameter]:
         """The modality parameters whose gradients are sparse."""
-        return [owned for owned in self.modality_parameters.values() if owned.is_sparse_table]
+        return [owned for owned in self.modality_parameters.values() if is_sparse_table(owned)]
 
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
         """Dtypes of the modality parameters that get a dummy gradient with elements."""
-        dense = [owned for owned in self.modality_parameters.values() if not owned.is_sparse_table]
+        dense = [owned for owned in self.modality_parameters.values() if not is_sparse_table(owned)]
         return list(dict.fromkeys(owned.parameter.dtype for owned in dense))
 
     @cached_property

@@ -188,7 +188,9 @@ def _largest_sums(wrapper: DummyLossWrapper, report: StepReport) -> str:
     owners = _owners(wrapper)
     sums = {
         _label(owned.name, owned.parameter, owners): sum_all(
-            [connected_tensor(owned)], dtype=report.dummy.dtype, device=report.dummy.device
+            [connected_tensor(owned)],
+            dtype=report.dummy.dtype,
+            device=report.dummy.device,
         ).item()
         for owned in wrapper.parameters.split(report.active).parameters
     }
