@@ -27,9 +27,9 @@ PACKAGE = Path(modaldummy.__file__).parent
 _HOLD = ["hold_window", "hold_owners", "hold_step", "hold_optimizers", "hold_lifetime"]
 # File of the core to the tests that are run on it, those that fail soonest first.
 TESTS = {
-    "_term.py": ["term", "wrapper", "kinds", "company", "properties", "compile"],
-    "_modalities.py": ["modalities", "messages", "kinds", "wrapper", "properties"],
-    "_batch.py": [
+    "_core/term.py": ["term", "wrapper", "kinds", "company", "properties", "compile"],
+    "_core/parameter_map.py": ["modalities", "messages", "kinds", "wrapper", "properties"],
+    "_core/batch.py": [
         "batch",
         "hostile_batches",
         "messages",
@@ -37,9 +37,8 @@ TESTS = {
         "host_sync",
         "testing/test_strategies",
     ],
-    "_hold/window.py": [*_HOLD, "window", "hold_compile", "distributed/test_hold"],
+    "_hold/trained_keys.py": [*_HOLD, "window", "hold_compile", "distributed/test_hold"],
     "_hold/holder.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
-    "_hold/hold.py": [*_HOLD, "hold", "hold_refusals", "distributed/test_hold"],
     "_preflight/drift.py": ["drift"],
     "_monitor/gradients.py": ["monitor", "missing"],
     "_monitor/norms.py": ["monitor"],

@@ -15,7 +15,7 @@ def test_parts_import_only_what_they_may() -> None:
         (path.relative_to(SOURCE).as_posix(), module)
         for path, module in imports()
         if (part := part_of(path)) != "__init__"
-        and (imported := module.partition(".")[0]) not in {part, *ALLOWED[part]}
+        and module.partition(".")[0] not in {part, *ALLOWED[part]}
     }
     assert wrong == set()
 

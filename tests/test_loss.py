@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modaldummy._core.loss_function import replace_loss, take_loss
+from modaldummy._core.loss_function import extract_loss, replace_loss
 
 LOGITS = torch.zeros(2)
 TOTAL = torch.tensor(3.0)
@@ -82,11 +82,11 @@ def test_only_the_loss_is_replaced_and_on_a_copy(make: Callable[[Tensor], Any]) 
     """The new container is of the same kind, holds the rest as it was, and shares no state."""
     real = torch.tensor(2.0)
     result = make(real)
-    assert take_loss(result) is real
+    assert extract_loss(result) is real
     changed = replace_loss(result, TOTAL)
     assert type(changed) is type(result)
-    assert take_loss(changed) is TOTAL
-    assert take_loss(result) is real
+    assert extract_loss(changed) is TOTAL
+    assert extract_loss(result) is real
     if not isinstance(result, Tensor):
         rest = list(changed) if isinstance(changed, (list, tuple)) else [_logits(changed)]
         assert any(item is LOGITS for item in rest)

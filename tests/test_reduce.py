@@ -14,8 +14,8 @@ from torch import Tensor
 from modaldummy._core import reduce
 from modaldummy._core.reduce import (
     accumulation_dtype,
-    by_layout,
-    fill_like,
+    by_spec,
+    fill_gradients,
     fused_kernels,
     kernels_for,
     sum_all,
@@ -62,7 +62,7 @@ def test_sum_counts_each_element_once(make: Callable[[], list[Tensor]]) -> None:
     tensors = make()
     expected = naive_dummy(tensors, 1.0).item()
     assert sum_all(tensors, dtype=F32, device=CPU).item() == expected
-    assert sum_all(tensors, by_layout(tensors), dtype=F64, device=CPU).item() == expected
+    assert sum_all(tensors, by_spec(tensors), dtype=F64, device=CPU).item() == expected
 
 
 def test_sum_of_nothing_is_zero() -> None:
@@ -126,7 +126,7 @@ def test_sum_takes_few_calls() -> None:
 def test_by_layout_keeps_apart_what_differs() -> None:
     tensors = [torch.ones(2), torch.ones(2, dtype=F64), torch.ones(2), torch.ones(2, 1)]
     tensors.append(torch.ones(2, device="meta"))
-    assert list(by_layout(tensors).values()) == [[0, 2], [1], [3], [4]]
+    assert list(by_spec(tensors).values()) == [[0, 2], [1], [3], [4]]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0, 2), (8192,), (8193,), (1, 1, 4)])
@@ -135,9 +135,9 @@ def test_by_layout_keeps_apart_what_differs() -> None:
 def test_fills(shape: tuple[int, ...], fresh: bool, count: int) -> None:
     """Each has the number everywhere and, where autograd will keep it, memory of its own."""
     like = [torch.zeros(shape) for _ in range(count)] + [torch.zeros(3, dtype=F64)]
-    groups = by_layout(like)
+    groups = by_spec(like)
     values = {(F32, CPU): torch.tensor(2.5), (F64, CPU): torch.tensor(0.5, dtype=F64)}
-    gradients = fill_like(groups, values, set(groups) if fresh else set())
+    gradients = fill_gradients(groups, values, set(groups) if fresh else set())
     assert sorted(gradients) == list(range(count + 1))
     for index, tensor in enumerate(like):
         expected = torch.full_like(tensor, 0.5 if tensor.dtype == F64 else 2.5)
@@ -157,8 +157,8 @@ def test_fills(shape: tuple[int, ...], fresh: bool, count: int) -> None:
 
 def test_slices_do_not_count_changes_of_their_neighbours() -> None:
     """Else autograd would refuse a graph over one gradient once another has been clipped."""
-    groups = by_layout([torch.zeros(2), torch.zeros(2)])
-    first, second = fill_like(groups, {(F32, CPU): torch.ones(())}, set(groups)).values()
+    groups = by_spec([torch.zeros(2), torch.zeros(2)])
+    first, second = fill_gradients(groups, {(F32, CPU): torch.ones(())}, set(groups)).values()
     second.mul_(2)
     assert first._version == 0
     assert first.tolist() == [1, 1]

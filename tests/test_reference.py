@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 from modaldummy import ParameterMapError
 from modaldummy._core.reduce import accumulation_dtype
-from modaldummy._core.term import nonzero_product
+from modaldummy._core.term import product_without_underflow
 from tests.asserts import assert_bounded
 from tests.zoo import Pair, holder
 
@@ -61,7 +61,7 @@ def test_dtypes(row: list[str]) -> None:
             with pytest.raises(ParameterMapError):
                 Pair(holder(weight=parameter)).wrapper()
             continue
-        least = nonzero_product(torch.tensor(1.0), 1e-310, dtype)
+        least = product_without_underflow(torch.tensor(1.0), 1e-310, dtype)
         assert least.dtype == dtype
         assert least.item() == eval(row[1].strip("`"))
         assert str(accumulation_dtype([dtype])) == f"torch.{row[2].strip('`')}"

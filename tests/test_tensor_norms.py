@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modaldummy._core.reduce import accumulation_dtype, by_layout
+from modaldummy._core.reduce import accumulation_dtype, by_spec
 from modaldummy._monitor.tensor_norms import tensor_norms
 from tests.oracles import naive_norm
 from tests.strategies import parameters
@@ -42,7 +42,7 @@ def test_norms_keep_their_order_whatever_the_layouts() -> None:
 def test_groups_of_other_tensors_give_the_same_or_raise() -> None:
     """As where a model was cast or its parameters were emptied since they were made."""
     sizes = [(3,), (3,), (2, 2), (9000,), (0,)]
-    old = by_layout([torch.ones(size) for size in sizes])
+    old = by_spec([torch.ones(size) for size in sizes])
     narrow = [torch.ones(size, dtype=torch.float16) for size in sizes]
     assert (
         tensor_norms(narrow, old, device=CPU).tolist() == tensor_norms(narrow, device=CPU).tolist()

@@ -51,7 +51,7 @@ def test_a_float64_loss_is_held_against_a_float64_sum() -> None:
     """The dtype is the widest of parameters and loss, whether the parameters are read or not."""
     loss = torch.tensor(2.0, dtype=torch.float64)
     for read in (True, False):
-        result = dummy_term([ones(2)], 1e-7, loss=loss, read=read)
+        result = dummy_term([ones(2)], 1e-7, loss=loss, read_values=read)
         for tensor in (result.value, result.uncapped, result.loss, result.connected):
             assert tensor.dtype == torch.float64
 
@@ -59,7 +59,7 @@ def test_a_float64_loss_is_held_against_a_float64_sum() -> None:
 @pytest.mark.parametrize("read", [True, False])
 def test_everything_is_where_the_loss_is(read: bool) -> None:
     loss = torch.ones((), device="meta")
-    result = dummy_term([ones(2)], 1e-7, loss=loss, read=read)
+    result = dummy_term([ones(2)], 1e-7, loss=loss, read_values=read)
     for tensor in (result.value, result.uncapped, result.loss, result.connected):
         assert tensor.is_meta
 
@@ -193,7 +193,7 @@ def test_scale_zero_and_none_read_nothing(scale: float | None) -> None:
 def test_an_unread_term_changes_no_bit(real: float) -> None:
     """Negative zero is the neutral element of addition, also for negative zero."""
     loss = torch.tensor(real)
-    result = dummy_term([ones(2)], 1e-7, loss=loss, read=False)
+    result = dummy_term([ones(2)], 1e-7, loss=loss, read_values=False)
     assert_same_bits((loss + result.connected).detach(), loss, "loss")
 
 

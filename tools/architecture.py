@@ -121,7 +121,7 @@ def draw() -> str:
         *_arrow(480, 228, 480, 252),
         f'<rect class="core" x="{_LEFT}" y="254" width="920" height="262" rx="8"/>',
         *_text(
-            _LEFT + 10, 272, "_core: what runs in a loss; numbers are the order in one step", "l"
+            _LEFT + 10, 272, "_core: what runs in a loss, numbered in the order of one step", "l"
         ),
         *_core(),
         *_arrow(480, 516, 480, 540),

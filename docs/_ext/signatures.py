@@ -10,13 +10,13 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.typing import stringify_annotation
 
-from modaldummy._core.parameter_map import ModalityKey, ParameterMap, ParamSpec
+from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParamSpec
 
 # What Python makes of a type alias, and its name; the longest first, as one is part of another.
 ALIASES = {
     stringify_annotation(alias, "smart"): name
     for alias, name in (
-        (ParameterMap, "ParameterMap"),
+        (ModalityParamMap, "ModalityParamMap"),
         (ParamSpec, "ParamSpec"),
         (ModalityKey, "ModalityKey"),
     )

@@ -38,7 +38,9 @@ def test_all_hold_for_random_maps(data: st.DataObject, scale: float) -> None:
     wrapper = DummyLossWrapper(model, data.draw(param_maps(model)), scale)
     active = data.draw(active_sets(wrapper.modalities))
     batch = data.draw(batches(wrapper.modalities, active))
-    inactive = {id(owned.parameter) for owned in wrapper.parameters.split(active).parameters}
+    inactive = {
+        id(owned.parameter) for owned in wrapper.parameters.split(active).inactive_parameters
+    }
     used = [p for p in model.parameters() if id(p) not in inactive]
 
     def loss_fn(_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What runs in a loss: from a batch to the dummy term. Start with `wrapper.py`."""
+"""What runs when a loss is computed: from a batch to the total. Start with `wrapper.py`."""
 
 from modaldummy._core.batch import active_modalities
 from modaldummy._core.report import StepReport

@@ -17,7 +17,7 @@ from modaldummy._core.batch_values import (
     is_mask,
     is_plain_collection,
     is_present,
-    without_repeats,
+    without_broadcast_axes,
 )
 from modaldummy._errors import BatchMetadataError, close_match, describe, unknown_modality
 
@@ -102,10 +102,10 @@ class BatchReader:
                 f"`resolver` returned None for {describe(batch)}. Return the active modalities, "
                 "an empty list if there are none."
             )
-        return self.read_names(names)
+        return self.read_resolver_result(names)
 
-    def read_names(self, names: Any) -> set[str]:
-        """What a resolver returned, in any form that can stand under an explicit key."""
+    def read_resolver_result(self, names: Any) -> set[str]:
+        """Active modalities in what a resolver returned, in any form of an explicit key."""
         if isinstance(names, Iterator):
             names = list(names)
         return self.read_value(names, "The result of `resolver`", explicit=True)
@@ -113,8 +113,8 @@ class BatchReader:
     def read_value(
         self, value: Any, where: str, *, explicit: bool = False, depth: int = 0
     ) -> set[str]:
-        """Active modalities in a value that must contain metadata; arguments as for `probe`."""
-        active = self.probe(value, where, explicit=explicit, depth=depth)
+        """Active modalities in a value that must contain metadata; arguments as for `try_read`."""
+        active = self.try_read(value, where, explicit=explicit, depth=depth)
         if active is None:
             raise BatchMetadataError(
                 f"{where} does not say which modalities it contains: {describe(value)}."
@@ -134,7 +134,7 @@ class BatchReader:
             "`DummyLossWrapper(..., resolver=...)`."
         )
 
-    def probe(
+    def try_read(
         self, value: Any, where: str, *, explicit: bool = False, depth: int = 0
     ) -> set[str] | None:
         """Active modalities in a value, None if it contains no metadata; malformed ones raise.
@@ -236,8 +236,8 @@ class BatchReader:
         if masks:
             # Stacked, so that the host synchronizes with the device once.
             device = next(iter(masks.values())).device
-            read = torch.stack([flag.to(device) for flag in masks.values()]).tolist()
-            flags |= dict(zip(masks, read, strict=True))
+            on_host = torch.stack([flag.to(device) for flag in masks.values()]).tolist()
+            flags |= dict(zip(masks, on_host, strict=True))
         return {name for name, flag in flags.items() if flag}
 
     def _read_collection(
@@ -251,7 +251,9 @@ class BatchReader:
                 continue  # a sample without modalities, as in a column with nulls
             place = f"{where}[{index}]"
             numbers = isinstance(item, (Tensor, np.ndarray)) and not is_mask(item)
-            names = None if numbers else self.probe(item, place, explicit=explicit, depth=depth + 1)
+            names = (
+                None if numbers else self.try_read(item, place, explicit=explicit, depth=depth + 1)
+            )
             if names is None:
                 if index == 0 and not explicit:
                     return None
@@ -267,7 +269,7 @@ class BatchReader:
 
     def _read_array(self, array: Any, where: str, depth: int) -> set[str]:
         if isinstance(array, np.ndarray) and array.dtype.kind in "UTO":
-            names = without_repeats(array).ravel().tolist()
+            names = without_broadcast_axes(array).ravel().tolist()
             return self.read_value(names, where, explicit=True, depth=depth + 1)
         check_has_values(array, where)
         if isinstance(array, np.matrix):
@@ -283,7 +285,7 @@ class BatchReader:
                 f"{where} is a bool mask of shape {list(mask.shape)}; expected [{width}] or "
                 f"[B, {width}], one column for each of {', '.join(self.modalities)}."
             )
-        rows = without_repeats(mask, mask.ndim - 1)
+        rows = without_broadcast_axes(mask, mask.ndim - 1)
         columns = (rows[None] if rows.ndim == 1 else rows).any(0).tolist()
         return {name for name, flag in zip(self.modalities, columns, strict=True) if flag}
 
@@ -296,7 +298,7 @@ class BatchReader:
                 f"either: convert it to bool or to int64. {self.remedy()}"
             )
         # A masked array of numpy gives None for a hidden element.
-        indexes = set(without_repeats(array).tolist()) - {-1, None}
+        indexes = set(without_broadcast_axes(array).tolist()) - {-1, None}
         if wrong := sorted(index for index in indexes if not 0 <= index < width):
             raise BatchMetadataError(
                 f"{where} contains the index {wrong[0]}; expected 0 to {width - 1} for "

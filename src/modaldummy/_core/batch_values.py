@@ -12,10 +12,8 @@ from torch import Tensor
 from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
-_INTEGERS = {
-    *(torch.uint16, torch.uint32, torch.uint64),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-}
+_SIGNED = {torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS = _SIGNED | {torch.uint16, torch.uint32, torch.uint64}
 
 
 class Fields(NamedTuple):
@@ -78,7 +76,7 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
     is_array = isinstance(value, (Tensor, np.ndarray))
     if is_array and is_mask(value):
         check_has_values(value, where)
-        present = without_repeats(value).any()
+        present = without_broadcast_axes(value).any()
         return present if isinstance(value, Tensor) else bool(present)
     if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
         if depth > 0:
@@ -101,7 +99,7 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
     if isinstance(value, Tensor):
         return None
     if isinstance(value, np.ndarray):
-        items: Iterable[Any] = without_repeats(value)
+        items: Iterable[Any] = without_broadcast_axes(value)
         return items if value.dtype == object else None
     if isinstance(value, (list, tuple)):
         return value
@@ -138,7 +136,7 @@ def check_has_values(array: Any, where: str) -> None:
         )
 
 
-def without_repeats(array: Any, axes: int | None = None) -> Any:
+def without_broadcast_axes(array: Any, axes: int | None = None) -> Any:
     """An array without the repeats that `expand` or `broadcast_to` made along its first axes.
 
     It has the same set of values, and reading it takes no longer than its memory is large.

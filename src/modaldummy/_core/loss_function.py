@@ -34,17 +34,17 @@ def wrap_loss_function(
         add: Takes a loss and its active modalities, and returns the total.
     """
     call = CallReader(loss_fn, reader)
-    # A module used as loss function keeps its state to itself.
+    # Without the `__dict__` of a module, the wrapped function shows none of its parameters.
     updated = ("__dict__",) if inspect.isroutine(loss_fn) else ()
 
     @functools.wraps(loss_fn, updated=updated)
     def wrapped(*args: Any, **kwargs: Any) -> Result:
-        given = call.take_keyword(kwargs)
+        given = call.pop_keyword(kwargs)
         if not torch.is_grad_enabled():
             return loss_fn(*args, **kwargs)
         active = call.active(args, kwargs, given)
         result = loss_fn(*args, **kwargs)
-        loss = take_loss(result)
+        loss = extract_loss(result)
         total = add(loss, active)
         return result if total is loss else replace_loss(result, total)
 
@@ -69,17 +69,21 @@ class CallReader:
             loss_fn = loss_fn.func
         self._signature: inspect.Signature | None = None
         with contextlib.suppress(ValueError):  # some builtins have none
-            self._signature = inspect.signature(loss_fn)
-        self._names_keyword = self._signature is not None and _KEYWORD in self._signature.parameters
+            # A module's own signature is that of `__call__`, which names no parameter of `forward`.
+            call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+            self._signature = inspect.signature(call)
+        self._accepts_keyword = (
+            self._signature is not None and _KEYWORD in self._signature.parameters
+        )
 
-    def take_keyword(self, kwargs: dict[str, Any]) -> Any:
+    def pop_keyword(self, kwargs: dict[str, Any]) -> Any:
         """Remove `modalities=` from `kwargs` unless the loss function itself has that parameter."""
-        if self._names_keyword:
+        if self._accepts_keyword:
             return None
         return kwargs.pop(_KEYWORD, None)
 
     def active(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Any) -> set[str]:
-        """Active modalities of a call; `given` is what `take_keyword` returned.
+        """Active modalities of a call; `given` is what `pop_keyword` returned.
 
         Raises:
             BatchMetadataError: No argument says which modalities the batch contains.
@@ -109,14 +113,14 @@ class CallReader:
         if not may_say and (resolver is None or is_data(argument)):
             return None, " (not asked)"
         if resolver is None:
-            return self._reader.probe(argument, f"argument `{name}`"), ""
+            return self._reader.try_read(argument, f"argument `{name}`"), ""
         try:
             names = resolver(argument)
         except _RESOLVER_ERRORS as error:
             return None, f"; `resolver` raised {type(error).__name__}: {error}"
         if names is None:
             return None, "; `resolver` returned None"
-        return self._reader.read_names(names), ""
+        return self._reader.read_resolver_result(names), ""
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by name, in signature order; `*args` and `**kwargs` item by item."""
@@ -153,8 +157,8 @@ def is_data(argument: object) -> bool:
 def may_contain_metadata(argument: object, modalities: Sequence[str], depth: int = 0) -> bool:
     """Whether an argument of a loss function may contain the modalities of its batch.
 
-    Data does not. Neither does a collection without any known modality, mapping or object in it,
-    such as a list of captions, boxes or tensors.
+    Data does not. A collection may, if an item is the name of a modality, a mapping or an object;
+    a list of captions, boxes or tensors does not.
     """
     if not is_plain_collection(argument):
         return not is_data(argument)
@@ -182,7 +186,7 @@ def check_loss(loss: object, where: str) -> Tensor:
     return loss
 
 
-def take_loss(result: Any) -> Tensor:
+def extract_loss(result: Any) -> Tensor:
     """The loss in what a loss function returned.
 
     It is the value itself, its item or attribute `loss`, or the first item of a tuple or list.
@@ -192,7 +196,7 @@ def take_loss(result: Any) -> Tensor:
     """
     if isinstance(result, Tensor):
         return check_loss(result, "The return value of `loss_fn`")
-    _, loss, written = _find_loss(result)
+    _, loss, written = _locate_loss(result)
     return check_loss(loss, f"`loss_fn(...){written}`")
 
 
@@ -205,7 +209,7 @@ def replace_loss(result: Any, total: Tensor) -> Any:
     if isinstance(result, Tensor):
         return total
     try:
-        return with_item(result, _find_loss(result)[0], total)
+        return with_item(result, _locate_loss(result)[0], total)
     except (TypeError, AttributeError) as error:
         raise TypeError(
             f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
@@ -234,7 +238,7 @@ def with_item(container: Any, place: Any, item: Any) -> Any:
     return changed
 
 
-def _find_loss(result: Any) -> tuple[str | int, Any, str]:
+def _locate_loss(result: Any) -> tuple[str | int, Any, str]:
     """Where the loss is in a container, the loss, and how code would write the access to it."""
     if isinstance(result, Mapping) and "loss" in result:
         return "loss", result["loss"], "['loss']"

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from modaldummy._engines import own_parameters
+from modaldummy._engines import Uninitialized, own_parameters
 from modaldummy._errors import ParameterMapError
 
 # The fields of an `OwnedParameter` as a plain tuple. A step makes one for each parameter of the
@@ -45,8 +44,7 @@ def check_connectable(entries: Iterable[ParameterEntry], where: str) -> None:
             cannot add gradients in its dtype. The text begins with `where`.
     """
     for name, parameter, _ in entries:
-        # `torch.nn.parameter.is_lazy` asks the same, but Dynamo does not trace it.
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, Uninitialized):
             raise ParameterMapError(
                 f"{where}: the parameter {name!r} of a lazy module is not initialized, so that no "
                 "gradient can fit it. Run one forward pass with each modality before training."

@@ -37,19 +37,20 @@ class Step:
         inactive: The other modalities of the map, in map order.
         active_keys: Keys of the map all of whose modalities are active.
         inactive_keys: The other keys of the map.
-        entries: Trainable parameters that only inactive keys own, each once, as plain tuples.
+        inactive_entries: Trainable parameters that only inactive keys own, each once, as plain
+            tuples.
     """
 
     active: tuple[str, ...]
     inactive: tuple[str, ...]
     active_keys: tuple[ModalityKey, ...]
     inactive_keys: tuple[ModalityKey, ...]
-    entries: tuple[ParameterEntry, ...]
+    inactive_entries: tuple[ParameterEntry, ...]
 
     @property
-    def parameters(self) -> list[OwnedParameter]:
-        """The `entries` as named records."""
-        return [OwnedParameter(*entry) for entry in self.entries]
+    def inactive_parameters(self) -> list[OwnedParameter]:
+        """The `inactive_entries` as named records."""
+        return [OwnedParameter(*entry) for entry in self.inactive_entries]
 
 
 class ParameterMap:
@@ -81,7 +82,9 @@ class ParameterMap:
         self.paths: dict[ModalityKey, tuple[str, ...]] = {}
         for given, spec in modality_param_map.items():
             _check_key(given, self.paths)
-            key = _plain(given)
+            # Plain strings in place of members of a string Enum, which print differently.
+            names = tuple(map(str.__str__, _members(given)))
+            key: ModalityKey = names if isinstance(given, tuple) else names[0]
             where = _where(key)
             paths = tuple(dict.fromkeys(_paths_of(spec, model, where)))
             if not paths:
@@ -89,15 +92,16 @@ class ParameterMap:
                     f"{where} is empty. Give a path, a module or a parameter, or drop the key."
                 )
             self.paths[key] = paths
-            trainable = [entry for entry in self._find(key) if entry[1].requires_grad]
+            trainable = [entry for entry in self._entries_of(key) if entry[1].requires_grad]
             check_connectable([entry for entry in trainable if not is_lazy(entry[1])], where)
-        names = (name for key in self.paths for name in _members(key))
-        self.modalities: tuple[str, ...] = tuple(dict.fromkeys(names))
+        members = (name for key in self.paths for name in _members(key))
+        self.modalities: tuple[str, ...] = tuple(dict.fromkeys(members))
 
     def split(self, active: Collection[str]) -> Step:
         """Divide keys and parameters by what is active in a batch.
 
-        A tuple key is active if all its modalities are. `split(())` has all trainable parameters.
+        A tuple key is active if all its modalities are. `split(())` makes all keys inactive, so
+        that its `inactive_parameters` are all trainable parameters of the map.
 
         Raises:
             ParameterMapError: A path matches nothing any more, or no gradient can reach what it
@@ -108,21 +112,22 @@ class ParameterMap:
         active_ids: set[int] = set().union(*map(self.parameter_ids, active_keys))
         inactive: dict[int, ParameterEntry] = {}
         for key in inactive_keys:
-            trainable = [entry for entry in self._find(key) if entry[1].requires_grad]
-            check_connectable(trainable, _where(key))
-            for entry in trainable:
+            entries = self._entries_of(key)
+            # What an active key owns too gets a gradient from the real loss.
+            entries = [e for e in entries if e[1].requires_grad and id(e[1]) not in active_ids]
+            check_connectable(entries, _where(key))
+            for entry in entries:
                 parameter_id = id(entry[1])
-                # A sparse table that a dense layer uses too gets dense gradients anyway.
+                # A sparse table that a dense layer uses too gets dense gradients, so that entry
+                # goes first.
                 if parameter_id not in inactive or not is_sparse_table(entry):
                     inactive[parameter_id] = entry
-        for parameter_id in active_ids & inactive.keys():
-            del inactive[parameter_id]
         return Step(
             active=tuple(name for name in self.modalities if name in active),
             inactive=tuple(name for name in self.modalities if name not in active),
             active_keys=active_keys,
             inactive_keys=inactive_keys,
-            entries=tuple(inactive.values()),
+            inactive_entries=tuple(inactive.values()),
         )
 
     def active_keys(self, active: Collection[str]) -> tuple[ModalityKey, ...]:
@@ -138,13 +143,13 @@ class ParameterMap:
         """Parameters, frozen ones included, that any of these keys owns, by `id`."""
         parameters: dict[int, OwnedParameter] = {}
         for key in keys:
-            for entry in self._find(key):
+            for entry in self._entries_of(key):
                 parameters.setdefault(id(entry[1]), OwnedParameter(*entry))
         return parameters
 
     def parameter_ids(self, key: ModalityKey) -> list[int]:
         """`id` of each parameter of one key; of a tied one once for each of its names."""
-        return [id(parameter) for _, parameter, _ in self._find(key)]
+        return [id(parameter) for _, parameter, _ in self._entries_of(key)]
 
     def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
         """Parameters of one key by their present full names, frozen ones included.
@@ -164,7 +169,7 @@ class ParameterMap:
 
         Such as the weight of a tower that is tied to an output layer. Walks the whole model.
         """
-        everything = [entry for key in self.paths for entry in self._find(key)]
+        everything = [entry for key in self.paths for entry in self._entries_of(key)]
         names = {strip_wrappers(name) for name, _, _ in everything}
         elsewhere = {
             id(parameter)
@@ -173,7 +178,7 @@ class ParameterMap:
         }
         return elsewhere.intersection(id(parameter) for _, parameter, _ in everything)
 
-    def _find(self, key: ModalityKey) -> list[ParameterEntry]:
+    def _entries_of(self, key: ModalityKey) -> list[ParameterEntry]:
         everything: list[ParameterEntry] = []
         for path in self.paths[key]:
             entries = find_parameters(self.model, path)
@@ -198,11 +203,6 @@ def _where(key: ModalityKey) -> str:
 
 def _members(key: ModalityKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
-
-
-def _plain(key: ModalityKey) -> ModalityKey:
-    """`key` with plain strings in place of members of a string Enum, which print differently."""
-    return tuple(map(str.__str__, key)) if isinstance(key, tuple) else str.__str__(key)
 
 
 def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:

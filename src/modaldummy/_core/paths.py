@@ -20,7 +20,7 @@ def strip_wrappers(name: str) -> str:
     while segments:
         count = num_wrapper_segments(segments)
         kept += [] if count else segments[:1]
-        del segments[: max(count, 1)]
+        segments = segments[count or 1 :]
     return ".".join(kept)
 
 

@@ -1,7 +1,7 @@
 """Sums and fills over many tensors at once, with few calls and few kernel launches.
 
-Nothing here records autograd history of its own or synchronizes with a device. Why the sizes are
-what they are, and what all this costs: docs/explanation/cost.md.
+Nothing here records autograd history of its own or synchronizes with a device.
+docs/explanation/cost.md explains the sizes below and what all this costs.
 """
 
 import functools
@@ -20,8 +20,8 @@ from modaldummy._engines import (
     without_tensor_subclasses,
 )
 
-Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
-Groups: TypeAlias = dict[Layout, list[int]]
+TensorSpec: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
+Groups: TypeAlias = dict[TensorSpec, list[int]]
 
 # Largest number of elements for which copying tensors of one shape side by side costs less than
 # one call for each tensor.
@@ -37,7 +37,7 @@ BUFFER_ELEMENTS = 2**17
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The module of fused kernels if they shall reduce tensors on `device`, None for plain torch.
+    """The module of fused kernels if they should reduce tensors on `device`, None for plain torch.
 
     The kernels have not been measured yet, so the environment variable MODALDUMMY_REDUCTIONS has to
     ask for them. Only plain torch can be traced by `torch.compile`, transformed by `torch.func` and
@@ -74,7 +74,7 @@ def accumulation_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return widest
 
 
-def by_layout(tensors: Sequence[Tensor]) -> Groups:
+def by_spec(tensors: Sequence[Tensor]) -> Groups:
     """Indexes of the tensors that share a shape, dtype and device."""
     groups: Groups = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -97,19 +97,19 @@ def sum_all(
 
     Args:
         tensors: Tensors of any shapes, floating or complex dtypes and devices.
-        groups: `by_layout(tensors)`, if the caller has it.
+        groups: `by_spec(tensors)`, if the caller has it.
         dtype: Dtype of the accumulation and of the result.
         device: Device of the result.
     """
-    # A subclass that only relabels tensors must not relabel the loss.
+    # Otherwise a Tensor subclass among the parameters would make the sum, and the loss, one too.
     with without_tensor_subclasses():
-        groups = by_layout(tensors) if groups is None else groups
+        groups = by_spec(tensors) if groups is None else groups
         by_device: dict[torch.device, Groups] = {}
-        for layout, indexes in groups.items():
-            by_device.setdefault(layout[2], {})[layout] = indexes
+        for spec, indexes in groups.items():
+            by_device.setdefault(spec[2], {})[spec] = indexes
         totals = [
-            torch.stack(_sums(tensors, own, dtype, place)).sum().to(device)
-            for place, own in by_device.items()
+            torch.stack(_sums(tensors, groups_there, dtype, there)).sum().to(device)
+            for there, groups_there in by_device.items()
         ]
         if len(totals) == 1:
             return totals[0]
@@ -122,8 +122,8 @@ def _sums(
     """Partial sums that together cover the tensors of the groups, all on one device."""
     sums: list[Tensor] = []
     if (kernels := kernels_for(device)) is not None:
-        taken = {i for own in groups.values() for i in own if kernels.takes(tensors[i])}
-        groups = {key: [i for i in own if i not in taken] for key, own in groups.items()}
+        taken = {i for group in groups.values() for i in group if kernels.takes(tensors[i])}
+        groups = {spec: [i for i in group if i not in taken] for spec, group in groups.items()}
         if taken:
             sums.append(kernels.sum_all([tensors[index] for index in sorted(taken)], dtype))
     for (shape, tensor_dtype, _), indexes in groups.items():
@@ -166,26 +166,26 @@ def _sum_in_parts(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [cast[: part.numel()].copy_(part).sum() for part in parts]
 
 
-def fill_like(
+def fill_gradients(
     groups: Groups,
     values: Mapping[tuple[torch.dtype, torch.device], Tensor],
-    fresh: Collection[Layout],
+    without_grad: Collection[TensorSpec],
 ) -> dict[int, Tensor]:
-    """Gradients that are the number `values[dtype, device]` everywhere, by index.
+    """A gradient for each tensor of the groups, by its index: `values[dtype, device]` everywhere.
 
-    They are expanded scalars, which take no memory. Autograd copies them or adds them to `.grad`
-    with one kernel launch each. Small gradients of the layouts in `fresh`, whose parameters have no
-    `.grad` yet, are slices of shared buffers instead: autograd keeps those as they are, and one
-    fill serves many of them.
+    Gradients are expanded scalars, which take no memory. Autograd copies them or adds them to
+    `.grad` with one kernel launch each. Small gradients of the groups in `without_grad`, whose
+    parameters have no `.grad` yet, are slices of shared buffers instead: autograd keeps those as
+    they are, and one fill serves many of them.
     """
     gradients: dict[int, Tensor] = {}
-    for layout, indexes in groups.items():
-        shape, dtype, device = layout
+    for spec, indexes in groups.items():
+        shape, dtype, device = spec
         size, value = shape.numel(), values[dtype, device]
         if size == 1:
             # Autograd keeps a gradient of one element, and two parameters must not share it.
             gradients.update((index, value.expand(shape).clone()) for index in indexes)
-        elif layout in fresh and 0 < size <= MAX_BATCHED_ELEMENTS and len(indexes) > 1:
+        elif spec in without_grad and 0 < size <= MAX_BATCHED_ELEMENTS and len(indexes) > 1:
             gradients.update(zip(indexes, _slices(value, len(indexes), shape), strict=True))
         else:
             gradients.update(dict.fromkeys(indexes, value.expand(shape)))

@@ -73,11 +73,12 @@ class StepReport:
         """
         # Stacked, so that a logger synchronizes with the device once.
         real, dummy, uncapped = torch.stack([self.real, self.dummy, self.uncapped]).tolist()
+        fraction = abs(dummy / real) if real else math.inf if dummy else 0.0
         numbers = {
             "real": real,
             "dummy": dummy,
             "uncapped": uncapped,
-            "fraction": _fraction(real, dummy),
+            "fraction": fraction,
             "num_params": float(self.num_params),
             "num_elements": float(self.num_elements),
         }
@@ -97,11 +98,3 @@ def report_of(step: Step, term: Term) -> StepReport:
         num_params=term.num_params,
         num_elements=term.num_elements,
     )
-
-
-def _fraction(real: float, dummy: float) -> float:
-    if math.isnan(real):
-        return math.nan
-    if dummy == 0:
-        return 0.0
-    return abs(dummy) / abs(real) if real else math.inf

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy._core.parameter import ParameterEntry, is_sparse_table
-from modaldummy._core.reduce import Groups, accumulation_dtype, by_layout, fill_like, sum_all
+from modaldummy._core.reduce import Groups, accumulation_dtype, by_spec, fill_gradients, sum_all
 from modaldummy._engines import (
     ZERO3_REMEDY,
+    apply_function,
     function_of,
+    has_zero3_elements,
     is_batched,
-    is_emptied_by_zero3,
     is_transformed,
     local_shard,
 )
@@ -31,11 +32,11 @@ class Term:
 
     Attributes:
         connected: The value after the cap, with an autograd edge to every inactive parameter.
-        value: The same, detached.
+        value: The same number, detached; only the sign of a zero may differ.
         uncapped: `scale * sum`, detached, before the cap; it may be inf or NaN.
         loss: The real loss as one number, see `scalar_loss`; NaN without a loss.
-        num_params: Number of parameters that get a dummy gradient.
-        num_elements: Number of elements that get a dummy gradient.
+        num_params: Number of parameters that the term reaches.
+        num_elements: Number of elements that the term reaches.
     """
 
     connected: Tensor
@@ -68,7 +69,7 @@ def dummy_term(
     *,
     loss: Tensor | None = None,
     max_fraction: float | None = None,
-    read: bool = True,
+    read_values: bool = True,
     device: torch.device | None = None,
 ) -> Term:
     r"""Compute the dummy term of the parameters of inactive modalities.
@@ -77,27 +78,27 @@ def dummy_term(
         d = \operatorname{clip}\Bigl(s \sum_p \sum_i p_i,\; \pm f\,(1 - 2^{-10})\,|L|\Bigr),
         \qquad \frac{\partial d}{\partial p_i} \equiv s
 
-    The gradient ignores the clipping (straight-through): the cap bounds what the loss shows, and
-    the scale alone decides what the parameters get.
+    The gradient ignores the cap (straight-through): the cap bounds what the loss shows, and the
+    scale alone decides what the parameters get. A second cap, not in the formula, keeps a finite
+    loss finite.
 
     Args:
-        tensors: The parameters, see `connected_tensors`; of any shapes, floating or complex dtypes
+        tensors: The parameters, see `term_inputs`; of any shapes, floating or complex dtypes
             and devices. Without any, the term is zero.
         scale: Gradient `s` per element for an upstream gradient of 1. `0.0` gives every parameter
             an exact zero, `None` gives it no gradient; neither reads the parameters.
         loss: The real loss `L`, of any shape. Where its dtype is the widest, it decides that of the
             term. Without a loss there is no cap.
-        max_fraction: Bound `f` on `|d| / |L|`. `None` bounds the term only as far as a finite loss
-            needs to stay finite.
-        read: Whether the value may read the parameters. If not, it is a negative zero: the one
-            number that changes no bit of what it is added to.
+        max_fraction: Bound `f` on `|d| / |L|`; with `None` only the second cap is in force.
+        read_values: Whether the value may read the parameters. If not, it is a negative zero: the
+            one number that changes no bit of what it is added to.
         device: Device of the term; by default that of the loss, else of the first tensor.
 
     Returns:
         The term. A sum that is not finite contributes zero and stays visible in `uncapped`. A real
         loss that is not finite gets a term of zero.
     """
-    groups = {} if scale is None else by_layout(tensors)
+    groups = {} if scale is None else by_spec(tensors)
     dtypes = [dtype for _, dtype, _ in groups] + ([] if loss is None else [loss.dtype])
     dtype = accumulation_dtype(dtypes)
     if device is None:
@@ -105,11 +106,11 @@ def dummy_term(
     with torch.no_grad():
         number = functools.partial(torch.full, (), dtype=dtype, device=device)
         scalar = number(math.nan) if loss is None else scalar_loss(loss, dtype)
-        if tensors and read and scale:
+        if tensors and read_values and scale:
             uncapped = sum_all(tensors, groups, dtype=dtype, device=device) * scale
             value = torch.nan_to_num(uncapped, 0.0, 0.0, 0.0)  # NaN, inf and -inf become zero
             if loss is not None:
-                value = _clip(value, scalar, loss, max_fraction)
+                value = _cap(value, scalar, loss, max_fraction)
             connected = connect(value, scale, tensors, groups)
         else:
             value = uncapped = number(0.0)
@@ -124,15 +125,19 @@ def dummy_term(
     )
 
 
-def connected_tensors(
-    entries: Sequence[ParameterEntry], scale: float | None, *, read: bool, device: torch.device
+def term_inputs(
+    entries: Sequence[ParameterEntry],
+    scale: float | None,
+    *,
+    read_values: bool,
+    device: torch.device,
 ) -> list[Tensor]:
-    """The tensors that the dummy term sums and hands gradients to, one for each parameter.
+    """The tensors that the dummy term sums and gives gradients to, one for each parameter.
 
     Args:
         entries: The inactive parameters.
-        scale: As for `dummy_term`; with None each parameter stands for itself.
-        read: Whether the value of the term reads the parameters.
+        scale: As for `dummy_term`; with None the tensors are the parameters themselves.
+        read_values: Whether the value of the term reads the parameters.
         device: Device of the term.
 
     Raises:
@@ -140,12 +145,12 @@ def connected_tensors(
         UnsupportedEngineError: ZeRO-3 has released a parameter, so that no gradient can fit it.
     """
     for name, parameter, _ in entries:
-        if not parameter.numel() and is_emptied_by_zero3(parameter):
+        if not parameter.numel() and has_zero3_elements(parameter):
             raise UnsupportedEngineError(
                 f"ZeRO-3 has released the parameter {name!r} of an inactive modality, so that no "
                 f"dummy gradient can have its shape. {ZERO3_REMEDY}"
             )
-        if read and parameter.is_meta and device.type != "meta":
+        if read_values and parameter.is_meta and device.type != "meta":
             raise ParameterMapError(
                 f"The parameter {name!r} of an inactive modality is on the meta device and has no "
                 f"values for a dummy term on {device}. Load the model before training, or pass "
@@ -153,16 +158,16 @@ def connected_tensors(
             )
     if scale is None:
         return [parameter for _, parameter, _ in entries]
-    return list(map(connected_tensor, entries))
+    return list(map(term_input, entries))
 
 
-def connected_tensor(entry: ParameterEntry) -> Tensor:
-    """The part of a parameter that the dummy term sums and hands a gradient to.
+def term_input(entry: ParameterEntry) -> Tensor:
+    """The part of a parameter that the dummy term sums and gives a gradient to.
 
     For a DTensor it is the local shard, which takes no communication. For the table of a sparse
     embedding it is a selection of none of its rows: it adds nothing, and its gradient is sparse
-    and empty, as an optimizer such as `torch.optim.SparseAdam` needs it. Any other parameter
-    stands for itself.
+    and empty, as an optimizer such as `torch.optim.SparseAdam` needs it. Otherwise it is the
+    parameter itself.
     """
     shard = local_shard(entry[1])
     if is_sparse_table(entry):
@@ -172,35 +177,33 @@ def connected_tensor(entry: ParameterEntry) -> Tensor:
 
 
 def scalar_loss(loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss as one number: a scalar loss itself, else the mean of `|loss|`.
+    """The loss as one number for the cap and the report, detached, in `dtype`, of shape `[]`.
 
-    A detached copy in `dtype` and of shape `[]`.
+    It is a scalar loss itself, with its sign, and the mean of `|loss|` for any other shape.
     """
     wide = loss.detach().to(dtype)
     if wide.ndim:
         return wide.abs().mean()
-    # A copy: frameworks multiply the loss in place. Inductor takes a clone for the same output as
-    # a total that differs from it by its graph alone, and torch then cuts that graph, see
-    # https://github.com/pytorch/pytorch/pull/195688. Clamping makes a copy that it keeps apart.
+    # A copy, because frameworks multiply the loss in place. Not a clone: inductor would merge it
+    # with a total of the same value, and the total would then lose its graph, see
+    # https://github.com/pytorch/pytorch/pull/195688. It does not merge the result of a clamp.
     return wide.clamp(-math.inf, math.inf)
 
 
 def connect(
     value: Tensor, scale: float | None, tensors: Sequence[Tensor], groups: Groups | None = None
 ) -> Tensor:
-    """A copy of `value` whose backward hands each of `tensors` the gradient `scale * upstream`.
+    """A copy of `value` whose backward gives each of `tensors` the gradient `scale * upstream`.
 
-    `groups` is `by_layout(tensors)`, if the caller has it.
+    `groups` is `by_spec(tensors)`, if the caller has it.
     """
-    groups = by_layout(tensors) if groups is None else groups
-    # The Python part of `apply` examines each argument for what only `torch.func` needs.
-    apply = _Connect.apply if is_transformed() else super(torch.autograd.Function, _Connect).apply
+    groups = by_spec(tensors) if groups is None else groups
     with torch.enable_grad():
-        connected: Tensor = apply(value, scale, groups, *tensors)  # type: ignore[no-untyped-call]
+        connected: Tensor = apply_function(_Connect, value, scale, groups, *tensors)
     return connected
 
 
-def nonzero_product(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+def product_without_underflow(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     r"""`factor * value` in `dtype`, never rounded to zero unless `value` itself is zero.
 
     .. math:: \operatorname{copysign}(\max(|f v|, \text{floor}), v) \quad (v \neq 0)
@@ -238,19 +241,19 @@ def _floor(dtype: torch.dtype) -> float:
     return max(info.tiny * info.eps, torch.finfo(accumulation_dtype([dtype])).tiny)
 
 
-def _clip(value: Tensor, scalar: Tensor, loss: Tensor, max_fraction: float | None) -> Tensor:
+def _cap(value: Tensor, scalar: Tensor, loss: Tensor, max_fraction: float | None) -> Tensor:
     """`value` within its fraction of the `scalar` loss, and so small that the total is finite."""
     info = torch.finfo(loss.dtype if loss.is_floating_point() else scalar.dtype)
     size = scalar.abs()
     peak = size
-    if loss.numel() > 1:  # the mean of finite losses can overflow, and then there is no limit
+    if loss.numel() > 1:  # if the mean of finite losses overflows, the limit becomes zero
         peak = torch.maximum(loss.detach().to(scalar.dtype).abs().amax(), size)
     # The total is rounded twice, by the cast of the dummy and by the addition.
     limit = info.max * (1 - 2 * info.eps) - peak
     if max_fraction is not None:
         limit = torch.minimum(limit, size * (max_fraction * _ROUNDING_MARGIN))
-    # Below the smallest normal number, rounding is too coarse for the bound to be exact. The limit
-    # of an infinite loss is -inf and that of a NaN is NaN; neither is above anything.
+    # Below the smallest normal number, rounding is too coarse for the bound to be exact. For an
+    # infinite loss the limit is -inf and for NaN it is NaN; both comparisons are False.
     limit = torch.where(limit >= torch.finfo(limit.dtype).tiny, limit, 0.0)
     return torch.clamp(value, -limit, limit)
 
@@ -258,8 +261,8 @@ def _clip(value: Tensor, scalar: Tensor, loss: Tensor, max_fraction: float | Non
 class _Connect(torch.autograd.Function):
     """Identity on `value` with one autograd edge to each parameter.
 
-    No value of a parameter is kept for backward, so an optimizer may change parameters in between.
-    Their shapes are those of the forward pass: some engines empty parameters after it.
+    Backward needs no value of a parameter, so an optimizer may change parameters in between. It
+    uses the shapes of the forward pass, because some engines empty parameters after it.
     """
 
     generate_vmap_rule = True
@@ -273,19 +276,20 @@ class _Connect(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.scale, ctx.groups, *tensors = inputs
         ctx.num_tensors = len(tensors)
-        # One parameter stands for all of its layout: a wrong guess costs time, nothing else.
-        plain = not is_transformed()
-        ctx.samples = {key: tensors[own[0]] for key, own in ctx.groups.items()} if plain else {}
+        # Backward asks only one parameter of each group whether it has a `.grad`. If others differ,
+        # their gradients are right too, but slower to make.
+        has_grads = not is_transformed()
+        ctx.samples = {spec: tensors[i[0]] for spec, i in ctx.groups.items()} if has_grads else {}
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.scale is None:
             return (None, None, None, *[None] * ctx.num_tensors)
         values = {
-            (dtype, device): nonzero_product(upstream.to(device), ctx.scale, dtype)
+            (dtype, device): product_without_underflow(upstream.to(device), ctx.scale, dtype)
             for dtype, device in dict.fromkeys((dtype, device) for _, dtype, device in ctx.groups)
         }
         samples = {} if is_batched(upstream) else ctx.samples
-        fresh = {key for key, sample in samples.items() if sample.is_leaf and sample.grad is None}
-        gradients = fill_like(ctx.groups, values, fresh)
+        without_grad = {spec for spec, p in samples.items() if p.is_leaf and p.grad is None}
+        gradients = fill_gradients(ctx.groups, values, without_grad)
         return (None, None, None, *map(gradients.__getitem__, range(ctx.num_tensors)))

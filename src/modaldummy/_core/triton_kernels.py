@@ -3,7 +3,7 @@
 The tensors are cut into pieces. A table on the device lists the address and the length of each
 piece. One launch per dtype reads all pieces and writes one number for each; tensors that are not
 aligned to 16 bytes need a second launch. A second stage adds these numbers in a fixed order, so
-that all runs give the same bits. Fills need no kernel of their own, see `reduce.fill_like`.
+that all runs give the same bits. Fills need no kernel of their own, see `reduce.fill_gradients`.
 """
 
 from collections import OrderedDict

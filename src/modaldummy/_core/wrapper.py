@@ -1,6 +1,7 @@
-"""The loss wrapper: the shell around batch, parameter map and dummy term."""
+"""The loss wrapper: reads a batch, finds inactive parameters, adds their dummy term to a loss."""
 
-import math
+import functools
+import sys
 from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from modaldummy._core.loss_function import Result, check_loss, wrap_loss_functio
 from modaldummy._core.parameter import ParameterEntry
 from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParameterMap, Step
 from modaldummy._core.report import StepReport, report_of
-from modaldummy._core.term import connected_tensors, dummy_term
+from modaldummy._core.term import dummy_term, term_inputs
 from modaldummy._engines import check_ddps, ddps_around
 from modaldummy._errors import describe
 
@@ -27,7 +28,7 @@ class DummyLossWrapper:
         L_\text{total} = L + \operatorname{clip}\Bigl(s \sum_{p \in \text{inactive}} \sum_i p_i,\;
         \pm f\,|L|\Bigr), \qquad \frac{\partial L_\text{total}}{\partial p_i} \equiv s
 
-    for ``scale`` :math:`s` and ``max_fraction`` :math:`f`. The gradient ignores the clipping.
+    for ``scale`` :math:`s` and ``max_fraction`` :math:`f`. The cap has no effect on the gradient.
 
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
@@ -45,10 +46,13 @@ class DummyLossWrapper:
             shell glob over full parameter names, a module, a parameter, or an iterable of these. A
             tuple of modalities, say for a fusion module, is inactive unless all of them are active.
         scale: Gradient per element of an inactive parameter for an upstream gradient of 1. ``0.0``
-            gives exact zeros. ``None`` connects without a gradient: backward gives nothing.
-        max_fraction: Bound on ``|dummy| / |loss|``; ``None`` for no bound.
-        gradient_only: Keep the value of the loss bit for bit, and read no parameter.
-        resolver: Reads the active modalities from a batch, in place of ``active_modalities``.
+            gives exact zeros. ``None`` keeps parameters in the graph, but their ``.grad`` stays as
+            it is.
+        max_fraction: Bound on ``|dummy| / |loss|``. With ``None`` the dummy term is only kept so
+            small that a finite loss stays finite.
+        gradient_only: Give gradients, but do not change the value of the loss or read parameters.
+        resolver: Reads the active modalities from a batch, in place of ``active_modalities``. An
+            explicit ``modalities=`` in a call of a wrapped loss function goes first.
 
     Attributes:
         last: The report of the last call in gradient mode, None before the first.
@@ -65,7 +69,7 @@ class DummyLossWrapper:
 
     Note:
         A dummy gradient carries no training signal. SGD moves the parameter by ``lr * scale``, Adam
-        by almost ``lr``; ``hold_inactive`` prevents that. All other gradients stay bit for bit.
+        by almost ``lr``; ``hold_inactive`` prevents that. No other gradient changes by a bit.
     """
 
     def __init__(
@@ -171,15 +175,17 @@ class DummyLossWrapper:
             batch: The batch or its metadata, in any form of ``active_modalities``.
 
         Returns:
-            A new tensor of the shape and dtype of ``loss``, an integer one promoted. It is ``loss``
-            itself where no trainable parameter is inactive, and without gradient mode, in which the
-            batch is not read. A loss that is not finite keeps its value.
+            A new tensor with the shape and dtype of ``loss``; an integer loss becomes a floating
+            one. It is ``loss`` itself if no trainable parameter is inactive. If gradients are
+            disabled, it is ``loss`` itself too, and the batch is not read. A loss that is not
+            finite keeps its value.
 
         Raises:
             TypeError: ``loss`` is not a real-valued tensor.
             BatchMetadataError: The batch does not say which modalities it contains.
             UnknownModalityError: The batch names a modality that is not in the map.
-            ParameterMapError: A path matches nothing any more, or no gradient fits what it matches.
+            ParameterMapError: A path matches nothing any more, or a parameter can get no gradient:
+                it is lazy, float8, or on the meta device.
             UnsupportedEngineError: ZeRO-3 has emptied an inactive parameter.
         """
         check_loss(loss, "`loss`")
@@ -194,8 +200,8 @@ class DummyLossWrapper:
             batch: The batch or its metadata, in any form of ``active_modalities``.
 
         Returns:
-            A tensor of shape ``[]``, zero where the sum is not finite. It is an exact zero without
-            a graph where no trainable parameter is inactive, and without gradient mode.
+            A tensor of shape ``[]``. It is zero if the sum is not finite. It is zero and has no
+            graph if no trainable parameter is inactive, or if gradients are disabled.
 
         Raises:
             ModalDummyError: What ``total`` raises about the batch and the parameters.
@@ -205,7 +211,7 @@ class DummyLossWrapper:
         return self.add(None, self.reader.read(batch))
 
     def add(self, loss: Tensor | None, active: Collection[str], share: float = 1.0) -> Tensor:
-        """``total`` for modalities that are known already; for code that extends this package.
+        """``total``, or ``dummy``, for known modalities; for code that extends this package.
 
         >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
         >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"}, gradient_only=True)
@@ -218,27 +224,28 @@ class DummyLossWrapper:
             share: Factor on ``scale``, for a step whose dummy terms come from several losses.
 
         Returns:
-            What ``total`` returns in gradient mode.
+            What ``total`` returns with gradients enabled; without a loss, what ``dummy`` returns.
         """
         step = self.parameters.split(active)
-        device = self._device(step.entries) if loss is None else loss.device
-        read = self.reads_parameters
+        device = self._device(step.inactive_entries) if loss is None else loss.device
+        scale = None if self._scale is None else self._scale * share
+        read_values = self.reads_parameters
         term = dummy_term(
-            connected_tensors(step.entries, self._scale, read=read, device=device),
-            None if self._scale is None else self._scale * share,
+            term_inputs(step.inactive_entries, scale, read_values=read_values, device=device),
+            scale,
             loss=loss,
             max_fraction=self._max_fraction,
-            read=read,
+            read_values=read_values,
             device=device,
         )
         total = term.connected if loss is None else term.added_to(loss)
         self.last = report_of(step, term)
-        for observe in self._observers:
+        for observe in list(self._observers):
             observe(step, total)
         return total
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
-        """Have a function called after each total and dummy; for code that extends this package.
+        """Call a function with each new total or dummy; for code that extends this package.
 
         >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
         >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
@@ -248,17 +255,19 @@ class DummyLossWrapper:
         >>> unsubscribe()
 
         Args:
-            observer: Gets the step, and the tensor that is returned.
+            observer: Gets the step, and the tensor that ``total``, ``dummy`` or a wrapped loss
+                function returns. It is not called while gradients are disabled.
 
         Returns:
             A function that ends the subscription; a second call does nothing. A copy of the wrapper
             has no subscribers.
         """
-        self._observers.append(observer)
+        subscription = functools.partial(observer)  # distinct, even if the observer is not
+        self._observers.append(subscription)
 
         def unsubscribe() -> None:
-            if observer in self._observers:
-                self._observers.remove(observer)
+            if subscription in self._observers:
+                self._observers.remove(subscription)
 
         return unsubscribe
 
@@ -275,18 +284,15 @@ class DummyLossWrapper:
 
     def _device(self, inactive: Sequence[ParameterEntry]) -> torch.device:
         """Device of a dummy term without a real loss."""
-        some = [parameter for _, parameter, _ in inactive] or self.parameters.model.parameters()
-        return next(iter(some)).device
+        if inactive:
+            return inactive[0][1].device
+        return next(self.parameters.model.parameters()).device
 
 
 def _check_number(name: str, number: Any) -> float | None:
     if number is None:
         return None
-    if isinstance(number, Real) and not isinstance(number, bool):
-        try:
-            value = float(number)
-        except OverflowError:  # an integer beyond all floats
-            value = math.inf
-        if 0 <= value < math.inf:
-            return value
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    if is_number and 0 <= number <= sys.float_info.max:
+        return float(number)
     raise ValueError(f"`{name}` must be a finite number >= 0 or None, got {describe(number)}.")

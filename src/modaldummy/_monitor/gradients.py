@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, ParameterMap, text_of
 from modaldummy._core.paths import strip_wrappers
-from modaldummy._core.reduce import Groups, by_layout
+from modaldummy._core.reduce import Groups, by_spec
 from modaldummy._engines import has_unscaled, local_shard
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._monitor.tensor_norms import tensor_norms
@@ -111,7 +111,7 @@ class ParameterTable:
                 return tensor_norms(elements, self._layouts, device=self.device)
             except RuntimeError:  # the gradients have new dtypes, shapes or devices
                 pass
-        self._measured_rows, self._layouts = has_gradient, by_layout(elements)
+        self._measured_rows, self._layouts = has_gradient, by_spec(elements)
         return tensor_norms(elements, self._layouts, device=self.device)
 
 

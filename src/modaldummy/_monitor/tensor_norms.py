@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modaldummy._core.reduce import Groups, accumulation_dtype, by_layout, chunk_elements, chunks
+from modaldummy._core.reduce import (
+    Groups,
+    accumulation_dtype,
+    by_spec,
+    chunk_elements,
+    chunks,
+)
 from modaldummy._engines import PLAIN_TENSORS, foreach_norm, without_tensor_subclasses
 
 # Largest number of elements for which stacking tensors of one shape costs less than `foreach_norm`.
@@ -26,20 +32,20 @@ def tensor_norms(
 
     Args:
         tensors: Strided tensors of any shapes, floating or complex dtypes and devices.
-        groups: `by_layout(tensors)`, if the caller has it. The groups of tensors with other
+        groups: `by_spec(tensors)`, if the caller has it. The groups of tensors with other
             layouts give the same result or a RuntimeError.
         device: Device of the result.
     """
     order: list[int] = []
     parts: list[Tensor] = []
     with without_tensor_subclasses():
-        groups = by_layout(tensors) if groups is None else groups
+        groups = by_spec(tensors) if groups is None else groups
         dtype = accumulation_dtype(tensor_dtype for _, tensor_dtype, _ in groups)
         if any(tensor_dtype.is_complex for _, tensor_dtype, _ in groups):
             tensors = [
                 torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors
             ]
-            groups = by_layout(tensors)
+            groups = by_spec(tensors)
         stackable = {*map(type, tensors)}.issubset(PLAIN_TENSORS)
         alone: dict[torch.device, list[int]] = {}
         for (shape, _, place), indexes in groups.items():

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._core.reduce import accumulation_dtype, sum_all
-from modaldummy._core.term import connected_tensor, nonzero_product, scalar_loss
+from modaldummy._core.term import product_without_underflow, scalar_loss, term_input
 from modaldummy._engines import local_shard
 from modaldummy._findings import Finding
 from modaldummy._preflight.setup import Setup, has_values
@@ -107,7 +107,7 @@ def _dummy_values(setup: Setup, scale: float) -> dict[tuple[ModalityKey, ...], f
     tensors: dict[tuple[ModalityKey, ...], list[Tensor]] = {}
     for parameter_id, owned in setup.modality_parameters.items():
         if has_values(owned.parameter):
-            tensors.setdefault(setup.owners[parameter_id], []).append(connected_tensor(owned))
+            tensors.setdefault(setup.owners[parameter_id], []).append(term_input(owned))
     if not tensors:
         return {}
     dtype = accumulation_dtype(setup.dtypes)
@@ -217,6 +217,8 @@ def _num_ranks(setup: Setup) -> int:
 def _dummy_gradients(setup: Setup, scale: float, upstream: float) -> dict[str, Tensor]:
     """The dummy gradient of one element in each dtype of the modality parameters, by dtype."""
     return {
-        str(dtype).removeprefix("torch."): nonzero_product(torch.tensor(upstream), scale, dtype)
+        str(dtype).removeprefix("torch."): product_without_underflow(
+            torch.tensor(upstream), scale, dtype
+        )
         for dtype in setup.dtypes
     }

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import OwnedParameter, is_sparse_table
 from modaldummy._core.parameter_map import ModalityKey
-from modaldummy._core.term import nonzero_product
+from modaldummy._core.term import product_without_underflow
 from modaldummy._engines import copy_settings, local_shard
 from modaldummy._errors import UnsupportedEngineError
 
@@ -131,7 +131,9 @@ def _measure_drifts(
 
 
 def _dummy_gradient(parameter: Tensor, scale: float) -> Tensor:
-    value = nonzero_product(torch.ones((), device=parameter.device), scale, parameter.dtype)
+    value = product_without_underflow(
+        torch.ones((), device=parameter.device), scale, parameter.dtype
+    )
     return torch.zeros_like(parameter) + value
 
 

@@ -103,7 +103,7 @@ class Setup:
         A batch without modalities gives all of them a dummy gradient.
         """
         step = self.wrapper.parameters.split(())
-        return {id(owned.parameter): owned for owned in step.parameters}
+        return {id(owned.parameter): owned for owned in step.inactive_parameters}
 
     @cached_property
     def trunk_parameters(self) -> dict[int, NamedParameter]:

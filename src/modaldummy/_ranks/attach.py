@@ -105,7 +105,9 @@ class _ConnectOutput:
         """The output with edges to the parameters, or None to leave it as it is."""
         if not torch.is_grad_enabled():
             return None
-        parameters = [owned.parameter for owned in self.wrapper.parameters.split(()).parameters]
+        parameters = [
+            owned.parameter for owned in self.wrapper.parameters.split(()).inactive_parameters
+        ]
         if not parameters:
             return None
         if any(map(is_sharded, parameters)):

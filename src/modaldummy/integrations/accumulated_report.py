@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from modaldummy._core import DummyLossWrapper, StepReport
-from modaldummy._core.term import connected_tensor
+from modaldummy._core.term import term_input
 
 
 class WeightedReport(NamedTuple):
@@ -50,9 +50,11 @@ def accumulated_report(
     parameters = wrapper.parameters
     trained_keys = {key for batch in batches for key in parameters.active_keys(batch.report.active)}
     trained = parameters.of_keys(trained_keys)
-    inactive = [p for p in parameters.split(()).parameters if id(p.parameter) not in trained]
+    inactive = [
+        p for p in parameters.split(()).inactive_parameters if id(p.parameter) not in trained
+    ]
     combined["modaldummy/num_params"] = float(len(inactive))
-    num_elements = sum(connected_tensor(owned).numel() for owned in inactive)
+    num_elements = sum(term_input(owned).numel() for owned in inactive)
     combined["modaldummy/num_elements"] = float(num_elements)
     active = {name for batch in batches for name in batch.report.active}
     return combined | {f"modaldummy/active/{name}": 1.0 for name in active}

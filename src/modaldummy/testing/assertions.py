@@ -9,7 +9,7 @@ from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import text_of
 from modaldummy._core.reduce import sum_all
-from modaldummy._core.term import connected_tensor
+from modaldummy._core.term import term_input
 from modaldummy.testing.compare import count_zeros, describe_difference, preserve_state
 
 _MAX_LISTED_SUMS = 5
@@ -148,7 +148,7 @@ def _last_report(wrapper: DummyLossWrapper) -> StepReport:
 def _inactive_ids(wrapper: DummyLossWrapper) -> set[int]:
     """`id` of each parameter that the last call gave a dummy gradient."""
     step = wrapper.parameters.split(_last_report(wrapper).active)
-    return {id(owned.parameter) for owned in step.parameters}
+    return {id(owned.parameter) for owned in step.inactive_parameters}
 
 
 def _owners(wrapper: DummyLossWrapper) -> dict[int, list[str]]:
@@ -188,11 +188,11 @@ def _largest_sums(wrapper: DummyLossWrapper, report: StepReport) -> str:
     owners = _owners(wrapper)
     sums = {
         _label(owned.name, owned.parameter, owners): sum_all(
-            [connected_tensor(owned)],
+            [term_input(owned)],
             dtype=report.dummy.dtype,
             device=report.dummy.device,
         ).item()
-        for owned in wrapper.parameters.split(report.active).parameters
+        for owned in wrapper.parameters.split(report.active).inactive_parameters
     }
     largest = sorted(sums, key=lambda label: -abs(sums[label]))[:_MAX_LISTED_SUMS]
     return "\n".join(f"  {label}: {sums[label]:.6g}" for label in largest)
