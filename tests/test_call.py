@@ -198,6 +198,24 @@ def test_an_unknown_name_under_an_explicit_key_raises_at_once() -> None:
         wrapper(variadic)(REAL, {"modality": "t1"}, T1_BATCH)
 
 
+class Weighted(nn.Module):
+    """A loss function that names the modalities itself."""
+
+    def forward(self, prediction: Tensor, modalities: list[str]) -> Tensor:
+        return prediction.mean() * len(modalities)
+
+
+def test_a_module_is_called_like_its_forward() -> None:
+    """It gets `modalities` if `forward` has that parameter, by keyword or by position."""
+    model = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("T1", "dMRI")})
+    wrapper = DummyLossWrapper(model, {name: name for name in model}, gradient_only=True)
+    criterion = wrapper(Weighted())
+    for total in (criterion(X, modalities=["T1"]), criterion(X, ["T1"])):
+        assert total.item() == X.mean()
+        assert wrapper.last is not None
+        assert wrapper.last.active == ("T1",)
+
+
 def test_resolver_replaces_the_default_reader() -> None:
     """It is asked about each argument that could be a batch, until it can read one."""
     asked = []

@@ -141,7 +141,7 @@ def test_formulas_and_types_are_drawn(site: Path) -> None:
     assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in page
     assert r"\frac" not in page
     signature = page.partition('id="modaldummy.DummyLossWrapper"')[2].partition("</dt>")[0]
-    assert 'href="#ParameterMap"' in signature
+    assert 'href="#ModalityParamMap"' in signature
     assert "Iterable[ParamSpec]" not in re.sub("<[^>]+>", "", signature)
 
 
@@ -214,12 +214,12 @@ def test_gaps_are_names_and_members_without_a_docstring_or_a_page() -> None:
 
 
 def test_every_public_module_is_looked_at() -> None:
-    """Those with an `__all__`."""
+    """Those with an `__all__` and no underscore on the way."""
     root = Path(modaldummy.__file__).parent
     files = [path for path in root.rglob("*.py") if "\n__all__" in path.read_text()]
     parts = [path.relative_to(root.parent).with_suffix("").parts for path in files]
     names = {".".join(part).removesuffix(".__init__") for part in parts}
-    assert names == set(PUBLIC["MODULES"])
+    assert {name for name in names if "._" not in name} == set(PUBLIC["MODULES"])
 
 
 def test_links_out_of_the_docs_lead_on_in_the_site(tmp_path: Path) -> None:

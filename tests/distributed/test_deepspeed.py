@@ -165,7 +165,9 @@ def ending(rank: int, engine: str, scale: float | None, schedule: Schedule) -> s
 
 def test_zero_3_refuses_a_dummy_for_what_it_has_in_parts(two: Fleet) -> None:
     for text in two.ask(ending, "ZeRO-3", 1e-7, AGREE):
-        assert text.startswith("UnsupportedEngineError: ZeRO-3 keeps the parameter 'module.towers.")
+        assert text.startswith(
+            "UnsupportedEngineError: ZeRO-3 has released the parameter 'module.towers."
+        )
         assert "with deepspeed.zero.GatheredParameters(parameters):" in text
 
 
