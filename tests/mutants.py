@@ -28,7 +28,7 @@ _HOLD = ["hold_window", "hold_owners", "hold_step", "hold_optimizers", "hold_lif
 # File of the core to the tests that are run on it, those that fail soonest first.
 TESTS = {
     "_core/term.py": ["term", "wrapper", "kinds", "company", "properties", "compile"],
-    "_core/parameter_map.py": ["modalities", "messages", "kinds", "wrapper", "properties"],
+    "_core/parameter_map.py": ["step", "modalities", "messages", "kinds", "wrapper", "properties"],
     "_core/batch.py": [
         "batch",
         "hostile_batches",

@@ -1,4 +1,4 @@
-"""What the wrapper offers to code that extends it: steps, subscriptions, totals of known modalities."""
+"""What the wrapper offers to code that extends it: steps, subscriptions, settings."""
 
 import copy
 from functools import partial
