@@ -216,6 +216,19 @@ def test_a_module_is_called_like_its_forward() -> None:
         assert wrapper.last.active == ("T1",)
 
 
+class OwnCall(nn.Module):
+    """A module that is not called through `forward`."""
+
+    def __call__(self, prediction: Tensor, batch: Any = None) -> Tensor:
+        return prediction.mean()
+
+
+def test_a_module_with_a_call_of_its_own_is_called_by_that() -> None:
+    model = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("T1", "dMRI")})
+    wrapper = DummyLossWrapper(model, {name: name for name in model}, gradient_only=True)
+    assert wrapper(OwnCall())(X, batch={"T1": X}).item() == X.mean()
+
+
 def test_resolver_replaces_the_default_reader() -> None:
     """It is asked about each argument that could be a batch, until it can read one."""
     asked = []

@@ -81,6 +81,19 @@ def test_gradients_cleared_without_a_step_are_forgotten(clear_before_forward: bo
     assert training.step() == {"T1", "dMRI"}
 
 
+def test_only_gradients_of_the_optimizer_count() -> None:
+    """Another optimizer has the biases, and has not cleared their gradients."""
+    training = Training()
+    weights = [p for p in training.model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    handle = hold_inactive(training.wrapper, optimizer)
+    training.total("T1").backward()
+    optimizer.zero_grad()
+    training.total("dMRI").backward()
+    optimizer.step()
+    assert {name.split(".")[1] for name in handle.held} == {"T1", "rsfMRI"}
+
+
 def test_where_some_parameters_are_sharded_gradients_may_be_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,7 +4,7 @@ from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -103,3 +103,18 @@ def test_attributes_of_a_list_stay() -> None:
 
 def _logits(container: Any) -> Any:
     return container["logits"] if hasattr(container, "keys") else container.logits
+
+
+class WithProperty(NamedTuple):
+    value: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.value
+
+
+def test_a_loss_that_is_computed_can_be_read_and_not_replaced() -> None:
+    result = WithProperty(torch.tensor(2.0))
+    assert extract_loss(result).item() == 2
+    with pytest.raises(TypeError, match="cannot be replaced"):
+        replace_loss(result, TOTAL)

@@ -131,6 +131,11 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "negative scale": (lambda: make(T1, scale=-1e-7), ValueError, ["`scale`", "got -1e-07"]),
     "NaN scale": (lambda: make(T1, scale=math.nan), ValueError, ["`scale`", "got nan"]),
     "infinite scale": (lambda: make(T1, scale=math.inf), ValueError, ["`scale`", "got inf"]),
+    "infinite scale of numpy": (
+        lambda: make(T1, scale=np.float32("inf")),
+        ValueError,
+        ["`scale`", "got np.float32(inf)"],
+    ),
     "scale beyond floats": (lambda: make(T1, scale=10**400), ValueError, ["`scale`", "(int)"]),
     "gradient_only": (
         lambda: make(T1, gradient_only="no"),

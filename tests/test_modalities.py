@@ -12,9 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization
 
 from modaldummy import DummyLossWrapper, ParameterMapError
 from modaldummy._core.paths import strip_wrappers
+from modaldummy._tied import shared_with_trunk
 from tests.asserts import connected
 from tests.zoo import T1, WAYS, ZOO, Brain, brain
 
@@ -179,9 +181,9 @@ def test_what_an_active_modality_shares_gets_no_dummy() -> None:
 def test_only_what_the_trunk_names_too_is_shared_with_it() -> None:
     model = nn.ModuleDict({"T1": nn.Linear(3, 2), "head": nn.Linear(3, 2)})
     wrapper = DummyLossWrapper(model, {"T1": "T1"})
-    assert wrapper.parameters.shared_with_trunk() == set()
+    assert shared_with_trunk(wrapper.parameters) == set()
     model["head"].weight = model["T1"].weight
-    assert wrapper.parameters.shared_with_trunk() == {id(model["T1"].weight)}
+    assert shared_with_trunk(wrapper.parameters) == {id(model["T1"].weight)}
 
 
 def test_freezing_is_read_at_each_call() -> None:
@@ -340,3 +342,11 @@ def test_a_place_without_a_module_is_passed_over() -> None:
     model["T1"].register_module("extra", None)
     wrapper = DummyLossWrapper(model, {"T1": "T1"})
     assert list(wrapper.named_parameters("T1")) == ["T1.weight", "T1.bias"]
+
+
+def test_a_parametrization_may_have_modules_without_a_bias() -> None:
+    model = nn.ModuleDict({"T1": nn.Linear(2, 2), "dMRI": nn.Linear(2, 2)})
+    register_parametrization(model["T1"], "weight", nn.Linear(2, 2, bias=False))
+    wrapper = DummyLossWrapper(model, {"T1": "T1.weight", "dMRI": "dMRI"})
+    owned = list(wrapper.named_parameters("T1"))
+    assert owned == [f"T1.parametrizations.weight.{name}" for name in ("original", "0.weight")]

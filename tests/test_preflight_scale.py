@@ -162,6 +162,13 @@ def test_clipping_rounds_as_it_says(dtype: torch.dtype, max_norm: float) -> None
     assert preflight(mapped(model)) == []
 
 
+def test_the_norm_of_float16_gradients_may_be_beyond_float16() -> None:
+    model = with_gradients(60_000.0)["wrapper"].parameters.model
+    found = evidence(mapped(model), "MD135", max_norm=0.3)
+    assert found["total_norm_from"] == "gradients"
+    assert found["total_norm"] > 65_504
+
+
 def test_accumulation_counts_for_clipping() -> None:
     """A dummy of a part of the loss is smaller; without gradients a norm of 1 is assumed."""
     model = Model().half()

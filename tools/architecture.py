@@ -16,7 +16,7 @@ PICTURE = ROOT / "docs/images/design.svg"
 
 # Parts of the package to what they may import, from the bottom to the top.
 _BASE = {"_errors", "_engines", "_core"}
-_ADD_ON = {*_BASE, "_arguments", "_findings", "_handles"}
+_ADD_ON = {*_BASE, "_arguments", "_findings", "_handles", "_tied"}
 ADD_ONS = {
     "_diagnose": {"_errors", "_findings", "_core"},
     "_monitor": _ADD_ON,
@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "_findings": {"_errors"},
     "_handles": {"_errors"},
     "_arguments": _BASE,
+    "_tied": {"_core"},
     **ADD_ONS,
     **ENTRY_POINTS,
 }
@@ -70,6 +71,7 @@ SAYS = {
     "_arguments": "checks of arguments",
     "_findings": "what checks report",
     "_handles": "undo an effect",
+    "_tied": "what the trunk shares",
     "_engines": "facts about other libraries",
     "_errors": "exceptions, messages",
 }
@@ -117,7 +119,7 @@ def draw() -> str:
         *_row("for users to start", list(ENTRY_POINTS)[::-1], 20),
         *_arrow(480, 88, 480, 112),
         *_row("add-ons, and what they share", list(ADD_ONS)[::-1], 110),
-        *_row("", ["_arguments", "_findings", "_handles"], 160),
+        *_row("", ["_arguments", "_findings", "_handles", "_tied"], 160),
         *_arrow(480, 228, 480, 252),
         f'<rect class="core" x="{_LEFT}" y="254" width="920" height="262" rx="8"/>',
         *_text(

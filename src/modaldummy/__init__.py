@@ -1,7 +1,7 @@
 """Gradients for the parameters of inactive modalities, for any PyTorch training loop.
 
-A batch without dMRI scans gives the dMRI tower no gradient, at which distributed engines stop or
-go wrong. Wrap the loss, and every parameter gets one::
+If a batch contains no dMRI scans, the dMRI tower gets no gradient, and distributed engines stop or
+compute wrong results. Wrap the loss, and every parameter gets one::
 
     from modaldummy import DummyLossWrapper, hold_inactive
 
@@ -63,7 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at first use: they take a third of the import time, and no step of a training.
+    # Imported at first use: this takes a third of the import time, and training needs neither.
     if name == "diagnose":
         from modaldummy._diagnose import diagnose
 

@@ -35,8 +35,8 @@ def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
     return module._modules
 
 
-def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Parameters that a module holds itself, by name; see `child_modules`."""
+def direct_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Parameters of a module without those of its children, by name; see `child_modules`."""
     return module._parameters
 
 
@@ -156,21 +156,21 @@ def adapters_beside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Modu
             yield other, child
 
 
-def reparametrized(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """What `torch.nn.utils` put in the place of a parameter: path, module and parameter of each.
+def parametrization_of(module: nn.Module, name: str) -> nn.Module | None:
+    """What `torch.nn.utils.parametrize` computes a parameter of a module from, or None."""
+    parametrizations = module._modules.get("parametrizations")
+    return None if parametrizations is None else parametrizations._modules.get(name)
 
-    A reparametrization leaves the tensor that it computes in `module` under the old name.
+
+def renamed_parameters(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """What weight_norm, spectral_norm and pruning made of a parameter: new names and parameters.
+
+    They leave the tensor that they compute in `module` under the old name.
     """
-    all_parts = module._modules.get("parametrizations")
-    if all_parts is not None and (parts := all_parts._modules.get(name)) is not None:
-        for owner_path, owner in parts.named_modules():
-            for own_name, parameter in owner._parameters.items():
-                path = ".".join(filter(None, ("parametrizations", name, owner_path, own_name)))
-                yield path, owner, parameter
-    elif isinstance(vars(module).get(name), Tensor):
+    if isinstance(vars(module).get(name), Tensor):
         for ending in _RENAMED_ENDINGS:
             if (parameter := module._parameters.get(name + ending)) is not None:
-                yield name + ending, module, parameter
+                yield name + ending, parameter
 
 
 # --- DTensor and FSDP2 --------------------------------------------------------------------------

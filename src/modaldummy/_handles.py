@@ -5,7 +5,7 @@ from typing import Self
 
 
 class Handle:
-    """Base of what functions with a lasting effect return; also a context manager.
+    """Base class of handles: `remove()` ends an effect; also a context manager.
 
     Args:
         undo: Ends the effect; called once.

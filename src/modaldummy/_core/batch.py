@@ -212,7 +212,7 @@ class BatchReader:
             if answer is not None:
                 answers[key] = answer
         if len({frozenset(answer) for answer in answers.values()}) > 1:
-            listed = {key: sorted(answer) for key, answer in answers.items()}
+            listed = {k: [m for m in self.modalities if m in names] for k, names in answers.items()}
             raise BatchMetadataError(
                 f"{where} contains contradictory modalities, {listed}. Say under 'modalities' "
                 "which are meant."
@@ -291,11 +291,13 @@ class BatchReader:
 
     def _read_indexes(self, array: Any, where: str) -> set[str]:
         width = len(self.modalities)
-        if not is_integer(array) or array.ndim != 1:
+        is_uint8 = array.dtype in (torch.uint8, np.uint8)
+        if not is_integer(array) or is_uint8 or array.ndim != 1:
+            hint = " Convert uint8 to bool or to int64: it may be a mask." if is_uint8 else ""
             raise BatchMetadataError(
                 f"{where} is {describe(array)}, which names no modality; expected names, a bool "
-                f"mask [{width}] or [B, {width}], or integer indexes [B]. An array of uint8 may be "
-                f"either: convert it to bool or to int64. {self.remedy()}"
+                f"mask [{width}] or [B, {width}], or integer indexes [B].{hint} "
+                f"{self.remedy()}"
             )
         # A masked array of numpy gives None for a hidden element.
         indexes = set(without_broadcast_axes(array).tolist()) - {-1, None}

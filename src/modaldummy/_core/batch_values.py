@@ -12,8 +12,7 @@ from torch import Tensor
 from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
-_SIGNED = {torch.int8, torch.int16, torch.int32, torch.int64}
-_INTEGERS = _SIGNED | {torch.uint16, torch.uint32, torch.uint64}
+_INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)}
 
 
 class Fields(NamedTuple):
@@ -157,7 +156,7 @@ def is_mask(array: Any) -> bool:
 
 
 def is_integer(array: Any) -> bool:
-    """Whether an array of torch or numpy is one of integers; uint8 may also be a mask."""
+    """Whether an array of torch or numpy is one of integers."""
     if isinstance(array, np.ndarray):
-        return array.dtype.kind in "iu" and array.dtype != np.uint8
+        return array.dtype.kind in "iu"
     return array.dtype in _INTEGERS

@@ -15,9 +15,9 @@ def reached_leaves(*tensors: Tensor, follow_dummies: bool = True) -> set[int] | 
 
     Args:
         tensors: Any tensors, with graphs or without.
-        follow_dummies: Whether to follow the edges that exist only to hand out dummy gradients. A
-            `torch.autograd.Function` of this package whose edges are such, but for the first, has
-            a class attribute `only_connects`.
+        follow_dummies: Whether to follow edges that exist only for dummy gradients. A
+            `torch.autograd.Function` of this package with the class attribute `only_connects` has
+            such edges from the second on.
 
     Returns:
         None where the graph does not say: a reentrant checkpoint builds its part during backward.

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any, TypeVar
 
@@ -68,13 +68,12 @@ class CallReader:
             self._bound, self._bound_keywords = loss_fn.args, loss_fn.keywords
             loss_fn = loss_fn.func
         self._signature: inspect.Signature | None = None
-        with contextlib.suppress(ValueError):  # some builtins have none
-            # A module's own signature is that of `__call__`, which names no parameter of `forward`.
-            call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
-            self._signature = inspect.signature(call)
-        self._accepts_keyword = (
-            self._signature is not None and _KEYWORD in self._signature.parameters
-        )
+        self._accepts_keyword = False
+        with contextlib.suppress(ValueError):  # some builtins have no signature
+            self._signature = inspect.signature(loss_fn)
+            # The signature of a module is that of `__call__`, which passes everything to `forward`.
+            forward = inspect.signature(getattr(loss_fn, "forward", loss_fn))
+            self._accepts_keyword = _KEYWORD in {*self._signature.parameters, *forward.parameters}
 
     def pop_keyword(self, kwargs: dict[str, Any]) -> Any:
         """Remove `modalities=` from `kwargs` unless the loss function itself has that parameter."""
@@ -109,11 +108,12 @@ class CallReader:
     def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
         """The modalities that `argument` names, or None and why it could not be read."""
         resolver = self._reader.resolver
-        may_say = may_contain_metadata(argument, self._reader.modalities)
-        if not may_say and (resolver is None or is_data(argument)):
-            return None, " (not asked)"
         if resolver is None:
-            return self._reader.try_read(argument, f"argument `{name}`"), ""
+            if may_contain_metadata(argument, self._reader.modalities):
+                return self._reader.try_read(argument, f"argument `{name}`"), ""
+            return None, " (not asked)"
+        if is_data(argument):
+            return None, " (not asked)"
         try:
             names = resolver(argument)
         except _RESOLVER_ERRORS as error:
@@ -154,7 +154,7 @@ def is_data(argument: object) -> bool:
     return callable(argument) and not hasattr(argument, "keys")
 
 
-def may_contain_metadata(argument: object, modalities: Sequence[str], depth: int = 0) -> bool:
+def may_contain_metadata(argument: Any, modalities: Sequence[str], depth: int = 0) -> bool:
     """Whether an argument of a loss function may contain the modalities of its batch.
 
     Data does not. A collection may, if an item is the name of a modality, a mapping or an object;
@@ -162,12 +162,11 @@ def may_contain_metadata(argument: object, modalities: Sequence[str], depth: int
     """
     if not is_plain_collection(argument):
         return not is_data(argument)
-    items: Collection[Any] = argument  # type: ignore[assignment]  # which was just established
     return depth <= MAX_NESTING and any(
         item in modalities
         if isinstance(item, str)
         else may_contain_metadata(item, modalities, depth + 1)
-        for item in items
+        for item in argument
     )
 
 
@@ -243,8 +242,9 @@ def _locate_loss(result: Any) -> tuple[str | int, Any, str]:
     if isinstance(result, Mapping) and "loss" in result:
         return "loss", result["loss"], "['loss']"
     if hasattr(result, "loss"):
-        is_named_tuple = isinstance(result, tuple) and hasattr(result, "_fields")
-        return result._fields.index("loss") if is_named_tuple else "loss", result.loss, ".loss"
+        fields = getattr(result, "_fields", ())  # of a named tuple
+        place = fields.index("loss") if "loss" in fields else "loss"
+        return place, result.loss, ".loss"
     if isinstance(result, (tuple, list)) and result:
         return 0, result[0], "[0]"
     raise TypeError(

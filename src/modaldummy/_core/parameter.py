@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
-from modaldummy._engines import Uninitialized, own_parameters
+from modaldummy._engines import Uninitialized, direct_parameters
 from modaldummy._errors import ParameterMapError
 
 # The fields of an `OwnedParameter` as a plain tuple. A step makes one for each parameter of the
@@ -19,7 +19,7 @@ class OwnedParameter(NamedTuple):
     Attributes:
         name: Its present full name, with the segments of wrappers such as DDP.
         parameter: The parameter itself.
-        module: The module that holds it directly.
+        module: The module that it is a direct parameter of.
     """
 
     name: str
@@ -33,7 +33,7 @@ def is_sparse_table(entry: ParameterEntry) -> bool:
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or not module.sparse:
         return False
     # A subclass may have further parameters.
-    return parameter is own_parameters(module).get("weight")
+    return parameter is direct_parameters(module).get("weight")
 
 
 def check_connectable(entries: Iterable[ParameterEntry], where: str) -> None:

@@ -147,8 +147,12 @@ class ParameterMap:
                 parameters.setdefault(id(entry[1]), OwnedParameter(*entry))
         return parameters
 
+    def occurrences(self, key: ModalityKey) -> list[OwnedParameter]:
+        """Parameters of one key; a tied one once for each of its names."""
+        return [OwnedParameter(*entry) for entry in self._entries_of(key)]
+
     def parameter_ids(self, key: ModalityKey) -> list[int]:
-        """`id` of each parameter of one key; of a tied one once for each of its names."""
+        """`id` of each of the `occurrences`."""
         return [id(parameter) for _, parameter, _ in self._entries_of(key)]
 
     def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
@@ -163,20 +167,6 @@ class ParameterMap:
                 raise unknown_modality(name, self.modalities, "`modality`")
         keys = [other for other in self.paths if set(_members(other)) == set(names)]
         return {owned.name: owned.parameter for owned in self.of_keys(keys).values()}
-
-    def shared_with_trunk(self) -> set[int]:
-        """`id` of each parameter of the map that also has a name that no key owns.
-
-        Such as the weight of a tower that is tied to an output layer. Walks the whole model.
-        """
-        everything = [entry for key in self.paths for entry in self._entries_of(key)]
-        names = {strip_wrappers(name) for name, _, _ in everything}
-        elsewhere = {
-            id(parameter)
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if strip_wrappers(name) not in names
-        }
-        return elsewhere.intersection(id(parameter) for _, parameter, _ in everything)
 
     def _entries_of(self, key: ModalityKey) -> list[ParameterEntry]:
         everything: list[ParameterEntry] = []

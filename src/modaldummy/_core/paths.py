@@ -6,9 +6,10 @@ from modaldummy._core.parameter import ParameterEntry
 from modaldummy._engines import (
     adapters_beside,
     child_modules,
+    direct_parameters,
     num_wrapper_segments,
-    own_parameters,
-    reparametrized,
+    parametrization_of,
+    renamed_parameters,
     wrapped_modules,
 )
 
@@ -44,11 +45,13 @@ def _find(module: nn.Module, prefix: str, path: list[str]) -> list[ParameterEntr
     entries: list[ParameterEntry] = []
     if (child := child_modules(module).get(head)) is not None:
         entries = _find(child, f"{prefix}{head}.", rest)
-    elif (parameter := own_parameters(module).get(head)) is not None:
+    elif (parameter := direct_parameters(module).get(head)) is not None:
         entries = [] if rest else [(prefix + head, parameter, module)]
+    elif not rest and (parts := parametrization_of(module, head)) is not None:
+        entries = _below(parts, f"{prefix}parametrizations.{head}.")
     elif not rest:
-        parts = reparametrized(module, head)
-        entries = [(prefix + name, part, owner) for name, owner, part in parts]
+        renamed = renamed_parameters(module, head)
+        entries = [(prefix + name, parameter, module) for name, parameter in renamed]
     if entries:
         return entries
     for name, wrapped in wrapped_modules(module):
@@ -70,7 +73,7 @@ def _below(module: nn.Module, prefix: str) -> list[ParameterEntry]:
     entries: list[ParameterEntry] = []
 
     def collect(owner: nn.Module, prefix: str) -> None:
-        for name, parameter in own_parameters(owner).items():
+        for name, parameter in direct_parameters(owner).items():
             if parameter is not None:
                 entries.append((prefix + name, parameter, owner))
         for name, child in child_modules(owner).items():

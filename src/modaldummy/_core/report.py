@@ -73,7 +73,9 @@ class StepReport:
         """
         # Stacked, so that a logger synchronizes with the device once.
         real, dummy, uncapped = torch.stack([self.real, self.dummy, self.uncapped]).tolist()
-        fraction = abs(dummy / real) if real else math.inf if dummy else 0.0
+        fraction = math.inf if dummy else 0.0
+        if real:
+            fraction = abs(dummy / real)
         numbers = {
             "real": real,
             "dummy": dummy,

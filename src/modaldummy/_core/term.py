@@ -14,7 +14,6 @@ from modaldummy._core.reduce import Groups, accumulation_dtype, by_spec, fill_gr
 from modaldummy._engines import (
     ZERO3_REMEDY,
     apply_function,
-    function_of,
     has_zero3_elements,
     is_batched,
     is_transformed,
@@ -226,11 +225,6 @@ def product_without_underflow(value: Tensor, factor: float, dtype: torch.dtype) 
     return product.to(dtype)
 
 
-def is_dummy_term(node: Any) -> bool:
-    """Whether a node of an autograd graph is that of a dummy term."""
-    return function_of(node) is _Connect
-
-
 def _floor(dtype: torch.dtype) -> float:
     """Smallest magnitude that `dtype` represents and that is normal in the accumulation dtype.
 
@@ -267,6 +261,7 @@ class _Connect(torch.autograd.Function):
 
     generate_vmap_rule = True
     only_connects = True  # `graph.reached_leaves` can leave out all edges but the first
+    is_dummy_term = True
 
     @staticmethod
     def forward(value: Tensor, scale: float | None, groups: Groups, *tensors: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The loss wrapper: reads a batch, finds inactive parameters, adds their dummy term to a loss."""
 
 import functools
-import sys
+import math
 from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
@@ -43,8 +43,9 @@ class DummyLossWrapper:
     Args:
         model: Owner of the parameters; bare, or wrapped by DDP, ``torch.compile`` and the like.
         modality_param_map: Modality to what it owns: a dotted path of a module or parameter, a
-            shell glob over full parameter names, a module, a parameter, or an iterable of these. A
-            tuple of modalities, say for a fusion module, is inactive unless all of them are active.
+            shell glob over full parameter names, a module, a parameter, or an iterable of these.
+            They become paths, which are looked up again at each call. A tuple of modalities, say
+            for a fusion module, is inactive unless all of them are active.
         scale: Gradient per element of an inactive parameter for an upstream gradient of 1. ``0.0``
             gives exact zeros. ``None`` keeps parameters in the graph, but their ``.grad`` stays as
             it is.
@@ -65,7 +66,8 @@ class DummyLossWrapper:
         ValueError: ``scale`` or ``max_fraction`` is not a finite number >= 0 or None.
         TypeError: Another argument has the wrong type.
         UnsupportedEngineError: ``model`` contains DDP with ``find_unused_parameters=True``, or
-            with ``static_graph=True`` while the scale is None.
+            with ``static_graph=True`` while the scale is None. ``preflight`` checks a DDP around
+            ``model``.
 
     Note:
         A dummy gradient carries no training signal. SGD moves the parameter by ``lr * scale``, Adam
@@ -292,7 +294,11 @@ class DummyLossWrapper:
 def _check_number(name: str, number: Any) -> float | None:
     if number is None:
         return None
-    is_number = isinstance(number, Real) and not isinstance(number, bool)
-    if is_number and 0 <= number <= sys.float_info.max:
-        return float(number)
+    if isinstance(number, Real) and not isinstance(number, bool):
+        try:
+            value = float(number)
+        except OverflowError:  # an integer beyond all floats
+            value = math.inf
+        if 0 <= value < math.inf:
+            return value
     raise ValueError(f"`{name}` must be a finite number >= 0 or None, got {describe(number)}.")

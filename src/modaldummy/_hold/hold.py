@@ -44,7 +44,8 @@ def hold_inactive(
         optimizer: A torch optimizer that skips parameters without a gradient: all of
             ``torch.optim`` except ``LBFGS``. If it steps another optimizer, pass that one.
         group: The ranks that must agree; all ranks by default. All of them step equally often.
-            Each step costs one all-reduce of one integer per key.
+            Each step costs one all-reduce of one integer per key, and one more for each call of
+            its closure.
 
     Returns:
         A handle. ``remove()``, or the end of its ``with`` block, ends the hold.

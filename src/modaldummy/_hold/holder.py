@@ -21,6 +21,7 @@ from modaldummy._engines import is_sharded, version_of
 from modaldummy._errors import UnsupportedEngineError, first_few
 from modaldummy._hold.dummy_gradients import HeldGradientCheck, may_be_dummy_gradient
 from modaldummy._hold.trained_keys import Flag, TrainedKeys, check_not_capturing
+from modaldummy._tied import shared_with_trunk
 
 
 class WrapperHold:
@@ -51,7 +52,7 @@ class WrapperHold:
         self._holder = holder
         self._group = group
         self._parameters = wrapper.parameters
-        self._shared_with_trunk = self._parameters.shared_with_trunk()
+        self._shared_with_trunk = shared_with_trunk(self._parameters)
         self._gradient_check = HeldGradientCheck()
         keys = list(self._parameters.paths)
         # Gradients that exist already may be those of any key.
@@ -111,8 +112,9 @@ class WrapperHold:
 
         A gradient of one element could be either. If there are no others, it counts as training.
         """
-        owned = self._parameters.of_keys([key])
-        parameters = [owned[i].parameter for i in owned.keys() - self.used_by(trained)]
+        only_this_key = self._parameters.of_keys([key]).keys() - self.used_by(trained)
+        # Other parameters keep old gradients when this optimizer clears its own.
+        parameters = [p for p in self._holder.parameters() if id(p) in only_this_key]
         gradients = [p.grad for p in parameters if p.grad is not None]
         telling = [gradient for gradient in gradients if gradient.numel() > 1]
         return bool(gradients) and not (telling and all(map(may_be_dummy_gradient, telling)))
@@ -195,7 +197,8 @@ class Holder:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.loss_computed.is_set:  # between two steps, so a step that seems to run has raised
+        # A loss was computed since the last step began. A step that still counts as running raised.
+        if self.loss_computed.is_set:
             self._depth = 0
         if self._depth == 0:
             check_not_capturing()
@@ -209,7 +212,7 @@ class Holder:
         return args, kwargs
 
     def _with_gradients(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """The closure with all gradients present before it, and those to be held hidden after."""
+        """The closure; it sees all gradients, and those of held parameters are hidden after it."""
 
         @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
@@ -271,8 +274,9 @@ class Holder:
         if changed:
             raise UnsupportedEngineError(
                 f"{type(optimizer).__name__}, or a hook of its `step()`, has changed held "
-                f"parameters, which have no gradient then: {first_few(map(repr, changed), 3)}. "
-                "Skip parameters without a gradient there, or `remove()` the handle."
+                "parameters, whose gradient is None during the step: "
+                f"{first_few(map(repr, changed), 3)}. Skip parameters without a gradient there, or "
+                "`remove()` the handle."
             )
 
 

@@ -47,9 +47,9 @@ class TrainedKeys:
         self._is_cleared = is_cleared
         # None before the first backward pass, and a new set each time the gradients are cleared.
         self._trained: set[ModalityKey] | None = set(trained) or None
-        # Trained before the gradients were found cleared, since the last step.
+        # Keys that were trained since the last step, and before the gradients were cleared.
         self._trained_before: set[ModalityKey] = set()
-        # Of losses whose backward pass cannot be observed.
+        # These keys were active in losses whose backward pass cannot be observed.
         self._unobserved = {key: Flag() for key in keys}
         self._has_unobserved = Flag()
 
@@ -90,7 +90,7 @@ class TrainedKeys:
         Args:
             has_training_gradient: Gets a key and the trained keys. Returns whether parameters that
                 no trained key owns have gradients of `key` that are more than dummy gradients. It
-                is called for keys that were trained before the gradients were found cleared,
+                is called for keys that were trained before the gradients were cleared,
                 because a training loop may put gradients aside and bring them back.
             group: Ranks that must agree; None for all.
             device: Device of the parameters.

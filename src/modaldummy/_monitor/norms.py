@@ -59,7 +59,9 @@ def gradient_norms(
         full: Measure whole DTensors, not the shards of this rank. All ranks must call then.
 
     Returns:
-        Log key to number.
+        Log key to number. A tuple key reads ``T1-dMRI``. With labels, a parameter without a
+        gradient is left out. Under DDP, a gradient under ``[inactive]`` may be real, from another
+        rank.
 
     Raises:
         RuntimeError: No loss has gone through the wrapper, and ``active`` is not given.

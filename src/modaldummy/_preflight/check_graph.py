@@ -7,10 +7,10 @@ from torch import Tensor
 from modaldummy._core.graph import leaves_of, reached_leaves, reached_nodes
 from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import text_of
-from modaldummy._core.term import is_dummy_term
-from modaldummy._engines import is_sharded
+from modaldummy._engines import function_of, is_sharded
 from modaldummy._findings import Finding, Severity
 from modaldummy._preflight.setup import NamedParameter, Setup
+from modaldummy._tied import shared_with_trunk
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
@@ -77,12 +77,13 @@ def _check_modalities_reached(setup: Setup, reached_ids: set[int]) -> Iterator[F
 
 def _check_inactive_not_reached(setup: Setup, loss: Tensor) -> Iterator[Finding]:
     """MD122; nothing if the loss is not exactly one total, or if compiled code made it."""
-    dummy_nodes = [node for node in reached_nodes([loss.grad_fn]) if is_dummy_term(node)]
+    nodes = reached_nodes([loss.grad_fn])
+    dummy_nodes = [node for node in nodes if getattr(function_of(node), "is_dummy_term", False)]
     if len(dummy_nodes) != 1:
         return
     inactive_ids = leaves_of(reached_nodes(dummy_nodes)) or set()
     reached_ids = reached_leaves(loss, follow_dummies=False) or set()
-    both = (inactive_ids & reached_ids) - setup.wrapper.parameters.shared_with_trunk()
+    both = (inactive_ids & reached_ids) - shared_with_trunk(setup.wrapper.parameters)
     if both:
         keys = ", ".join(map(text_of, setup.keys_of(both)))
         yield Finding(

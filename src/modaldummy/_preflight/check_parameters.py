@@ -11,6 +11,7 @@ from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import local_shard
 from modaldummy._findings import Finding
 from modaldummy._preflight.setup import Setup, has_values
+from modaldummy._tied import shared_with_trunk
 
 
 def check_parameters(setup: Setup) -> Iterator[Finding]:
@@ -128,7 +129,7 @@ def _check_shared_by_keys(setup: Setup) -> Iterator[Finding]:
 
 
 def _check_shared_with_trunk(setup: Setup) -> Iterator[Finding]:
-    if names := setup.names_of(setup.wrapper.parameters.shared_with_trunk()):
+    if names := setup.names_of(shared_with_trunk(setup.wrapper.parameters)):
         yield Finding(
             "MD118",
             "warning",

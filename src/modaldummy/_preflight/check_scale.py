@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.linalg import vector_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._core.reduce import accumulation_dtype, sum_all
@@ -161,7 +162,9 @@ def _total_norm(setup: Setup) -> tuple[float, str]:
     gradients = [local_shard(p.grad) for p in setup.parameters if p.grad is not None]
     dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
     if dense:
-        total_norm = get_total_norm(dense).item()
+        # In a wide dtype: squares of float16 gradients overflow.
+        norms = [vector_norm(g.abs(), dtype=accumulation_dtype([g.dtype])).item() for g in dense]
+        total_norm = math.hypot(*norms)
         if 0 < total_norm < math.inf:
             return total_norm, "gradients"
     return 1.0, "assumed"

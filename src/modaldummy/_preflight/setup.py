@@ -152,5 +152,5 @@ class Setup:
 
 
 def has_values(parameter: Tensor) -> bool:
-    """Whether a parameter has values: it is not on meta, and no lazy module has yet to shape it."""
+    """Whether a parameter has values: it is not on the meta device and is initialized."""
     return not parameter.is_meta and not is_lazy(parameter)

@@ -167,11 +167,11 @@ class DummyLossMixin(_TrainerMethods):
         )
         if active is None:
             return result
-        real, *outputs = result if return_outputs else (result,)
-        check_loss(real, "The loss that `compute_loss` of the Trainer returns")
+        loss, *outputs = result if return_outputs else (result,)
+        check_loss(loss, "The loss that `compute_loss` of the Trainer returns")
         # If nobody divides the losses later, the accumulated batches share one dummy term.
         share = 1.0 if self._is_divided_later(num_items_in_batch) else 1 / self._num_accumulated()
-        total = self.wrapper.add(real, active, share)
+        total = self.wrapper.add(loss, active, share)
         self._added = self.wrapper.last
         return (total, *outputs) if return_outputs else total
 
