@@ -44,14 +44,14 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Files of the core; each imports only files that come after it.
 CORE = {
-    "wrapper": "the shell: one step as a short story",
+    "wrapper": "one step as a short story",
     "loss_function": "wraps a loss function",
     "batch": "which modalities a batch contains",
     "batch_values": "looks into one value of a batch",
     "report": "what a step did",
     "term": "value, cap and gradient",
     "reduce": "sums and fills of many tensors",
-    "triton_kernels": "the same in fused kernels",
+    "triton_kernels": "the sum in fused kernels",
     "parameter_map": "which parameters are inactive",
     "paths": "finds parameters by path",
     "parameter": "one parameter of a modality",

@@ -28,7 +28,7 @@ class HeldGradientCheck:
         self._num_steps_held: Counter[ModalityKey] = Counter()
         self._warned: set[ModalityKey] = set()
 
-    def is_due(self, key: ModalityKey) -> bool:
+    def count_step(self, key: ModalityKey) -> bool:
         """Count a step that holds `key`, and return whether to check its gradients in this step."""
         self._num_steps_held[key] += 1
         num_steps = self._num_steps_held[key]

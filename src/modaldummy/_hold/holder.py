@@ -98,9 +98,10 @@ class WrapperHold:
                 "does. Call `remove()` on the handle, and use scale=0.0."
             )
         self.held = tuple(parameter.name for parameter in to_hold.values())
-        for key in filter(self._gradient_check.is_due, self.untrained):
-            ids = self._parameters.of_keys([key])
-            self._gradient_check.check(key, (to_hold[i] for i in ids if i in to_hold))
+        for key in self.untrained:
+            if self._gradient_check.count_step(key):
+                ids = self._parameters.of_keys([key])
+                self._gradient_check.check(key, (to_hold[i] for i in ids if i in to_hold))
         return to_hold
 
     def _observe(self, step: Step, loss: Tensor) -> None:

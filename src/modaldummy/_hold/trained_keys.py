@@ -75,7 +75,8 @@ class TrainedKeys:
         The gradients are then not finite. Unless someone repairs them, all steps until they are
         cleared are skipped too, so that nothing is held wrongly.
         """
-        self._trained, self._trained_before = None, set()
+        self._trained = None
+        self._trained_before = set()
         for flag in (self._has_unobserved, *self._unobserved.values()):
             flag.is_set = False
 

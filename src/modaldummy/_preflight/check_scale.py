@@ -52,7 +52,7 @@ def _check_scale_not_large(scale: float) -> Iterator[Finding]:
 
 
 def _check_dtypes_represent_scale(setup: Setup, scale: float) -> Iterator[Finding]:
-    # No dtype represents this scale, so each gets its smallest dummy gradient.
+    # `math.ulp(0.0)` is too small for every dtype: this gives the smallest dummy gradient of each.
     gradients = _dummy_gradients(setup, math.ulp(0.0), 1.0)
     smallest = {name: float(gradient.abs()) for name, gradient in gradients.items()}
     raised = {name: number for name, number in smallest.items() if scale < number}
@@ -140,7 +140,8 @@ def _check_max_norm(setup: Setup, scale: float) -> Iterator[Finding]:
         parameter = nn.Parameter(torch.zeros(1, dtype=gradient.dtype))
         parameter.grad = gradient.expand(1).clone()
         clip_grads_with_norm_(parameter, setup.max_norm, torch.tensor(total_norm))
-        zeroed += [] if parameter.grad.any() else [name]
+        if not parameter.grad.any():
+            zeroed.append(name)
     if zeroed:
         yield Finding(
             "MD135",

@@ -126,7 +126,10 @@ def _measure_drifts(
     for copied, parameter in zip(copies, samples, strict=True):
         moved = _root_mean_square(copied.detach() - parameter.detach()) / steps
         size = _root_mean_square(parameter.detach())
-        drifts.append(Drift(moved / rate, moved / size if size else math.inf if moved else 0.0))
+        relative = math.inf if moved else 0.0
+        if size:
+            relative = moved / size
+        drifts.append(Drift(moved / rate, relative))
     return drifts
 
 

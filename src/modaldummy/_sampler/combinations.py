@@ -119,8 +119,10 @@ def count_steps(
         sizes: Number of samples that a step takes from each combination on all ranks.
         drop_last: Whether to drop a last step that is not full.
     """
-    # Rounded down with `drop_last`, else up.
-    steps = [(counts[k] + (0 if drop_last else sizes[k] - 1)) // sizes[k] for k in counts]
+    if drop_last:
+        steps = [counts[combination] // sizes[combination] for combination in counts]
+    else:  # rounded up
+        steps = [-(-counts[combination] // sizes[combination]) for combination in counts]
     if not any(steps):
         needs = (f"{k!r} has {counts[k]} of {sizes[k]}" for k in counts)
         raise ValueError(

@@ -44,8 +44,8 @@ class DummyLossCallback(Callback):
 
     Args:
         wrapper: The wrapper that the loss goes through. By default the callback looks for it among
-            the attributes of the LightningModule and of the modules in it. A loss function there
-            that the wrapper has wrapped will do, too.
+            the attributes of the LightningModule and of the modules in it. A loss function that
+            the wrapper has wrapped counts as well.
         hold: Whether ``hold_inactive`` holds the optimizers during training.
         label: As for ``gradient_norms``.
         prefix: As for ``gradient_norms``.
@@ -82,7 +82,7 @@ class DummyLossCallback(Callback):
         # Of all losses since the last step of each optimizer that has a parameter of the map, by
         # its `id`. They are collected after backward, where no code is compiled.
         self._reports: dict[int, list[StepReport]] = {}
-        self._last: StepReport | None = None  # the newest report that was collected or is old
+        self._last: StepReport | None = None  # the newest report, collected or from before
         self._wrapper_used = False  # whether this training has collected a report
         self._wrapper_bypassed = False  # whether an optimizer stepped without any report
         self._measured = False  # whether `metrics` belong to this batch
@@ -99,9 +99,10 @@ class DummyLossCallback(Callback):
         self._wrapper_used = self._wrapper_bypassed = self._measured = False
         optimizers = [o for o in trainer.optimizers if not owned.isdisjoint(_parameter_ids(o))]
         self._reports = {id(optimizer): [] for optimizer in optimizers}
-        # If no optimizer has a parameter of the map, `hold_inactive` raises and says so.
-        for optimizer in (optimizers or trainer.optimizers[:1]) if self._hold else ():
-            self._handles.append(hold_inactive(wrapper, optimizer))
+        if self._hold:
+            # If no optimizer has a parameter of the map, `hold_inactive` raises and says so.
+            for optimizer in optimizers or trainer.optimizers[:1]:
+                self._handles.append(hold_inactive(wrapper, optimizer))
         self.findings = _findings(trainer, wrapper, model)
         if trainer.is_global_zero:
             log_findings(self.findings, _logger)
