@@ -1,7 +1,7 @@
 """Parameters that a modality and the trunk share."""
 
 from modaldummy._core.parameter_map import ParameterMap
-from modaldummy._core.paths import strip_wrappers
+from modaldummy._core.paths import find_parameters, strip_wrappers
 
 
 def shared_with_trunk(parameters: ParameterMap) -> set[int]:
@@ -9,11 +9,16 @@ def shared_with_trunk(parameters: ParameterMap) -> set[int]:
 
     Such as the weight of a tower that is tied to an output layer. Walks the whole model.
     """
-    occurrences = [owned for key in parameters.paths for owned in parameters.occurrences(key)]
-    names = {strip_wrappers(owned.name) for owned in occurrences}
+    entries = [
+        entry
+        for paths in parameters.paths.values()
+        for path in paths
+        for entry in find_parameters(parameters.model, path)
+    ]
+    owned_names = {strip_wrappers(name) for name, _, _ in entries}
     elsewhere = {
         id(parameter)
         for name, parameter in parameters.model.named_parameters(remove_duplicate=False)
-        if strip_wrappers(name) not in names
+        if strip_wrappers(name) not in owned_names
     }
-    return elsewhere.intersection(id(owned.parameter) for owned in occurrences)
+    return elsewhere & parameters.all().keys()

@@ -207,10 +207,11 @@ class BatchReader:
             return active
         answers: dict[Any, set[str]] = {}
         for key in fields.keys:
-            inner, place = fields_of(fields.get(key)), f"{where}[{key!r}]"
-            answer = None if inner is None else self._read_level(inner, place, depth + 1)
-            if answer is not None:
-                answers[key] = answer
+            inner = fields_of(fields.get(key))
+            if inner is not None:
+                answer = self._read_level(inner, f"{where}[{key!r}]", depth + 1)
+                if answer is not None:
+                    answers[key] = answer
         if len({frozenset(answer) for answer in answers.values()}) > 1:
             listed = {k: [m for m in self.modalities if m in names] for k, names in answers.items()}
             raise BatchMetadataError(

@@ -147,12 +147,8 @@ class ParameterMap:
                 parameters.setdefault(id(entry[1]), OwnedParameter(*entry))
         return parameters
 
-    def occurrences(self, key: ModalityKey) -> list[OwnedParameter]:
-        """Parameters of one key; a tied one once for each of its names."""
-        return [OwnedParameter(*entry) for entry in self._entries_of(key)]
-
     def parameter_ids(self, key: ModalityKey) -> list[int]:
-        """`id` of each of the `occurrences`."""
+        """`id` of each parameter of one key; of a tied one once for each of its names."""
         return [id(parameter) for _, parameter, _ in self._entries_of(key)]
 
     def named_parameters(self, key: ModalityKey) -> dict[str, nn.Parameter]:
