@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import modaldummy
+
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src/modaldummy"
+SOURCE = Path(modaldummy.__file__).parent
 # The one file that may read private attributes of other libraries.
 ENGINES = SOURCE / "_engines.py"
 _NO_CODE = {
