@@ -103,8 +103,8 @@ def recompile_limit(module: nn.Module) -> int:
     from torch._dynamo import config
 
     context = getattr(module, "dynamo_ctx", None)
-    own = getattr(getattr(context, "callback", None), "_recompile_limit", None)
-    return int(own or config.recompile_limit)
+    limit = getattr(getattr(context, "callback", None), "_recompile_limit", None)
+    return int(limit or config.recompile_limit)
 
 
 # --- Names that libraries put into the path of a parameter ---------------------------------------

@@ -108,8 +108,8 @@ def sum_all(
         for spec, indexes in groups.items():
             by_device.setdefault(spec[2], {})[spec] = indexes
         totals = [
-            torch.stack(_sums(tensors, groups_there, dtype, there)).sum().to(device)
-            for there, groups_there in by_device.items()
+            torch.stack(_sums(tensors, own_groups, dtype, own_device)).sum().to(device)
+            for own_device, own_groups in by_device.items()
         ]
         if len(totals) == 1:
             return totals[0]
