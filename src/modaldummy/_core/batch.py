@@ -84,7 +84,7 @@ class BatchReader:
     def __init__(self, modalities: Sequence[str], resolver: Resolver | None = None) -> None:
         if resolver is not None and not callable(resolver):
             raise TypeError(f"`resolver` must be callable or None, got {describe(resolver)}.")
-        self.modalities = tuple(modalities)
+        self.modalities: tuple[str, ...] = tuple(modalities)
         self.resolver = resolver
 
     def read(self, batch: Any) -> set[str]:

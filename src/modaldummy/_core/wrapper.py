@@ -86,8 +86,8 @@ class DummyLossWrapper:
     ) -> None:
         if not isinstance(gradient_only, bool):
             raise TypeError(f"`gradient_only` must be a bool, got {describe(gradient_only)}.")
-        self.parameters = ParameterMap(model, modality_param_map)
-        self.reader = BatchReader(self.parameters.modalities, resolver)
+        self.parameters: ParameterMap = ParameterMap(model, modality_param_map)
+        self.reader: BatchReader = BatchReader(self.parameters.modalities, resolver)
         self._scale = _check_number("scale", scale)
         self._max_fraction = _check_number("max_fraction", max_fraction)
         self._gradient_only = gradient_only

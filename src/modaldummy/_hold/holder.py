@@ -44,11 +44,11 @@ class WrapperHold:
     def __init__(
         self, wrapper: DummyLossWrapper, holder: "Holder", group: "dist.ProcessGroup | None"
     ) -> None:
-        self.wrapper = wrapper
+        self.wrapper: DummyLossWrapper = wrapper
         self.trained: list[ModalityKey] = []
         self.untrained: list[ModalityKey] = []
         self.held: tuple[str, ...] = ()
-        self.ended = False
+        self.ended: bool = False
         self._holder = holder
         self._group = group
         self._parameters = wrapper.parameters
@@ -57,7 +57,7 @@ class WrapperHold:
         keys = list(self._parameters.paths)
         # Gradients that exist already may be those of any key.
         trained = keys if holder.has_gradients() else ()
-        self.trained_keys = TrainedKeys(keys, holder.is_cleared, trained)
+        self.trained_keys: TrainedKeys = TrainedKeys(keys, holder.is_cleared, trained)
         self._unsubscribe = wrapper.subscribe(self._observe)
 
     def end(self) -> None:
@@ -157,7 +157,7 @@ class Holder:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer, self._end_holds)
         self.holds: list[WrapperHold] = []
-        self.loss_computed = Flag()
+        self.loss_computed: Flag = Flag()
         self._hidden: list[_HiddenGradient] = []
         self._others_had_gradients: bool
         # How many calls of `step` are running: the `step` of a subclass may call its parent's.

@@ -13,10 +13,10 @@ from modaldummy._errors import describe, unknown_modality
 
 try:
     from hypothesis import strategies as st
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         "`modaldummy.testing` needs Hypothesis. Install it: pip install modaldummy[testing]"
-    ) from error
+    ) from _error
 
 _MODALITIES = ("T1", "T10", "rsfMRI", "dMRI", "text", "audio")
 
