@@ -106,7 +106,7 @@ def test_a_handle_does_not_keep_its_optimizer() -> None:
     assert handle.held == ()
 
 
-def test_a_loss_may_be_backwarded_after_its_optimizer_is_gone() -> None:
+def test_backward_may_run_after_the_optimizer_is_gone() -> None:
     model = Towers()
     wrapper = model.wrapper()
     optimizer = AdamW(model.parameters())

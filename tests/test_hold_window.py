@@ -41,7 +41,7 @@ def test_a_shared_backward_pass_forgets_nothing_whatever_the_gradients() -> None
     assert handle.held == ()
 
 
-def test_a_loss_that_is_not_backwarded_trains_nothing() -> None:
+def test_a_loss_without_a_backward_pass_trains_nothing() -> None:
     """Such as that of an evaluation with gradient mode on."""
     training = Training()
     training.total(*NAMES)
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_backwarded_trains_nothing() -> None:
     assert training.step() == {"rsfMRI", "dMRI"}
 
 
-def test_a_loss_trains_when_it_is_backwarded_not_when_it_is_made() -> None:
+def test_a_loss_trains_in_its_backward_pass_not_when_it_is_made() -> None:
     training = Training()
     early = training.wrapper.dummy("dMRI")
     training.total("T1").backward()
@@ -149,7 +149,7 @@ def test_a_wrapped_loss_and_a_dummy_alone_are_seen_too() -> None:
 )
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("active", [("T1",), NAMES])
-def test_a_total_is_seen_however_it_is_backwarded(
+def test_a_total_is_seen_however_backward_is_called(
     active: tuple[str, ...], use: Callable[[Tensor], object]
 ) -> None:
     training = Training()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, UnknownModalityError
 from modaldummy._core.parameter_map import Step
 
 
@@ -105,6 +105,12 @@ def test_a_share_is_a_factor_on_the_gradient() -> None:
     model.zero_grad()
     Towers.wrapper(model, scale=None).add(torch.ones((), requires_grad=True), {"a"}, 0.5).backward()
     assert model.b.bias.grad is None
+
+
+@pytest.mark.parametrize("active", [["A"], "a b", {"a", "c"}])
+def test_a_name_that_is_not_in_the_map_is_refused(active: Any) -> None:
+    with pytest.raises(UnknownModalityError, match="`active` names the modality"):
+        Towers().wrapper().add(torch.ones(()), active)
 
 
 def test_settings_can_be_read_and_not_set() -> None:

@@ -71,9 +71,9 @@ class CallReader:
         self._accepts_keyword = False
         with contextlib.suppress(ValueError):  # some builtins have no signature
             self._signature = inspect.signature(loss_fn)
-            # The signature of a module is that of `__call__`, which passes everything to `forward`.
-            forward = inspect.signature(getattr(loss_fn, "forward", loss_fn))
-            self._accepts_keyword = _KEYWORD in {*self._signature.parameters, *forward.parameters}
+            self._accepts_keyword = _KEYWORD in self._signature.parameters
+        if isinstance(loss_fn, nn.Module):  # its `__call__` passes everything to `forward`
+            self._accepts_keyword |= _KEYWORD in inspect.signature(loss_fn.forward).parameters
 
     def pop_keyword(self, kwargs: dict[str, Any]) -> Any:
         """Remove `modalities=` from `kwargs` unless the loss function itself has that parameter."""
@@ -191,7 +191,7 @@ def extract_loss(result: Any) -> Tensor:
     It is the value itself, its item or attribute `loss`, or the first item of a tuple or list.
 
     Raises:
-        TypeError: There is no loss in it.
+        TypeError: `result` contains no loss.
     """
     if isinstance(result, Tensor):
         return check_loss(result, "The return value of `loss_fn`")

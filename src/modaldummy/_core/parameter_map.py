@@ -104,9 +104,11 @@ class ParameterMap:
         that its `inactive_parameters` are all trainable parameters of the map.
 
         Raises:
+            UnknownModalityError: A name in `active` is not a modality of the map.
             ParameterMapError: A path matches nothing any more, or no gradient can reach what it
                 matches.
         """
+        self._check_names(active, "`active`")
         active_keys = self.active_keys(active)
         inactive_keys = tuple(key for key in self.paths if key not in active_keys)
         active_ids: set[int] = set().union(*map(self.parameter_ids, active_keys))
@@ -158,11 +160,14 @@ class ParameterMap:
             UnknownModalityError: The map has no such modality.
         """
         names = _members(key)
-        for name in names:
-            if name not in self.modalities:
-                raise unknown_modality(name, self.modalities, "`modality`")
+        self._check_names(names, "`modality`")
         keys = [other for other in self.paths if set(_members(other)) == set(names)]
         return {owned.name: owned.parameter for owned in self.of_keys(keys).values()}
+
+    def _check_names(self, names: Iterable[str], where: str) -> None:
+        for name in names:
+            if name not in self.modalities:
+                raise unknown_modality(name, self.modalities, where)
 
     def _entries_of(self, key: ModalityKey) -> list[ParameterEntry]:
         everything: list[ParameterEntry] = []

@@ -14,11 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from modaldummy._engines import (
-    PLAIN_TENSORS,
-    is_transformed,
-    without_tensor_subclasses,
-)
+from modaldummy._engines import PLAIN_TENSORS, is_transformed, without_tensor_subclasses
 
 TensorSpec: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 Groups: TypeAlias = dict[TensorSpec, list[int]]

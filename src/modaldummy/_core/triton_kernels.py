@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
+
+from modaldummy._engines import PLAIN_TENSORS
 
 # Elements that one program reads in total, and elements that it reads at once.
 _PIECE = 2**16
@@ -47,7 +49,7 @@ _tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
 
 def takes(tensor: Tensor) -> bool:
     """Whether the kernels can read `tensor`. It must be plain, contiguous and of a known dtype."""
-    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    plain = type(tensor) in PLAIN_TENSORS
     return plain and tensor.dtype in _DTYPES and tensor.is_contiguous() and not tensor.is_neg()
 
 

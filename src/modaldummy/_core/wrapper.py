@@ -227,6 +227,9 @@ class DummyLossWrapper:
 
         Returns:
             What ``total`` returns with gradients enabled; without a loss, what ``dummy`` returns.
+
+        Raises:
+            UnknownModalityError: ``active`` names a modality that is not in the map.
         """
         step = self.parameters.split(active)
         device = self._device(step.inactive_entries) if loss is None else loss.device
