@@ -38,7 +38,7 @@ docs: $(VENV)/.docs
 
 # What would be released, built and tried as users get it, the whole suite included.
 test-wheel: $(VENV)/.dev $(VENV)/.release
-	$(BIN)/python -m tests.check_wheel
+	$(BIN)/python -m tools.check_wheel
 
 # Types as users see them, from outside, by two checkers; brings Node, some 200 MB.
 typing: $(VENV)/.dev $(VENV)/.typing
@@ -48,11 +48,11 @@ typing: $(VENV)/.dev $(VENV)/.typing
 
 # Breaks the core in hundreds of ways and runs its tests on each; about half an hour on 2 cores.
 mutants: $(VENV)/.dev
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tools.mutants
 
 # 100,000 broken logs and batches; about six minutes on one core.
 fuzz: $(VENV)/.dev
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tools.fuzz
 
 # Known vulnerabilities of the pinned packages, from the index's advisories; what it cannot look up is a failure.
 audit: $(AUDIT)/.installed
@@ -63,11 +63,11 @@ figures: $(VENV)/.dev
 	$(BIN)/python -m tools.figures
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tools.soak
 
 # The tables of docs/reference/confusion.md; about two minutes on 2 cores.
 confusion: $(VENV)/.dev
-	$(BIN)/python -m tests.confusion
+	$(BIN)/python -m tools.confusion
 
 # The figures of docs/explanation/cost.md for this machine; about a quarter of an hour on 2 cores.
 bench: $(VENV)/.dev

@@ -38,7 +38,7 @@ import torch
 
 from bench_step import interval
 from ddp import FIND_UNUSED, NAIVE, NAMES, SHAPES, WAYS, Model, check, trainings
-from fleet import Fleet, rank_device
+from from_tests import Fleet, rank_device
 from measure import (
     ALLOCATOR,
     Times,

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from from_tests import OPTIMIZERS
 from measure import environment, result_path, write_csv
 from modaldummy import DummyLossWrapper, hold_inactive
-from optimizers import OPTIMIZERS
 
 LR = 1e-4
 STD = 0.02

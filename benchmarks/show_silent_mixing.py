@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from fleet import Fleet, RankError
+from from_tests import Fleet, RankError
 from measure import environment, result_path, write_csv
 from mixing import ENGINES, HOLDINGS, STEPS, TOWERS, WAYS, measured
 from modaldummy import ModalDummyError

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
-from fleet import Fleet
+from tests.fleet import Fleet
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores

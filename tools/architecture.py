@@ -15,10 +15,11 @@ SOURCE = Path(modaldummy.__file__).parent
 PICTURE = ROOT / "docs/images/design.svg"
 
 # Parts of the package to what they may import, from the bottom to the top.
-_BASE = {"_errors", "_engines", "_core"}
-_ADD_ON = {*_BASE, "_arguments", "_findings", "_handles", "_tied"}
+_BASE = {"_errors", "_numbers", "_engines", "_core"}
+_SHARED = ("_arguments", "_findings", "_group", "_handles", "_optimizers", "_ownership")
+_ADD_ON = {*_BASE, *_SHARED}
 ADD_ONS = {
-    "_diagnose": {"_errors", "_findings", "_core"},
+    "_diagnose": {"_errors", "_numbers", "_findings", "_core"},
     "_monitor": _ADD_ON,
     "_sampler": _ADD_ON,
     "_ranks": _ADD_ON,
@@ -34,11 +35,14 @@ ENTRY_POINTS = {
 ALLOWED: dict[str, set[str]] = {
     "_errors": set(),
     "_engines": {"_errors"},
-    "_core": {"_errors", "_engines"},
+    "_core": {"_errors", "_numbers", "_engines"},
+    "_numbers": {"_errors"},
+    "_group": {"_errors"},
+    "_optimizers": set(),
     "_findings": {"_errors"},
     "_handles": {"_errors"},
     "_arguments": _BASE,
-    "_tied": {"_core"},
+    "_ownership": {"_core"},
     **ADD_ONS,
     **ENTRY_POINTS,
 }
@@ -71,7 +75,10 @@ SAYS = {
     "_arguments": "checks of arguments",
     "_findings": "what checks report",
     "_handles": "undo an effect",
-    "_tied": "what the trunk shares",
+    "_ownership": "who owns a parameter",
+    "_group": "ranks of a group",
+    "_numbers": "checks of numbers",
+    "_optimizers": "what optimizers contain",
     "_engines": "facts about other libraries",
     "_errors": "exceptions, messages",
 }
@@ -119,7 +126,7 @@ def draw() -> str:
         *_row("for users to start", list(ENTRY_POINTS)[::-1], 20),
         *_arrow(480, 88, 480, 112),
         *_row("add-ons, and what they share", list(ADD_ONS)[::-1], 110),
-        *_row("", ["_arguments", "_findings", "_handles", "_tied"], 160),
+        *_row("", list(_SHARED), 160),
         *_arrow(480, 228, 480, 252),
         f'<rect class="core" x="{_LEFT}" y="254" width="920" height="262" rx="8"/>',
         *_text(

@@ -26,6 +26,16 @@ def check_model(model: object) -> None:
         raise TypeError(f"`model` must be a torch.nn.Module or None, got {describe(model)}.")
 
 
+def wrappers_in(model: nn.Module) -> list[DummyLossWrapper]:
+    """Wrappers that the model or a module in it has as an attribute, each once.
+
+    A loss function that a wrapper has wrapped counts as that wrapper.
+    """
+    values = [value for module in model.modules() for value in vars(module).values()]
+    values += [getattr(value, "modaldummy_wrapper", None) for value in values]
+    return list(dict.fromkeys(v for v in values if isinstance(v, DummyLossWrapper)))
+
+
 def called_model(wrapper: DummyLossWrapper, model: nn.Module | None) -> nn.Module:
     """The module that training calls: `model`, or that of the wrapper if it is None.
 

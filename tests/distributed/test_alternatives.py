@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fleet import Fleet
 from modaldummy import DummyLossWrapper, hold_inactive
+from tests.fleet import Fleet
 from tests.holding import NAMES, Towers
 
 ZEROS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fleet import Fleet
 from modaldummy import DummyLossWrapper, UnsupportedEngineError
 from tests.distributed.engines import DDPS, REFUSED, outcome
 from tests.distributed.oracle import MAP, Model, Schedule, batch_of, loss_of, truth
 from tests.distributed.schedules import schedules
+from tests.fleet import Fleet
 
 
 @pytest.mark.parametrize("engine", [name for name in DDPS if "compiled" not in name])

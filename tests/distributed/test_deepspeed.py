@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import AdamW
 
-from fleet import Fleet
 from modaldummy import (
     DummyLossWrapper,
     MissingGradientError,
@@ -34,6 +33,7 @@ from tests.distributed.oracle import (
 )
 from tests.distributed.schedules import schedules
 from tests.distributed.test_table import AGREE, DIFFER, SCALES, rows
+from tests.fleet import Fleet
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed: `make test-deepspeed`", allow_module_level=True)

@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fleet import Fleet, RankError
 from modaldummy import DummyLossWrapper, check_ranks
 from tests.distributed.oracle import MAP, Model, batch_of, loss_of
+from tests.fleet import Fleet, RankError
 
 TIMEOUT = 4  # seconds
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleet import Fleet
 from tests.distributed.engines import AGREEING, FSDPS, needs_averages, outcome
 from tests.distributed.oracle import Schedule
 from tests.distributed.schedules import schedules
+from tests.fleet import Fleet
 
 pytestmark = needs_averages
 

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from fleet import Fleet
 from modaldummy import DummyLossWrapper, hold_inactive
+from tests.fleet import Fleet
 from tests.holding import NAMES, Towers
 
 # What each rank has at each step, in one micro-batch after the other.

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fleet import Fleet
 from modaldummy import RankDisagreementError, check_ranks, preflight
+from tests.fleet import Fleet
 from tests.holding import NAMES
-from tests.preflight_models import Model, mapped
+from tests.preflight.models import Model, mapped
 
 
 def codes(**arguments: Any) -> set[str]:

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from fleet import Fleet, RankError
 from modaldummy import DummyLossWrapper, ModalDummyError, check_ranks
+from tests.fleet import Fleet, RankError
 from tests.holding import NAMES
-from tests.preflight_models import Model, mapped
+from tests.preflight.models import Model, mapped
 
 TIMEOUT = 4  # seconds
 

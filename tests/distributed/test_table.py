@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fleet import Fleet
 from tests.distributed.engines import ENGINES, needs_averages
 from tests.distributed.oracle import Schedule, verdict
+from tests.fleet import Fleet
 
 PAGE = Path(__file__).parents[2] / "docs/explanation/ranks.md"
 HEADER = ["differ, 1e-7", "differ, 0.0", "differ, None", "agree, 1e-7", "agree, 0.0", "agree, None"]

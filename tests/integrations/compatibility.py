@@ -28,8 +28,8 @@ FILES: dict[str, tuple[str, ...]] = {
     "tests/distributed/test_ddp.py": ("torch",),
     "tests/distributed/test_deepspeed.py": ("deepspeed",),
     "tests/distributed/test_fsdp.py": ("torch",),
-    "tests/test_compile.py": ("torch",),
-    "tests/test_peft.py": ("peft",),
+    "tests/core/test_compile.py": ("torch",),
+    "tests/core/test_peft.py": ("peft",),
 }
 # By what is imported; the first that fits. All tests import torch.
 PACKAGES = {

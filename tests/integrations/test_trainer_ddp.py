@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fleet import Fleet
+from tests.fleet import Fleet
 from tests.integrations.trainer_ranks import refused, told, trained
 from tests.integrations.trainers import (
     MODELS,

@@ -1,9 +1,7 @@
 """The loss wrapper: reads a batch, finds inactive parameters, adds their dummy term to a loss."""
 
 import functools
-import math
 from collections.abc import Callable, Collection, Sequence
-from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +15,7 @@ from modaldummy._core.report import StepReport, report_of
 from modaldummy._core.term import dummy_term, term_inputs
 from modaldummy._engines import check_ddps, ddps_around
 from modaldummy._errors import describe
+from modaldummy._numbers import check_bool, check_number
 
 Observer: TypeAlias = Callable[[Step, Tensor], None]
 
@@ -84,13 +83,11 @@ class DummyLossWrapper:
         gradient_only: bool = False,
         resolver: Resolver | None = None,
     ) -> None:
-        if not isinstance(gradient_only, bool):
-            raise TypeError(f"`gradient_only` must be a bool, got {describe(gradient_only)}.")
         self.parameters: ParameterMap = ParameterMap(model, modality_param_map)
         self.reader: BatchReader = BatchReader(self.parameters.modalities, resolver)
-        self._scale = _check_number("scale", scale)
-        self._max_fraction = _check_number("max_fraction", max_fraction)
-        self._gradient_only = gradient_only
+        self._scale = _number_or_none("scale", scale)
+        self._max_fraction = _number_or_none("max_fraction", max_fraction)
+        self._gradient_only = check_bool("gradient_only", gradient_only)
         check_ddps(ddps_around(model.modules(), self.parameters.all()), self._scale)
         self.last: StepReport | None = None
         self._observers: list[Observer] = []
@@ -294,14 +291,5 @@ class DummyLossWrapper:
         return next(self.parameters.model.parameters()).device
 
 
-def _check_number(name: str, number: Any) -> float | None:
-    if number is None:
-        return None
-    if isinstance(number, Real) and not isinstance(number, bool):
-        try:
-            value = float(number)
-        except OverflowError:  # an integer beyond all floats
-            value = math.inf
-        if 0 <= value < math.inf:
-            return value
-    raise ValueError(f"`{name}` must be a finite number >= 0 or None, got {describe(number)}.")
+def _number_or_none(name: str, value: object) -> float | None:
+    return None if value is None else check_number(name, value, alternative=" or None")

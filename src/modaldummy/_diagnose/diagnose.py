@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -16,6 +15,7 @@ from modaldummy._diagnose.history import HistoryFile, Row
 from modaldummy._diagnose.signals import MOST
 from modaldummy._errors import HistoryError, describe
 from modaldummy._findings import Finding, by_severity
+from modaldummy._numbers import check_number
 
 CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
     "loss is finite": loss.finite,
@@ -108,9 +108,8 @@ def examine(
     thresholds: dict[str, Any] | None = None,
 ) -> Diagnosis:
     """As `diagnose`, with what was healthy and what could not be checked."""
-    number = isinstance(scale, Real) and not isinstance(scale, bool)
-    if scale is not None and not (number and 0 <= float(scale) < float("inf")):
-        raise ValueError(f"`scale` must be a finite number >= 0 or None, got {describe(scale)}.")
+    if scale is not None:
+        scale = check_number("scale", scale, alternative=" or None")
     limits = Thresholds.of(thresholds or {})
     if isinstance(history, (str, PathLike)):
         history = HistoryFile(history)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any, TextIO
 
 from modaldummy._diagnose.diagnose import CHECKS, Diagnosis, examine
-from modaldummy._errors import HistoryError
+from modaldummy._errors import HistoryError, first_few
 
 _IGNORED = 5  # names of columns that are shown
 
@@ -86,9 +86,8 @@ def report(path: object, diagnosis: Diagnosis) -> Iterator[str]:
         if lines:
             yield from ("", title, *(f"  {name}: {text}" for name, text in lines.items()))
     if signals.ignored:
-        names = list(signals.ignored)
-        more = f" and {len(names) - _IGNORED} more" if len(names) > _IGNORED else ""
-        yield f"\nColumns without a meaning here: {', '.join(names[:_IGNORED])}{more}"
+        names = first_few(signals.ignored, _IGNORED)
+        yield f"\nColumns without a meaning here: {names}"
     yield f"\n{verdict(diagnosis)}"
 
 

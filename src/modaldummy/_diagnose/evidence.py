@@ -3,15 +3,15 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
 from modaldummy._diagnose.history import Row, in_chunks
 from modaldummy._diagnose.signals import Column, Columns, Signals
-from modaldummy._errors import close_match, describe
+from modaldummy._errors import close_match
 from modaldummy._findings import Finding
+from modaldummy._numbers import check_number
 
 _CHUNK = 4096
 
@@ -53,7 +53,7 @@ class Thresholds:
         """The usual ones but for those that are `given`.
 
         Raises:
-            TypeError: There is no such threshold.
+            TypeError: There is no such threshold, or one is not a number.
             ValueError: One is not a finite number above 0.
         """
         names = [field.name for field in fields(cls)]
@@ -62,11 +62,7 @@ class Thresholds:
                 match = close_match(name, names)
                 hint = f"; did you mean {match!r}?" if match else "."
                 raise TypeError(f"There is no threshold {name!r}{hint} There are: {names}.")
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
-                raise ValueError(
-                    f"`{name}` must be a finite number above 0, got {describe(value)}."
-                )
+            check_number(name, value, positive=True)
         return cls(**given)
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from modaldummy._diagnose.diagnose import Diagnosis
 from modaldummy._diagnose.evidence import Evidence
 from modaldummy._diagnose.signals import Column
+from modaldummy._errors import first_few
 from modaldummy._findings import Finding
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart; shapes help too.
@@ -63,13 +64,12 @@ def _verdict(findings: Sequence[Finding]) -> str:
     if not findings:
         return "Nothing wrong was found."
     lines = []
-    for finding in findings[:_NAMED]:
+    for finding in findings:
         start = finding.evidence.get("first_step")
         told = start is None or "step" in finding.message
         when = "" if told else f" from step {start:g} on"
         lines.append(textwrap.shorten(f"{finding.code}{when}: {finding.message}", 118))
-    more = len(findings) - _NAMED
-    return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
+    return first_few(lines, _NAMED, "\n")
 
 
 def _mark(rows: Sequence[Axes], findings: Sequence[Finding]) -> None:

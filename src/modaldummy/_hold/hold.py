@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._errors import UnsupportedEngineError, describe
+from modaldummy._group import check_group
 from modaldummy._handles import Handle
 from modaldummy._hold.holder import WrapperHold, holder_of
-from modaldummy._ranks.group import check_group
 
 
 def hold_inactive(

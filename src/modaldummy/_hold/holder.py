@@ -21,7 +21,8 @@ from modaldummy._engines import is_sharded, version_of
 from modaldummy._errors import UnsupportedEngineError, first_few
 from modaldummy._hold.dummy_gradients import HeldGradientCheck, may_be_dummy_gradient
 from modaldummy._hold.trained_keys import Flag, TrainedKeys, check_not_capturing
-from modaldummy._tied import shared_with_trunk
+from modaldummy._optimizers import parameters_of
+from modaldummy._ownership import shared_with_trunk
 
 
 class WrapperHold:
@@ -174,8 +175,8 @@ class Holder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that the optimizer has now; none once the optimizer is gone."""
         optimizer = self._optimizer()
-        for group in [] if optimizer is None else optimizer.param_groups:
-            yield from group["params"]
+        if optimizer is not None:
+            yield from parameters_of(optimizer)
 
     def has_any_of(self, parameter_ids: Collection[int]) -> bool:
         """Whether the optimizer has a parameter whose `id` is in `parameter_ids`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._errors import UnsupportedEngineError
-from modaldummy._ranks.group import num_ranks, tensor_device
+from modaldummy._group import num_ranks, tensor_device
 
 # What a rank knows of a key. The ranks agree on the largest number that one of them has.
 _UNKNOWN, _UNTRAINED, _TRAINED = range(3)

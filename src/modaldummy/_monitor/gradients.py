@@ -4,7 +4,6 @@ import functools
 import math
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,8 +16,9 @@ from modaldummy._core.parameter_map import ModalityKey, ParameterMap, text_of
 from modaldummy._core.paths import strip_wrappers
 from modaldummy._core.reduce import Groups, by_spec
 from modaldummy._engines import has_unscaled, local_shard
-from modaldummy._errors import UnsupportedEngineError, describe
+from modaldummy._errors import UnsupportedEngineError
 from modaldummy._monitor.tensor_norms import tensor_norms
+from modaldummy._numbers import check_number
 
 Norms: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
 Rows: TypeAlias = np.ndarray[tuple[int], np.dtype[np.intp]]
@@ -173,12 +173,9 @@ def _loss_factor(scaler: Any, device: torch.device) -> Tensor:
     """The number that the loss was multiplied by, on `device`."""
     if scaler is None:
         return torch.ones((), device=device)
-    if isinstance(scaler, Real) and not isinstance(scaler, bool):
-        if not 0 < float(scaler) < math.inf:
-            raise ValueError(f"`scaler` must be a finite number above 0, got {describe(scaler)}.")
-        return torch.tensor(float(scaler), device=device)
     if not callable(getattr(scaler, "scale", None)):
-        raise TypeError(f"`scaler` must be a GradScaler or a number, got {describe(scaler)}.")
+        number = check_number("scaler", scaler, positive=True, alternative=" or a GradScaler")
+        return torch.tensor(number, device=device)
     if has_unscaled(scaler):
         raise ValueError(
             "`scaler` has unscaled the gradients already. Leave it out, or call `gradient_norms` "

@@ -5,12 +5,12 @@ from collections.abc import Collection
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch.distributed as dist
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import describe
+from modaldummy._group import num_ranks
 from modaldummy._monitor.gradients import Measurement, table_of
 
 Keys: TypeAlias = tuple[ModalityKey, ...]
@@ -87,8 +87,8 @@ def gradient_norms(
     if not label:
         names = {name for batch in batches for name in batch}
         log |= {f"active/{name}": float(name in names) for name in wrapper.modalities}
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        log[f"{prefix}_ranks"] = float(dist.get_world_size())
+    if num_ranks(None) > 1:
+        log[f"{prefix}_ranks"] = float(num_ranks(None))
     return log
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
+from modaldummy._arguments import wrappers_in
 from modaldummy._engines import (
     DDP_MARKS_TWICE,
     DDP_MARKS_TWICE_REMEDY,
@@ -45,11 +46,7 @@ def check_engine(setup: Setup) -> Iterator[Finding]:
 
 
 def _check_unused_parameters(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
-    attributes = (value for module in ddp.modules() for value in vars(module).values())
-    dummy_inside = any(
-        setup.wrapper is value or setup.wrapper is getattr(value, "modaldummy_wrapper", None)
-        for value in attributes
-    )
+    dummy_inside = setup.wrapper in wrappers_in(ddp)
     if ddp_marks_twice(ddp) and not dummy_inside and not is_attached(setup.wrapper, ddp.module):
         evidence = {"model": type(ddp.module).__name__, "find_unused_parameters": True}
         yield Finding("MD101", "error", DDP_MARKS_TWICE, evidence, DDP_MARKS_TWICE_REMEDY)

@@ -9,8 +9,8 @@ from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import function_of, is_sharded
 from modaldummy._findings import Finding, Severity
+from modaldummy._ownership import shared_with_trunk
 from modaldummy._preflight.setup import NamedParameter, Setup
-from modaldummy._tied import shared_with_trunk
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:

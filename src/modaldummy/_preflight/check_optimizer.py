@@ -9,6 +9,7 @@ from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import is_sharded, is_zero_parameter
 from modaldummy._findings import Finding
 from modaldummy._hold import is_held
+from modaldummy._optimizers import optimizers_inside, parameter_ids_of
 from modaldummy._preflight.drift import expected_drift
 from modaldummy._preflight.setup import Setup
 
@@ -50,7 +51,7 @@ def _has_shards_of_gathered(setup: Setup, optimizer: Optimizer) -> bool:
 
 
 def _check_all_optimized(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Finding]:
-    optimized_ids = {i for optimizer in optimizers for i in _parameter_ids(optimizer)}
+    optimized_ids = {i for optimizer in optimizers for i in parameter_ids_of(optimizer)}
     trainable = {
         parameter_id: name
         for parameter_id, (name, parameter) in setup.named_parameters.items()
@@ -71,7 +72,7 @@ def _check_all_optimized(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Ite
 
 def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
     nested = _nested_optimizers(optimizer)
-    if setup.modality_parameters.keys().isdisjoint(_parameter_ids(optimizer)) or any(
+    if setup.modality_parameters.keys().isdisjoint(parameter_ids_of(optimizer)) or any(
         is_held(setup.wrapper, each) for each in nested
     ):
         return
@@ -114,19 +115,15 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
 
 def _nested_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer, the single one that it wraps, the single one that this wraps, and so on."""
-    wrapped = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    wrapped = optimizers_inside(optimizer)
     return [optimizer, *(_nested_optimizers(wrapped[0]) if len(wrapped) == 1 else [])]
-
-
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _check_scaler_gets_gradients(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
     # DDP leaves zeros where backward gives no gradient.
     if setup.scale is not None or not setup.has_grad_scaler or setup.ddps:
         return
-    ids = _parameter_ids(optimizer) & setup.named_parameters.keys()
+    ids = parameter_ids_of(optimizer) & setup.named_parameters.keys()
     trainable_ids = {i for i in ids if setup.named_parameters[i].parameter.requires_grad}
     batches = [[name] for name in setup.wrapper.modalities]
     batches += [[]] if setup.trunk_parameters else []

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import local_shard
 from modaldummy._findings import Finding
+from modaldummy._ownership import shared_with_trunk
 from modaldummy._preflight.setup import Setup, has_values
-from modaldummy._tied import shared_with_trunk
 
 
 def check_parameters(setup: Setup) -> Iterator[Finding]:

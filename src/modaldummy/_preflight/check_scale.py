@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.utils import clip_grads_with_norm_
@@ -14,6 +13,7 @@ from modaldummy._core.reduce import accumulation_dtype, sum_all
 from modaldummy._core.term import product_without_underflow, scalar_loss, term_input
 from modaldummy._engines import local_shard
 from modaldummy._findings import Finding
+from modaldummy._group import num_ranks
 from modaldummy._preflight.setup import Setup, has_values
 
 _LARGE_SCALE = 1e-3
@@ -108,7 +108,7 @@ def _dummy_values(setup: Setup, scale: float) -> dict[tuple[ModalityKey, ...], f
     tensors: dict[tuple[ModalityKey, ...], list[Tensor]] = {}
     for parameter_id, owned in setup.modality_parameters.items():
         if has_values(owned.parameter):
-            tensors.setdefault(setup.owners[parameter_id], []).append(term_input(owned))
+            tensors.setdefault(tuple(setup.owners[parameter_id]), []).append(term_input(owned))
     if not tensors:
         return {}
     dtype = accumulation_dtype(setup.dtypes)
@@ -188,22 +188,22 @@ def _check_loss_factor(setup: Setup, scale: float) -> Iterator[Finding]:
 
 
 def _check_average_over_ranks(setup: Setup, scale: float) -> Iterator[Finding]:
-    num_ranks, steps = _num_ranks(setup), setup.accumulation_steps
+    ranks, steps = _num_ranks(setup), setup.accumulation_steps
     gradients = _dummy_gradients(setup, scale, (setup.loss_factor or 1.0) / steps)
     # DDP multiplies by the inverse, in the dtype of the gradient.
-    zeroed = [name for name, gradient in gradients.items() if not gradient * (1 / num_ranks)]
+    zeroed = [name for name, gradient in gradients.items() if not gradient * (1 / ranks)]
     if zeroed:
         reduced_once = {
-            name: float(gradients[name] * steps * (1 / num_ranks)) * num_ranks for name in zeroed
+            name: float(gradients[name] * steps * (1 / ranks)) * ranks for name in zeroed
         }
         yield Finding(
             "MD137",
             "warning",
-            f"The average over {num_ranks} ranks, with `accumulation_steps={steps}`, rounds dummy "
+            f"The average over {ranks} ranks, with `accumulation_steps={steps}`, rounds dummy "
             f"gradients in {', '.join(zeroed)} to zero.",
             {
                 "dtypes": zeroed,
-                "ranks": num_ranks,
+                "ranks": ranks,
                 "accumulation_steps": steps,
                 "if_reduced_once": reduced_once,
             },
@@ -215,7 +215,7 @@ def _check_average_over_ranks(setup: Setup, scale: float) -> Iterator[Finding]:
 def _num_ranks(setup: Setup) -> int:
     if setup.ddps:
         return int(setup.ddps[0].process_group.size())
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return num_ranks(None)
 
 
 def _dummy_gradients(setup: Setup, scale: float, upstream: float) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Finds what will go wrong in training before it starts."""
 
+import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._core.loss_function import check_loss
 from modaldummy._errors import describe
 from modaldummy._findings import Finding, by_severity
+from modaldummy._numbers import check_int, check_number
 from modaldummy._preflight.check_engine import check_engine
 from modaldummy._preflight.check_graph import check_graph
 from modaldummy._preflight.check_optimizer import check_optimizers
@@ -79,8 +80,8 @@ def preflight(
         loss=loss,
         loss_factor=loss_factor,
         has_grad_scaler=has_grad_scaler,
-        max_norm=None if max_norm is None else _check_positive("max_norm", max_norm, "a number"),
-        accumulation_steps=_check_steps(accumulation_steps),
+        max_norm=_check_max_norm(max_norm),
+        accumulation_steps=check_int("accumulation_steps", accumulation_steps, 1),
     )
     # A trial of an optimizer may draw random numbers.
     devices = {parameter.device for parameter in setup.parameters if parameter.is_cuda}
@@ -110,20 +111,12 @@ def _check_scaler(scaler: Any) -> tuple[float | None, bool]:
         return scaler.get_scale(), scaler.is_enabled()
     if scaler is None:
         return None, False
-    return _check_positive("scaler", scaler, "a torch.amp.GradScaler, a number"), False
+    alternative = ", a torch.amp.GradScaler or None"
+    return check_number("scaler", scaler, positive=True, alternative=alternative), False
 
 
-def _check_positive(name: str, number: Any, accepted: str) -> float:
-    if not isinstance(number, Real) or isinstance(number, bool):
-        raise TypeError(f"`{name}` must be {accepted} or None, got {describe(number)}.")
-    if not float(number) > 0:
-        raise ValueError(f"`{name}` must be positive, got {describe(number)}.")
-    return float(number)
-
-
-def _check_steps(steps: Any) -> int:
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"`accumulation_steps` must be an int, got {describe(steps)}.")
-    if steps < 1:
-        raise ValueError(f"`accumulation_steps` must be 1 or more, got {steps}.")
-    return steps
+def _check_max_norm(max_norm: Any) -> float | None:
+    """The norm to which gradients are clipped; infinity clips none, as None."""
+    if max_norm is None or max_norm == math.inf:
+        return None
+    return check_number("max_norm", max_norm, positive=True, alternative=" or None")

@@ -15,6 +15,7 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import OwnedParameter, is_sparse_table
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._engines import ddps_around, is_fsdp2_unit
+from modaldummy._ownership import owners_of
 
 
 class NamedParameter(NamedTuple):
@@ -88,13 +89,9 @@ class Setup:
         return {key: parameters.of_keys([key]) for key in parameters.paths}
 
     @cached_property
-    def owners(self) -> dict[int, tuple[ModalityKey, ...]]:
+    def owners(self) -> dict[int, list[ModalityKey]]:
         """Keys of the map that own a parameter, in map order, by the `id` of the parameter."""
-        owners: dict[int, tuple[ModalityKey, ...]] = {}
-        for key, owned in self.owned_by_key.items():
-            for parameter_id in owned:
-                owners[parameter_id] = (*owners.get(parameter_id, ()), key)
-        return owners
+        return owners_of(self.wrapper.parameters)
 
     @cached_property
     def modality_parameters(self) -> dict[int, OwnedParameter]:

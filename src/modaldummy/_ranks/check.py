@@ -13,8 +13,8 @@ from modaldummy._arguments import called_model, check_model, check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import RankDisagreementError, UnsupportedEngineError, first_few
+from modaldummy._group import check_group, num_ranks, tensor_device
 from modaldummy._ranks.conflicts import ZERO2_SCALE_NONE
-from modaldummy._ranks.group import check_group, num_ranks, tensor_device
 from modaldummy._ranks.sharding import find_conflicts
 
 # The first byte that a rank sends. The others say which keys of the map are active.

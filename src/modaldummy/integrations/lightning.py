@@ -1,7 +1,6 @@
 """For Lightning: findings before training, gradient norms for the loggers, and the hold."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from modaldummy._arguments import called_model, check_wrapper
+from modaldummy._arguments import called_model, check_wrapper, wrappers_in
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._engines import (
     check_ddp_reduces,
@@ -21,6 +20,7 @@ from modaldummy._engines import (
 from modaldummy._findings import Finding, log_findings
 from modaldummy._hold import HoldHandle, hold_inactive
 from modaldummy._monitor import gradient_norms
+from modaldummy._optimizers import parameter_ids_of, parameters_of
 from modaldummy._preflight import preflight
 from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
 
@@ -97,7 +97,7 @@ class DummyLossCallback(Callback):
             check_ddp_reduces(ddp, wrapper.scale)
         self._wrapper, self._last = wrapper, wrapper.last
         self._wrapper_used = self._wrapper_bypassed = self._measured = False
-        optimizers = [o for o in trainer.optimizers if not owned.isdisjoint(_parameter_ids(o))]
+        optimizers = [o for o in trainer.optimizers if not owned.isdisjoint(parameter_ids_of(o))]
         self._reports = {id(optimizer): [] for optimizer in optimizers}
         if self._hold:
             # If no optimizer has a parameter of the map, `hold_inactive` raises and says so.
@@ -176,15 +176,13 @@ def _wrapper_in(module: LightningModule) -> DummyLossWrapper:
     Raises:
         ValueError: There is none, or there are several.
     """
-    values = [value for part in module.modules() for value in vars(part).values()]
-    values += [getattr(value, "modaldummy_wrapper", None) for value in values]
-    wrappers = {id(value): value for value in values if isinstance(value, DummyLossWrapper)}
+    wrappers = wrappers_in(module)
     if len(wrappers) != 1:
         raise ValueError(
             f"`{type(module).__name__}` must have one DummyLossWrapper among its attributes, got "
             f"{len(wrappers) or 'none'}. Pass the wrapper, `DummyLossCallback(wrapper)`."
         )
-    return next(iter(wrappers.values()))
+    return wrappers[0]
 
 
 def _findings(trainer: Trainer, wrapper: DummyLossWrapper, model: nn.Module) -> list[Finding]:
@@ -203,12 +201,8 @@ def _findings(trainer: Trainer, wrapper: DummyLossWrapper, model: nn.Module) -> 
     return [finding for finding in findings if finding.code != "MD101"]
 
 
-def _parameter_ids(optimizer: Optimizer) -> Iterator[int]:
-    return (id(p) for group in optimizer.param_groups for p in group["params"])
-
-
 def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    return any(p.grad is not None for p in parameters_of(optimizer))
 
 
 def _remaining_loss_scale(trainer: Trainer, optimizer: Optimizer) -> float | None:

@@ -10,6 +10,7 @@ from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import text_of
 from modaldummy._core.reduce import sum_all
 from modaldummy._core.term import term_input
+from modaldummy._ownership import owners_of
 from modaldummy.testing.compare import count_zeros, describe_difference, preserve_state
 
 _MAX_LISTED_SUMS = 5
@@ -153,11 +154,7 @@ def _inactive_ids(wrapper: DummyLossWrapper) -> set[int]:
 
 def _owners(wrapper: DummyLossWrapper) -> dict[int, list[str]]:
     """`id` of each parameter of the map to the keys that own it."""
-    owners: dict[int, list[str]] = {}
-    for key in wrapper.parameters.paths:
-        for parameter_id in wrapper.parameters.of_keys([key]):
-            owners.setdefault(parameter_id, []).append(text_of(key))
-    return owners
+    return {i: list(map(text_of, keys)) for i, keys in owners_of(wrapper.parameters).items()}
 
 
 def _label(name: str, parameter: Tensor, owners: dict[int, list[str]]) -> str:

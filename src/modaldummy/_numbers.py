@@ -1,0 +1,64 @@
+"""Checks of numbers and flags that users pass as arguments."""
+
+import math
+from numbers import Real
+from typing import TypeGuard
+
+from modaldummy._errors import describe
+
+
+def is_number(value: object) -> TypeGuard[Real]:
+    """Whether a value is a real number; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(
+    name: str, value: object, *, positive: bool = False, alternative: str = ""
+) -> float:
+    """`value` as a float: a finite number of at least 0, or above 0 if `positive`.
+
+    Args:
+        name: Name of the argument.
+        value: What was passed.
+        positive: Whether 0 is refused.
+        alternative: What else the caller accepts, for the message, such as ``" or None"``.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is a number outside of this range.
+    """
+    expected = f"`{name}` must be a finite number {'above' if positive else '>='} 0{alternative}"
+    if not is_number(value):
+        raise TypeError(f"{expected}, got {describe(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not 0 <= number < math.inf or (positive and number == 0):
+        raise ValueError(f"{expected}, got {describe(value)}.")
+    return number
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """`value` itself, if it is an int of at least `minimum`.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is below `minimum`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {describe(value)}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be {minimum} or more, got {value}.")
+    return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    """`value` itself, if it is True or False.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool, got {describe(value)}.")
+    return value

@@ -1,0 +1,197 @@
+"""The wrapper inside `torch.compile`: one graph for each active set, and where that ends."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from modaldummy import DummyLossWrapper, active_modalities
+from modaldummy._core.term import dummy_term, product_without_underflow
+from tests.asserts import assert_connected, assert_same_bits
+from tests.zoo import brain, sparse_tables
+
+pytestmark = [
+    # Torch's own compiler makes an instance of the Function that it traces and uses `torch.jit`.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
+
+NO_COMPILER = not any(map(shutil.which, ("c++", "g++", "clang++")))
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor", marks=pytest.mark.skipif(NO_COMPILER, reason="inductor needs a C++ compiler")
+    ),
+]
+SETS = [["T1"], ["dMRI"], [], ["T1", "rsfMRI", "dMRI"]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+FORMS: dict[str, tuple[float | None, bool]] = {
+    "1e-7": (1e-7, False),
+    "gradient only": (1e-7, True),
+    "0.0": (0.0, False),
+    "None": (None, False),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("scale", "gradient_only"), FORMS.values(), ids=FORMS.keys())
+def test_total_compiles_into_one_graph(
+    backend: str, scale: float | None, gradient_only: bool
+) -> None:
+    """Map, batch and report included; gradients and value are those of the eager form."""
+    case = brain()
+    wrapper = case.wrapper(scale, gradient_only=gradient_only)
+
+    def step(weight: Tensor, names: list[str]) -> Tensor:
+        return wrapper.total(weight.square().sum(), names)
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for names in SETS:
+        totals, gradients = [], []
+        for form in (step, compiled):
+            case.model.zero_grad()
+            total = form(torch.ones(2, requires_grad=True), names)
+            total.backward()
+            totals.append(total.detach())
+            gradients.append({name: p.grad for name, p in case.model.named_parameters()})
+            assert wrapper.last is not None
+            assert wrapper.last.active == tuple(names)
+            assert wrapper.last.real == 2
+        assert_same_bits(totals[1], totals[0], "total")
+        for name, expected in gradients[0].items():
+            assert_same_bits(gradients[1][name], expected, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_the_dummy_alone_compiles(backend: str, gradient_only: bool) -> None:
+    case = brain()
+    wrapper = case.wrapper(0.25, gradient_only=gradient_only)
+    torch.compile(wrapper.dummy, backend=backend, fullgraph=True)("T1").backward()
+    inactive = case.inactive({"T1"})
+    assert all(p.grad is not None and (p.grad == 0.25).all() for p in inactive.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_gradients_do_not_underflow(dtype: torch.dtype, backend: str) -> None:
+    """Inductor keeps the choice between product and floor, in one graph."""
+    parameter = nn.Parameter(torch.ones(3, dtype=dtype))
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def loss(weight: Tensor) -> Tensor:
+        real = weight.square().sum()
+        return (real + dummy_term([parameter], 1e-7, loss=real, max_fraction=1e-4).connected) / 4096
+
+    loss(torch.ones(2)).backward()
+    expected = product_without_underflow(torch.tensor(1 / 4096), 1e-7, dtype).expand(3)
+    assert_same_bits(parameter.grad, expected, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_tables_compile(backend: str) -> None:
+    case = sparse_tables()
+    wrapper = case.wrapper()
+    step = torch.compile(lambda real: wrapper.total(real, "a"), backend=backend, fullgraph=True)
+    step(torch.ones((), requires_grad=True)).backward()
+    gradient = case.model.get_parameter("b.weight").grad
+    assert gradient is not None
+    assert gradient.is_sparse
+
+
+def test_a_wrapped_loss_compiles() -> None:
+    case = brain()
+    criterion = torch.compile(
+        case.wrapper()(nn.functional.mse_loss), backend="aot_eager", fullgraph=True
+    )
+    criterion(torch.ones(2), torch.zeros(2), modalities="T1").backward()
+    assert_connected(case.inactive({"T1"}))
+
+
+# --- how many graphs -----------------------------------------------------------------------------
+
+
+def counted(
+    wrapper: DummyLossWrapper, **options: Any
+) -> tuple[Callable[[Any], Tensor], CompileCounterWithBackend]:
+    """A compiled step that takes the batch, and the counter of its graphs."""
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter, fullgraph=True, **options)
+    def step(batch: Any) -> Tensor:
+        return wrapper.total(torch.ones(()), batch)
+
+    return step, counter
+
+
+def test_one_graph_for_each_active_set() -> None:
+    """With the active modalities read outside: their order in the batch does not count."""
+    wrapper = brain().wrapper()
+    step, counter = counted(wrapper)
+    orders: list[list[str]] = [["T1", "dMRI"], ["dMRI", "T1"], ["T1", "T1", "dMRI"], ["rsfMRI"]]
+    for names in orders * 2:
+        step(active_modalities({"modality": names}, wrapper.modalities))
+    assert counter.frame_count == 2
+
+
+def test_names_per_sample_make_one_graph_for_each_sequence() -> None:
+    """Why the documentation says to read them outside."""
+    step, counter = counted(brain().wrapper())
+    for names in (["T1", "dMRI"], ["dMRI", "T1"], ["T1", "T1", "dMRI"]):
+        step({"modality": names})
+    assert counter.frame_count == 3
+
+
+def two_modalities() -> tuple[DummyLossWrapper, list[tuple[str, ...]]]:
+    """A wrapper and all of its active sets."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in "ab"})
+    return DummyLossWrapper(model, {"a": "a", "b": "b"}), [(), ("a",), ("b",), ("a", "b")]
+
+
+def test_the_documented_limit_is_that_of_dynamo() -> None:
+    assert dynamo_config.recompile_limit == 8
+    assert " 8 " in (Path(__file__).parents[2] / "docs/how-to/compile.md").read_text()
+
+
+def test_more_sets_than_the_recompile_limit_fail() -> None:
+    """Under `fullgraph`, at the first set beyond it."""
+    wrapper, sets = two_modalities()
+    step, _ = counted(wrapper)
+    with dynamo_config.patch(recompile_limit=3):
+        for names in sets[:3]:
+            step(names)
+        with pytest.raises(FailOnRecompileLimitHit):
+            step(sets[3])
+
+
+def test_a_limit_of_all_sets_is_enough() -> None:
+    """One of two remedies: 2 to the power of the number of modalities."""
+    wrapper, sets = two_modalities()
+    step, counter = counted(wrapper)
+    with dynamo_config.patch(recompile_limit=2 ** len(wrapper.modalities)):
+        for names in sets * 2:
+            step(names)
+    assert counter.frame_count == 4
+
+
+def test_outside_the_compiled_model_no_set_costs_a_graph() -> None:
+    """The other one: compile the model alone."""
+    wrapper, sets = two_modalities()
+    counter = CompileCounterWithBackend("eager")
+    model = torch.compile(nn.Linear(2, 1), backend=counter, fullgraph=True)
+    for names in sets:
+        wrapper.total(model(torch.ones(1, 2)).sum(), names).backward()
+    assert counter.frame_count == 1
