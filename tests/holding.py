@@ -1,7 +1,9 @@
 """A model to hold, steps to train it, and what it means to be held."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from modaldummy import DummyLossWrapper, HoldHandle, hold_inactive
 from tests.asserts import assert_same_bits
 
 NAMES = ("T1", "rsfMRI", "dMRI")
+ADAMW = partial(AdamW, lr=0.1)
 
 
 class Towers(nn.Module):
@@ -34,19 +37,38 @@ class Towers(nn.Module):
 class Training:
     """A model, its wrapper and optimizer, and which towers the last step held."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        make: Callable[[Iterable[nn.Parameter]], Optimizer] = ADAMW,
+        scale: float | None = 1e-7,
+    ) -> None:
         self.model = Towers()
-        self.optimizer = AdamW(self.model.parameters(), lr=0.1)
-        self.wrapper = self.model.wrapper()
+        self.optimizer: Any = make(self.model.parameters())
+        self.wrapper = self.model.wrapper(scale)
         self.handle = hold_inactive(self.wrapper, self.optimizer)
 
     def total(self, *active: str) -> Tensor:
         return self.wrapper.total(self.model.loss(active), active)
 
+    def backward(self, *active: str) -> None:
+        self.total(*active).backward()
+
     def step(self) -> set[str]:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return towers(self.handle)
+
+    def train(self, steps: Iterable[Iterable[str]]) -> None:
+        """One step for each active set."""
+        train(self.model, self.optimizer, self.wrapper, steps)
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """The parameters of a tower stay as they are, and so does their optimizer state."""
+        parameters = dict(self.model.towers[name].named_parameters())
+        before = snapshot(parameters.values(), self.optimizer)
+        yield
+        assert_untouched(parameters, self.optimizer, before)
 
 
 def towers(handle: HoldHandle) -> set[str]:
@@ -83,6 +105,7 @@ def assert_same_state(actual: Any, expected: Any, name: str) -> None:
 def assert_untouched(
     parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, before: list[tuple[Tensor, Any]]
 ) -> None:
+    """Values and optimizer states are still those of an earlier `snapshot`."""
     for (name, parameter), (value, state) in zip(parameters.items(), before, strict=True):
         assert_same_bits(parameter.detach(), value, name)
         assert_same_state(optimizer.state.get(parameter), state, name)

@@ -1,5 +1,6 @@
-"""Hold on two ranks: what one rank trains moves on both, what no rank trains on neither."""
+"""Hold on two ranks: what one rank trains changes on both, what no rank trains on neither."""
 
+from collections.abc import Iterable
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ from modaldummy import DummyLossWrapper, hold_inactive
 from tests.fleet import Fleet
 from tests.holding import NAMES, Towers
 
-# What each rank has at each step, in one micro-batch after the other.
+# The modalities of each rank in each step, one micro-batch after the other.
 STEPS: list[tuple[list[str], list[str]]] = [
     (["T1"], ["rsfMRI"]),
     (["T1"], ["T1"]),
@@ -31,12 +32,15 @@ MODES: dict[str, dict[str, Any]] = {
 
 class Model(Towers):
     def forward(self, name: str) -> Tensor:
-        output: Tensor = self.trunk(self.towers[name](torch.ones(2, 3)))
-        return output
+        return self.loss([name])
+
+
+def towers_of(held: Iterable[str]) -> set[str]:
+    return {name.split(".")[-2] for name in held}
 
 
 def train(rank: int, mode: str) -> dict[str, Any]:
-    """What each step held, how many reductions it took, and what became of the parameters."""
+    """What each step held, its number of all-reduces, and the parameters after it."""
     model = Model()
     ddp = DistributedDataParallel(model, **MODES[mode])
     wrapper = DummyLossWrapper(ddp, {name: f"towers.{name}" for name in NAMES})
@@ -48,7 +52,7 @@ def train(rank: int, mode: str) -> dict[str, Any]:
         def backward(names: list[str] = batches[rank]) -> Tensor:
             for name in names:
                 ddp.require_backward_grad_sync = name is names[-1]
-                total = wrapper.total(ddp(name).square().mean(), name)
+                total = wrapper.total(ddp(name), name)
                 total.backward()
             return total
 
@@ -59,7 +63,7 @@ def train(rank: int, mode: str) -> dict[str, Any]:
                 backward()
                 optimizer.step()
         optimizer.zero_grad()
-        held.append(sorted({name.split(".")[-2] for name in handle.held}))
+        held.append(towers_of(handle.held))
         reductions.append(reduce.call_count)
         values.append([p.detach().clone() for p in model.parameters()])
     counts = {name: int(optimizer.state[model.towers[name].weight]["step"]) for name in NAMES}
@@ -67,7 +71,7 @@ def train(rank: int, mode: str) -> dict[str, Any]:
 
 
 def alone(rank: int) -> dict[str, Any]:
-    """Each rank trains a model of its own, and asks nobody but itself."""
+    """Each rank trains its own model and decides alone."""
     group = dist.new_subgroups(1)[0]
     other = dist.new_group([0])
     model = Model()
@@ -78,19 +82,19 @@ def alone(rank: int) -> dict[str, Any]:
             hold_inactive(wrapper, optimizer, group=other)
     handle = hold_inactive(wrapper, optimizer, group=group)
     name = NAMES[rank]
-    wrapper.total(model(name).square().mean(), name).backward()
+    wrapper.total(model(name), name).backward()
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
         optimizer.step()
     return {"held": handle.held, "reductions": reduce.call_count}
 
 
-def half_watched(rank: int) -> tuple[str, ...]:
-    """Rank 1 adds no dummy at this step, so that only rank 0 has anything to say."""
+def half_observed(rank: int) -> tuple[str, ...]:
+    """Rank 1 adds no dummy term in this step, so that only rank 0 knows what is trained."""
     model = Model()
     wrapper = model.wrapper()
     optimizer = AdamW(model.parameters(), lr=0.1)
     handle = hold_inactive(wrapper, optimizer)
-    loss = model("T1").square().mean()
+    loss = model("T1")
     (wrapper.total(loss, "T1") if rank == 0 else loss).backward()
     optimizer.step()
     return handle.held
@@ -98,7 +102,7 @@ def half_watched(rank: int) -> tuple[str, ...]:
 
 def sharded_optimizer(rank: int) -> dict[str, Any]:
     """Each rank steps its part of the parameters and sends it to the other."""
-    # Here, since the import warns, and only the ranks do not make errors of warnings.
+    # The import warns. Only in the ranks, warnings are no errors.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = Model()
@@ -107,7 +111,7 @@ def sharded_optimizer(rank: int) -> dict[str, Any]:
     optimizer = ZeroRedundancyOptimizer(ddp.parameters(), AdamW, lr=0.1)
     handle = hold_inactive(wrapper, optimizer)
     name = NAMES[rank]
-    wrapper.total(ddp(name).square().mean(), name).backward()
+    wrapper.total(ddp(name), name).backward()
     optimizer.step()
     return {"held": handle.held, "values": [p.detach().clone() for p in model.parameters()]}
 
@@ -125,7 +129,7 @@ def sharded_parameters(scale: float | None) -> list[tuple[str, ...]]:
     for names in (["T1"], ["T1", "dMRI"]):
         for name in names:
             model.set_requires_gradient_sync(name is names[-1])  # type: ignore[operator]
-            wrapper.total(model(name).square().mean(), name).backward()
+            wrapper.total(model(name), name).backward()
         before = model.towers["rsfMRI"].weight.to_local().clone()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,7 +140,7 @@ def sharded_parameters(scale: float | None) -> list[tuple[str, ...]]:
 
 def everything(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {mode: train(rank, mode) for mode in MODES}
-    for case in (alone, half_watched, sharded_optimizer):
+    for case in (alone, half_observed, sharded_optimizer):
         found[case.__name__] = case(rank)
     for scale in (1e-7, None):
         found[f"sharded_parameters, {scale}"] = sharded_parameters(scale)
@@ -151,12 +155,12 @@ def ranks(two: Fleet) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_agree_on_what_to_hold(ranks: list[dict[str, Any]], mode: str) -> None:
     for found in ranks:
-        assert found[mode]["held"] == [["dMRI"], ["dMRI", "rsfMRI"], [], ["T1", "dMRI"]]
+        assert found[mode]["held"] == [{"dMRI"}, {"dMRI", "rsfMRI"}, set(), {"T1", "dMRI"}]
         assert found[mode]["counts"] == {"T1": 3, "rsfMRI": 3, "dMRI": 1}
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ranks_stay_identical_and_what_is_held_stays(
+def test_ranks_stay_identical_and_only_held_parameters_stay_unchanged(
     ranks: list[dict[str, Any]], mode: str
 ) -> None:
     first, second = (found[mode]["values"] for found in ranks)
@@ -170,7 +174,7 @@ def test_ranks_stay_identical_and_what_is_held_stays(
 
 
 def test_agreement_takes_one_small_reduction(ranks: list[dict[str, Any]]) -> None:
-    """With a closure one before it, for what it finds, and one after it."""
+    """With a closure, one before it and one after it."""
     for found in ranks:
         assert found["DDP"]["reductions"] == [1] * len(STEPS)
         assert found["DDP, closure"]["reductions"] == [2] * len(STEPS)
@@ -178,8 +182,7 @@ def test_agreement_takes_one_small_reduction(ranks: list[dict[str, Any]]) -> Non
 
 def test_a_group_of_one_rank_decides_alone(ranks: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(ranks):
-        towers = {name.split(".")[1] for name in found["alone"]["held"]}
-        assert towers == set(NAMES) - {NAMES[rank]}
+        assert towers_of(found["alone"]["held"]) == set(NAMES) - {NAMES[rank]}
         assert found["alone"]["reductions"] == 0
 
 
@@ -187,7 +190,7 @@ def test_a_rank_without_a_loss_of_the_wrapper_follows_the_others(
     ranks: list[dict[str, Any]],
 ) -> None:
     for found in ranks:
-        assert {name.split(".")[1] for name in found["half_watched"]} == {"rsfMRI", "dMRI"}
+        assert towers_of(found["half_observed"]) == {"rsfMRI", "dMRI"}
 
 
 def test_an_optimizer_that_shards_its_state_holds(ranks: list[dict[str, Any]]) -> None:
@@ -196,16 +199,14 @@ def test_an_optimizer_that_shards_its_state_holds(ranks: list[dict[str, Any]]) -
     for (name, start), value in zip(Model().named_parameters(), values[0], strict=True):
         assert torch.equal(start, value) == ("dMRI" in name), name
     for found in ranks:
-        assert {n.split(".")[1] for n in found["sharded_optimizer"]["held"]} == {"dMRI"}
+        assert towers_of(found["sharded_optimizer"]["held"]) == {"dMRI"}
 
 
 @pytest.mark.parametrize("scale", [1e-7, None])
-def test_sharded_parameters_are_held_and_gradients_kept_back_count(
+def test_sharded_parameters_are_held_also_before_their_gradients_are_reduced(
     ranks: list[dict[str, Any]], scale: float | None
 ) -> None:
-    """FSDP2 shows no gradient until it has reduced it, which does not mean that it was cleared."""
+    """FSDP2 stores gradients elsewhere until it reduces them. None does not mean cleared then."""
     for found in ranks:
-        steps = found[f"sharded_parameters, {scale}"]
-        first, second = ({name.split(".")[1] for name in held} for held in steps)
-        assert first == {"rsfMRI", "dMRI"}
-        assert second == {"rsfMRI"}
+        first, second = map(towers_of, found[f"sharded_parameters, {scale}"])
+        assert (first, second) == ({"rsfMRI", "dMRI"}, {"rsfMRI"})

@@ -1,4 +1,4 @@
-"""Hold with compiled losses and steps: the same parameters, and no graph more."""
+"""Hold with compiled losses and steps: the same parameters, and no additional graphs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,17 +42,17 @@ def test_compiled_code_holds_too(what: str) -> None:
         torch.testing.assert_close(parameter, twin)
 
 
-def test_accumulation_needs_no_graphs_of_its_own() -> None:
-    """One for each active set, whatever earlier micro-batches held."""
+def test_accumulation_needs_no_additional_graphs() -> None:
+    """One graph for each active set, whatever earlier micro-batches contained."""
     torch.compiler.reset()
     training = Training()
     counter = CompileCounterWithBackend("eager")
     total = torch.compile(training.wrapper.total, backend=counter, fullgraph=True)
-    windows = [["T1"], ["dMRI", "T1"], ["T1", "dMRI", "rsfMRI"], ["rsfMRI", "T1"], ["dMRI"]]
-    for window in windows:
-        for name in window:
+    steps = [["T1"], ["dMRI", "T1"], ["T1", "dMRI", "rsfMRI"], ["rsfMRI", "T1"], ["dMRI"]]
+    for names in steps:
+        for name in names:
             total(training.model.loss([name]), name).backward()
-        assert training.step() == set(NAMES) - set(window)
+        assert training.step() == set(NAMES) - set(names)
     assert counter.frame_count == len(NAMES)
 
 

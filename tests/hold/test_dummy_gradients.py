@@ -1,7 +1,8 @@
-"""Hold warns where it holds what was trained after all, as behind a misspelt name."""
+"""The hold recognizes dummy gradients by their values, and warns if it holds others."""
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from modaldummy import DummyLossWrapper, HoldHandle, hold_inactive
-from tests.holding import NAMES, Towers, train
+from modaldummy._hold.dummy_gradients import may_be_dummy_gradient
+from tests.holding import NAMES, Towers, Training
 
 
 class Case:
@@ -34,7 +36,7 @@ class Case:
 
 
 @pytest.mark.parametrize("scale", [1e-7, 0.0, None])
-def test_a_misspelt_name_is_warned_of_once(scale: float | None) -> None:
+def test_a_misspelt_name_gives_one_warning(scale: float | None) -> None:
     case = Case("dmri", scale)
     both = ("T1", "dMRI")
     (message,) = case.step(case.model.loss(both), *both)
@@ -44,7 +46,7 @@ def test_a_misspelt_name_is_warned_of_once(scale: float | None) -> None:
     assert [case.step(case.model.loss(both), *both) for _ in range(8)] == [[]] * 8
 
 
-def test_a_loss_without_the_wrapper_is_warned_of() -> None:
+def test_a_loss_without_the_wrapper_gives_a_warning() -> None:
     case = Case()
     case.model.loss(["dMRI"]).backward()
     (message,) = case.step(case.model.loss(["T1"]), "T1")
@@ -52,15 +54,15 @@ def test_a_loss_without_the_wrapper_is_warned_of() -> None:
     assert "A loss without the wrapper" in message
 
 
-def test_gradients_are_looked_at_more_than_once() -> None:
-    """At steps that hold a modality for the 1st, 2nd, 4th, 8th... time."""
+def test_gradients_are_checked_more_than_once() -> None:
+    """In steps that hold a modality for the 1st, 2nd, 4th, 8th... time."""
     case = Case()
     seen = [case.step(case.model.loss(["T1"]), "T1") for _ in range(5)]
     seen += [case.step(case.model.loss(["T1", "dMRI"]), "T1") for _ in range(4)]
     assert [len(messages) for messages in seen] == [0, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
-def test_each_modality_is_warned_of() -> None:
+def test_each_modality_gives_a_warning() -> None:
     case = Case()
     messages = case.step(case.model.loss(NAMES), "T1")
     assert ["holds rsfMRI," in messages[0], "holds dMRI," in messages[1]] == [True, True]
@@ -80,10 +82,10 @@ def multiply(model: Towers) -> None:
 @pytest.mark.parametrize("change", [clip, multiply, lambda model: None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-7, 0.0, None])
-def test_dummies_are_not_warned_of(
+def test_dummy_gradients_give_no_warning(
     scale: float | None, dtype: torch.dtype, change: Callable[[Towers], None]
 ) -> None:
-    """Added up, clipped or multiplied; any warning fails a test."""
+    """Also if they are added up, clipped or multiplied. Warnings are errors."""
     model = Towers().to(dtype)
     wrapper = model.wrapper(scale)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -99,21 +101,41 @@ def test_dummies_are_not_warned_of(
 
 
 @pytest.mark.parametrize(("spread", "warns"), [(2**-8, False), (1 / 17, False), (1 / 15, True)])
-def test_rounding_is_not_warned_of(spread: float, warns: bool) -> None:
-    """As where the dummies of several ranks differ, and are added up in another order."""
+def test_rounding_gives_no_warning(spread: float, warns: bool) -> None:
+    """As where several ranks have different dummy gradients, and add them up in another order."""
     case = Case()
     bias = case.model.towers["dMRI"].bias
     bias.register_hook(lambda gradient: gradient * torch.tensor([1.0, 1.0, 1.0, 1 + spread]))
     assert bool(case.step(case.model.loss(["T1"]), "T1")) == warns
 
 
-def test_what_is_left_of_real_gradients_is_not_warned_of() -> None:
-    """`zero_grad(set_to_none=False)` leaves zeros, which may be those of dummies."""
-    model = Towers()
-    wrapper, optimizer = model.wrapper(), SGD(model.parameters(), lr=0.1)
-    hold_inactive(wrapper, optimizer)
-    train(model, optimizer, wrapper, [NAMES])
-    for _ in range(3):
-        wrapper.total(model.loss(["T1"]), "T1").backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+def test_zeros_in_place_of_real_gradients_give_no_warning() -> None:
+    """`zero_grad(set_to_none=False)` leaves zeros, which may be those of dummy gradients."""
+    training = Training(partial(SGD, lr=0.1))
+    for active in (NAMES, ["T1"], ["T1"]):
+        training.backward(*active)
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "uniform"),
+    [
+        (torch.full((2, 3), 1e-7), True),
+        (torch.full((), 1e-7).expand(3, 2), True),
+        (torch.zeros(0), True),
+        (torch.tensor([1e-7, 2e-7]), False),
+        (torch.tensor([1e-7, 1.0000001e-7]), False),
+        (torch.full((2,), float("nan")), False),
+        (torch.full((2,), 1e-7, dtype=torch.complex64), True),
+    ],
+)
+def test_dummy_gradients_are_the_same_everywhere(gradient: Tensor, uniform: bool) -> None:
+    assert may_be_dummy_gradient(gradient) == uniform
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_sparse_dummy_gradient_is_empty(rows: int) -> None:
+    indices = torch.zeros(1, rows, dtype=torch.long)
+    gradient = torch.sparse_coo_tensor(indices, torch.ones(rows, 2), (3, 2), check_invariants=True)
+    assert may_be_dummy_gradient(gradient) == (rows == 0)

@@ -1,20 +1,17 @@
-"""Hold: what no batch has trained stays exactly as it is; all else goes on as without a hold."""
+"""Hold: the optimizer leaves untrained parameters exactly as they are, and trains all others."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.optim import SGD, Adam, AdamW
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam, AdamW
 
-from modaldummy import attach_to_outputs, hold_inactive
-from modaldummy._hold.dummy_gradients import may_be_dummy_gradient
-from tests.holding import (
-    NAMES,
-    Towers,
-    assert_same_training,
-    assert_untouched,
-    snapshot,
-    train,
-)
+from modaldummy import DummyLossWrapper, UnsupportedEngineError, hold_inactive
+from modaldummy._hold import is_held
+from tests.holding import NAMES, Towers, Training, assert_same_training, towers, train
 from tests.optimizers import OPTIMIZERS, Make
 
 VARIANTS: dict[str, Make] = OPTIMIZERS | {
@@ -25,96 +22,89 @@ VARIANTS: dict[str, Make] = OPTIMIZERS | {
 }
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_every_optimizer_leaves_an_inactive_modality_alone(kind: str, warm: bool) -> None:
-    """Value, state and step counter, whether the optimizer has ever seen it or not."""
-    model = Towers()
-    optimizer = VARIANTS[kind](list(model.parameters()), 0.01)
-    wrapper = model.wrapper()
-    handle = hold_inactive(wrapper, optimizer)
-    train(model, optimizer, wrapper, [NAMES] * 3 if warm else [])
-    held = {f"towers.dMRI.{name}": p for name, p in model.towers["dMRI"].named_parameters()}
-    before = snapshot(held.values(), optimizer)
-    others = snapshot(model.trunk.parameters(), optimizer)
-    train(model, optimizer, wrapper, [["T1"], ["T1", "rsfMRI"]] * 2)
-    assert_untouched(held, optimizer, before)
-    owned = {p for group in optimizer.param_groups for p in group["params"]}
-    expected = {name for name, parameter in held.items() if parameter in owned}
-    assert {name for name in handle.held if "rsfMRI" not in name} == expected
-    assert not torch.equal(others[0][0], model.trunk.weight)
+def test_training_is_that_without_a_dummy_term(kind: str) -> None:
+    """Values and optimizer states are bit for bit the same, cold and warm ones."""
+    plain, ours = Towers(), Training(lambda parameters: VARIANTS[kind](list(parameters), 0.01))
+    optimizer = VARIANTS[kind](list(plain.parameters()), 0.01)
+    steps = [["T1"], NAMES, ["rsfMRI"], ["T1", "dMRI"], ["rsfMRI"], ["T1"]]
+    train(plain, optimizer, None, steps)
+    ours.train(steps)
+    assert_same_training(ours.model, ours.optimizer, plain, optimizer)
 
 
-def test_removing_the_handle_lets_the_optimizer_go() -> None:
-    """Adam then makes steps of a learning rate out of 1e-7, as it does without a hold."""
-    model = Towers()
-    optimizer = AdamW(model.parameters(), lr=0.01)
-    wrapper = model.wrapper()
-    before = snapshot(model.towers["dMRI"].parameters(), optimizer)
-    with hold_inactive(wrapper, optimizer) as handle:
-        train(model, optimizer, wrapper, [["T1"]] * 10)
-        assert_untouched(dict(model.towers["dMRI"].named_parameters()), optimizer, before)
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_with_overflows_is_that_without_a_dummy_term(fused: bool) -> None:
+    plain, ours = Towers(), Training(lambda parameters: AdamW(parameters, lr=0.1, fused=fused))
+    optimizer = AdamW(plain.parameters(), lr=0.1, fused=fused)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2)]
+    for active, factor in ((NAMES, 1.0), (["T1", "rsfMRI"], float("inf")), (["T1"], 1.0)):
+        losses = plain.loss(active), ours.total(*active)
+        for scaler, one, loss in zip(scalers, (optimizer, ours.optimizer), losses, strict=True):
+            one.zero_grad()  # between forward and backward, as in many loops
+            scaler.scale(loss * factor).backward()
+            scaler.step(one)
+            scaler.update()
+    assert_same_training(ours.model, ours.optimizer, plain, optimizer)
+    states = [ours.optimizer.state[tower.weight] for tower in ours.model.towers.values()]
+    assert [int(state["step"]) for state in states] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_grad_scaler_skipped(fused: bool, set_to_none: bool) -> None:
+    """A modality that was active only in a step with an overflow is held in the next step."""
+    training = Training(lambda parameters: AdamW(parameters, lr=0.1, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for active, factor in ((NAMES, 1.0), (["T1", "rsfMRI"], float("inf")), (["T1"], 1.0)):
+        scaler.scale(training.total(*active) * factor).backward()
+        scaler.step(training.optimizer)
+        scaler.update()
+        training.optimizer.zero_grad(set_to_none)
+    # With zeros in place of None, nobody can tell that the gradients were cleared.
+    cleared = fused or set_to_none
+    assert towers(training.handle) == ({"rsfMRI", "dMRI"} if cleared else {"dMRI"})
+
+
+def test_removing_the_handle_ends_the_hold() -> None:
+    """Adam then turns a gradient of 1e-7 into steps of a learning rate."""
+    training = Training()
+    weight = training.model.towers["dMRI"].weight
+    before = weight.detach().clone()
+    with training.holding("dMRI"), training.handle as handle:
+        assert repr(handle) == "<HoldHandle of AdamW, in effect>"
+        assert is_held(training.wrapper, training.optimizer)
+        training.train([["T1"]] * 10)
     for _ in range(2):
         handle.remove()
-    assert wrapper._observers == []
-    train(model, optimizer, wrapper, [["T1"]] * 10)
-    moved = (before[0][0] - model.towers["dMRI"].weight).abs()
-    assert moved.min() > 8 * 0.01
-
-
-def test_the_repr_of_a_handle_says_what_it_acts_on() -> None:
-    model = Towers()
-    wrapper = model.wrapper()
-    hold = hold_inactive(wrapper, AdamW(model.parameters()))
-    attached = attach_to_outputs(wrapper, model)
-    assert repr(hold) == "<HoldHandle of AdamW, in effect>"
-    assert repr(attached) == "<AttachHandle of Towers, in effect>"
-    hold.remove()
-    attached.remove()
-    assert repr(hold) == "<HoldHandle of AdamW, removed>"
-    assert repr(attached) == "<AttachHandle of Towers, removed>"
+    assert repr(handle) == "<HoldHandle of AdamW, removed>"
+    assert not training.wrapper._observers
+    assert not is_held(training.wrapper, training.optimizer)
+    training.train([["T1"]] * 10)
+    assert (before - weight).abs().min() > 8 * 0.1
 
 
 def test_a_handle_shows_only_what_users_need() -> None:
-    model = Towers()
-    handle = hold_inactive(model.wrapper(), AdamW(model.parameters()))
-    public = {name for name in dir(handle) if not name.startswith("_")}
+    public = {name for name in dir(Training().handle) if not name.startswith("_")}
     assert public == {"held", "remove", "removed"}
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_training_is_that_without_a_dummy(kind: str) -> None:
-    """The optimizer sees the gradients that it would have seen: bit for bit the same parameters."""
-    plain, ours = Towers(), Towers()
-    steps = [["T1"], NAMES, ["rsfMRI"], ["T1", "dMRI"], ["rsfMRI"], ["T1"]]
-    plain_optimizer = VARIANTS[kind](list(plain.parameters()), 0.01)
-    optimizer = VARIANTS[kind](list(ours.parameters()), 0.01)
-    wrapper = ours.wrapper()
-    hold_inactive(wrapper, optimizer)
-    train(plain, plain_optimizer, None, steps)
-    train(ours, optimizer, wrapper, steps)
-    assert_same_training(ours, optimizer, plain, plain_optimizer)
-
-
-def test_gradients_are_there_for_everyone_but_the_optimizer() -> None:
+def test_only_the_optimizer_sees_no_gradients() -> None:
     """Hooks of backward see them, and after the step they are the same tensors as before."""
-    model = Towers()
-    optimizer = Adam(model.parameters())
-    wrapper = model.wrapper()
-    hold_inactive(wrapper, optimizer)
-    weight = model.towers["dMRI"].weight
+    training = Training()
+    weight = training.model.towers["dMRI"].weight
     seen: list[Tensor | None] = []
     weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
-    optimizer.register_step_pre_hook(lambda *_: seen.append(weight.grad))
-    wrapper.total(model.loss(["T1"]), ["T1"]).backward()
+    training.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.grad))
+    training.backward("T1")
     gradient = weight.grad
-    optimizer.step()
+    training.optimizer.step()
     assert seen == [gradient, None]
     assert weight.grad is gradient is not None
     assert torch.equal(gradient, torch.full_like(weight, 1e-7))
 
 
-def test_gradients_are_there_after_a_step_that_held_everything() -> None:
+def test_gradients_exist_after_a_step_that_held_everything() -> None:
     model = Towers()
     optimizer = Adam(model.towers["dMRI"].parameters())
     wrapper = model.wrapper()
@@ -126,67 +116,104 @@ def test_gradients_are_there_after_a_step_that_held_everything() -> None:
     assert all(one is other is not None for one, other in zip(gradients, after, strict=True))
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_grad_scaler_skipped(fused: bool, set_to_none: bool) -> None:
-    """What was active only in a step that overflowed is held in the next."""
-    model = Towers()
-    optimizer = AdamW(model.parameters(), lr=0.1, fused=fused)
-    wrapper = model.wrapper()
+# --- the trunk --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["trunk, dMRI", "dMRI, trunk"])
+def test_what_the_trunk_shares_is_never_held(order: str) -> None:
+    """Such as a norm, whichever of its names comes first in the model."""
+    norm = nn.LayerNorm(3)
+    model: Any = nn.ModuleDict({"T1": nn.Linear(3, 3)})
+    model.update({name: nn.Sequential(nn.Linear(3, 3), norm) for name in order.split(", ")})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = SGD(model.parameters(), lr=0.1)
     handle = hold_inactive(wrapper, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    held = []
-    for active, factor in ((NAMES, 1.0), (["T1", "rsfMRI"], float("inf")), (["T1"], 1.0)):
-        scaler.scale(wrapper.total(model.loss(active) * factor, active)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none)
-        held.append({name.split(".")[1] for name in handle.held})
-    assert held[0] == set()
-    # With zeros in place of None nobody can tell that the gradients were cleared.
-    assert held[2] == ({"dMRI"} if not fused and not set_to_none else {"rsfMRI", "dMRI"})
+    before = norm.weight.detach().clone()
+    wrapper.total(model["trunk"](model["T1"](torch.ones(1, 3))).square().mean(), "T1").backward()
+    optimizer.step()
+    assert handle.held == ("dMRI.0.weight", "dMRI.0.bias")
+    assert not torch.equal(before, norm.weight)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_training_with_overflows_is_that_without_a_dummy(fused: bool) -> None:
-    plain, ours = Towers(), Towers()
-    wrapper = ours.wrapper()
-    optimizers = []
-    for model in (plain, ours):
-        optimizer = AdamW(model.parameters(), lr=0.1, fused=fused)
-        optimizers.append(optimizer)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        if model is ours:
-            hold_inactive(wrapper, optimizer)
-        for active, factor in ((NAMES, 1.0), (["T1", "rsfMRI"], float("inf")), (["T1"], 1.0)):
-            loss = model.loss(active) * factor
-            total = wrapper.total(loss, active) if model is ours else loss
-            optimizer.zero_grad()  # between forward and backward, as many loops have it
-            scaler.scale(total).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    assert_same_training(ours, optimizers[1], plain, optimizers[0])
-    assert [int(optimizers[1].state[t.weight]["step"]) for t in ours.towers.values()] == [2, 1, 1]
+def test_a_module_in_two_places_of_a_tower_is_held() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleDict({"T1": nn.Linear(3, 3), "dMRI": nn.Sequential(layer, layer)})
+    wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    wrapper.total(model["T1"](torch.ones(1, 3)).mean(), "T1").backward()
+    optimizer.step()
+    assert handle.held == ("dMRI.0.weight", "dMRI.0.bias")
 
 
-@pytest.mark.parametrize(
-    ("gradient", "uniform"),
-    [
-        (torch.full((2, 3), 1e-7), True),
-        (torch.full((), 1e-7).expand(3, 2), True),
-        (torch.zeros(0), True),
-        (torch.tensor([1e-7, 2e-7]), False),
-        (torch.tensor([1e-7, 1.0000001e-7]), False),
-        (torch.full((2,), float("nan")), False),
-        (torch.full((2,), 1e-7, dtype=torch.complex64), True),
-    ],
-)
-def test_dummies_alone_are_uniform(gradient: torch.Tensor, uniform: bool) -> None:
-    assert may_be_dummy_gradient(gradient) == uniform
+# --- what is refused --------------------------------------------------------------------------
+
+MODEL = Towers()
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
+    "several optimizers": (
+        lambda: [AdamW(MODEL.parameters())],
+        TypeError,
+        ["`optimizer`", "torch.optim.Optimizer", "list", "once for each"],
+    ),
+    "parameters of another model": (
+        lambda: AdamW(Towers().parameters()),
+        ValueError,
+        ["AdamW", "no parameter", "'T1', 'rsfMRI', 'dMRI'", "moved or sharded"],
+    ),
+    "L-BFGS": (
+        lambda: LBFGS(MODEL.parameters()),
+        UnsupportedEngineError,
+        ["LBFGS", "one direction", "another optimizer"],
+    ),
+    "fused SGD with momentum in one group": (
+        lambda: SGD(
+            [
+                {"params": MODEL.trunk.parameters()},
+                {"params": MODEL.towers.parameters(), "momentum": 0.9},
+            ],
+            fused=True,
+        ),
+        UnsupportedEngineError,
+        ["`fused=True` and momentum", "foreach=True"],
+    ),
+    "an optimizer around another": (
+        lambda: Accelerator(cpu=True).prepare(AdamW(MODEL.parameters())),
+        TypeError,
+        ["AcceleratedOptimizer", "no step hooks", "`optimizer.optimizer`"],
+    ),
+}
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_sparse_dummy_is_empty(rows: int) -> None:
-    indices = torch.zeros(1, rows, dtype=torch.long)
-    gradient = torch.sparse_coo_tensor(indices, torch.ones(rows, 2), (3, 2), check_invariants=True)
-    assert may_be_dummy_gradient(gradient) == (rows == 0)
+@pytest.mark.parametrize(("make", "kind", "words"), REFUSED.values(), ids=REFUSED)
+def test_refusals_say_what_to_do(
+    make: Callable[[], Any], kind: type[Exception], words: list[str]
+) -> None:
+    wrapper, optimizer = MODEL.wrapper(), make()
+    with pytest.raises(kind) as error:
+        hold_inactive(wrapper, optimizer)
+    for word in words:
+        assert word in str(error.value)
+    assert not wrapper._observers
+    assert not is_held(wrapper, optimizer)
+
+
+def test_the_inner_optimizer_of_accelerate_is_held() -> None:
+    """The way out that the message names."""
+    model = Towers()
+    wrapper = model.wrapper()
+    optimizer = Accelerator(cpu=True).prepare(AdamW(model.parameters()))
+    handle = hold_inactive(wrapper, optimizer.optimizer)
+    wrapper.total(model.loss(["T1"]), "T1").backward()
+    optimizer.step()
+    assert towers(handle) == {"rsfMRI", "dMRI"}
+
+
+def test_why_fused_sgd_with_momentum_is_refused() -> None:
+    """The refusal can go once torch supports this."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = SGD([first, second], momentum=0.9, fused=True)
+    first.grad = torch.ones(2)
+    optimizer.step()
+    second.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="NoneType"):
+        optimizer.step()

@@ -16,25 +16,21 @@ from tests.holding import NAMES, Towers, Training, assert_same_training, train
 
 
 def test_state_survives_a_round_trip() -> None:
-    """Saved in the middle and loaded elsewhere, training goes on as if nothing had been."""
+    """Training that is saved and loaded elsewhere continues as if it had not been interrupted."""
     steps = [NAMES, ["T1"], ["rsfMRI"]]
-    through, first, second = Towers(), Towers(), Towers()
-    optimizers = [AdamW(model.parameters(), lr=0.1) for model in (through, first, second)]
-    wrappers = [model.wrapper() for model in (through, first, second)]
-    for wrapper, optimizer in zip(wrappers, optimizers, strict=True):
-        hold_inactive(wrapper, optimizer)
-    train(through, optimizers[0], wrappers[0], steps * 2)
-    train(first, optimizers[1], wrappers[1], steps)
-    second.load_state_dict(first.state_dict())
-    optimizers[2].load_state_dict(pickle.loads(pickle.dumps(optimizers[1].state_dict())))
-    train(second, optimizers[2], wrappers[2], steps)
-    assert_same_training(second, optimizers[2], through, optimizers[0])
+    through, first, second = Training(), Training(), Training()
+    through.train(steps * 2)
+    first.train(steps)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(pickle.loads(pickle.dumps(first.optimizer.state_dict())))
+    second.train(steps)
+    assert_same_training(second.model, second.optimizer, through.model, through.optimizer)
 
 
 def test_copies_are_not_held() -> None:
-    """A copy of model, wrapper and optimizer is none of the handle's business, and held by none."""
+    """The handle has no effect on copies of the model, the wrapper and the optimizer."""
     training = Training()
-    training.total("T1").backward()
+    training.backward("T1")
     gradients = [p.grad for p in training.model.parameters()]
     model, wrapper, optimizer, handle = copy.deepcopy(
         (training.model, training.wrapper, training.optimizer, training.handle)
@@ -47,7 +43,7 @@ def test_copies_are_not_held() -> None:
     assert not torch.equal(before, model.towers["dMRI"].weight)
     handle.remove()
     assert training.step() == {"rsfMRI", "dMRI"}
-    training.total("dMRI").backward()
+    training.backward("dMRI")
     assert training.step() == {"T1", "rsfMRI"}
 
 
@@ -57,21 +53,21 @@ def test_copies_are_not_held() -> None:
     ids=["copy", "deepcopy", "pickle"],
 )
 def test_a_copied_handle_has_no_effect(duplicate: Callable[[HoldHandle], HoldHandle]) -> None:
-    """As where an averaged copy of a module is made that keeps the handle as an attribute."""
+    """As where a module with the handle as an attribute is copied to be averaged."""
     training = Training()
-    training.total("T1").backward()
+    training.backward("T1")
     training.step()
     handle = duplicate(training.handle)
     assert handle.removed
     assert handle.held == training.handle.held
     handle.remove()
     assert not training.handle.removed
-    training.total("dMRI").backward()
+    training.backward("dMRI")
     assert training.step() == {"T1", "rsfMRI"}
 
 
-def test_an_optimizer_dies_with_its_last_user() -> None:
-    """Whoever makes a new one for each phase of training keeps the same wrapper."""
+def test_an_optimizer_is_freed_while_its_wrapper_is_in_use() -> None:
+    """Each phase of a training may have its own optimizer."""
     model = Towers()
     wrapper = model.wrapper()
     for _ in range(3):
@@ -82,11 +78,11 @@ def test_an_optimizer_dies_with_its_last_user() -> None:
         del optimizer
         gc.collect()
         assert alive() is None
-        assert wrapper._observers == []
+        assert not wrapper._observers
 
 
-def test_an_optimizer_dies_with_a_model_that_refers_to_it() -> None:
-    """As models of Lightning do, through their trainer."""
+def test_an_optimizer_is_freed_with_a_model_that_refers_to_it() -> None:
+    """Models of Lightning do, through their trainer."""
     training = Training()
     model: Any = training.model
     model.optimizer = training.optimizer
@@ -96,7 +92,7 @@ def test_an_optimizer_dies_with_a_model_that_refers_to_it() -> None:
     assert alive() is None
 
 
-def test_a_handle_does_not_keep_its_optimizer() -> None:
+def test_a_handle_does_not_keep_its_optimizer_alive() -> None:
     training = Training()
     handle, alive = training.handle, weakref.ref(training.optimizer)
     del training.optimizer
@@ -106,7 +102,7 @@ def test_a_handle_does_not_keep_its_optimizer() -> None:
     assert handle.held == ()
 
 
-def test_backward_may_run_after_the_optimizer_is_gone() -> None:
+def test_backward_may_run_after_the_optimizer_was_freed() -> None:
     model = Towers()
     wrapper = model.wrapper()
     optimizer = AdamW(model.parameters())

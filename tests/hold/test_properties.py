@@ -1,4 +1,4 @@
-"""Random windows of random batches: what is held is what the definition says, and only that."""
+"""Random micro-batches between steps: the hold holds what its definition says, and only that."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ MODALITIES: dict[Callable[[], Case], tuple[str, ...]] = {
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[Callable[[], Case], list[tuple[Window, bool]]]:
-    """How to make a case, and windows of micro-batches, each with whether a step ends it."""
+    """How to make a case, and lists of micro-batches, each with whether a step ends it."""
     make = draw(st.sampled_from(list(MODALITIES)))
     window = st.lists(st.sets(st.sampled_from(MODALITIES[make])), min_size=1, max_size=3)
     ended = st.tuples(window, st.sampled_from([True, True, True, False]))
@@ -29,7 +29,7 @@ def runs(draw: st.DrawFn) -> tuple[Callable[[], Case], list[tuple[Window, bool]]
 
 
 def untrained(case: Case, window: Window) -> set[str]:
-    """Names of owned parameters that, under any of their names, no micro-batch was active for."""
+    """Names of owned parameters none of whose keys was active in any micro-batch."""
     owners: dict[int, set[object]] = {}
     named = list(case.model.named_parameters(remove_duplicate=False))
     for name, parameter in named:
@@ -54,13 +54,13 @@ def made(make: Callable[[], Case], kind: str) -> tuple[Case, Optimizer]:
     scale=st.sampled_from([1e-7, 0.0, None]),
     set_to_none=st.booleans(),
 )
-def test_training_is_that_of_an_optimizer_that_sees_no_untrained_gradient(
+def test_training_is_that_of_an_optimizer_without_untrained_gradients(
     run: tuple[Callable[[], Case], list[tuple[Window, bool]]],
     kind: str,
     scale: float | None,
     set_to_none: bool,
 ) -> None:
-    """Trained parameters get the very same step; the others keep value, state and gradient."""
+    """Trained parameters get the same step. All others keep value, state and gradient."""
     make, windows = run
     (case, optimizer), (other, other_optimizer) = made(make, kind), made(make, kind)
     wrapper, other_wrapper = case.wrapper(scale), other.wrapper(scale)
@@ -88,26 +88,8 @@ def test_training_is_that_of_an_optimizer_that_sees_no_untrained_gradient(
             other_optimizer.step()
             for p, gradient in zip(hidden, kept, strict=True):
                 p.grad = gradient
-        # Zeros cannot be told from gradients: the window then goes on until a step.
+        # Nobody can tell zeros from gradients. Keys then count as trained until a step.
         carried = [] if ended or set_to_none else carried + window
         optimizer.zero_grad(set_to_none)
         other_optimizer.zero_grad(set_to_none)
     assert_same_training(case.model, optimizer, other.model, other_optimizer)
-
-
-@given(
-    actives=st.lists(st.sets(st.sampled_from(MODALITIES[brain]), min_size=1), max_size=6),
-    kind=st.sampled_from(list(OPTIMIZERS)),
-)
-def test_training_is_that_without_a_dummy(actives: Window, kind: str) -> None:
-    """With one batch a step nothing tells a run with dummy and hold from one with neither."""
-    (case, optimizer), (plain, plain_optimizer) = made(brain, kind), made(brain, kind)
-    wrapper = case.wrapper()
-    hold_inactive(wrapper, optimizer)
-    for active in actives:
-        wrapper.total(case.real(active), active).backward()
-        plain.real(active).backward()
-        for one in (optimizer, plain_optimizer):
-            one.step()
-            one.zero_grad()
-    assert_same_training(case.model, optimizer, plain.model, plain_optimizer)

@@ -28,15 +28,12 @@ class HeldGradientCheck:
         self._num_steps_held: Counter[ModalityKey] = Counter()
         self._warned: set[ModalityKey] = set()
 
-    def count_step(self, key: ModalityKey) -> bool:
-        """Count a step that holds `key`, and return whether to check its gradients in this step."""
-        self._num_steps_held[key] += 1
-        num_steps = self._num_steps_held[key]
-        is_power_of_two = not num_steps & (num_steps - 1)
-        return is_power_of_two and key not in self._warned
-
     def check(self, key: ModalityKey, held: Iterable[OwnedParameter]) -> None:
-        """Warn if the gradient of a parameter that is held for `key` is not a dummy gradient."""
+        """Warn if the gradient of a parameter that this step holds for `key` is not a dummy."""
+        self._num_steps_held[key] += 1
+        is_power_of_two = self._num_steps_held[key].bit_count() == 1
+        if key in self._warned or not is_power_of_two:
+            return
         for owned in held:
             gradient = owned.parameter.grad
             if gradient is not None and not may_be_dummy_gradient(gradient, _RELATIVE_ROUNDING):

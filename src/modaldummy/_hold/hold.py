@@ -12,6 +12,7 @@ from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._group import check_group
 from modaldummy._handles import Handle
 from modaldummy._hold.holder import WrapperHold, holder_of
+from modaldummy._optimizers import parameter_ids_of
 
 
 def hold_inactive(
@@ -67,14 +68,14 @@ def hold_inactive(
         )
     check_group(group)
     _check_supported(optimizer)
-    holder = holder_of(optimizer)
-    if not holder.has_any_of(wrapper.parameters.all()):
+    if parameter_ids_of(optimizer).isdisjoint(wrapper.parameters.all()):
         raise ValueError(
             f"`optimizer` ({type(optimizer).__name__}) has no parameter of the modalities "
             f"{', '.join(map(repr, wrapper.modalities))}. Pass the optimizer that has the model's "
             "own parameters, made after the model was moved or sharded. Under DeepSpeed's ZeRO "
             "there is none: use scale=0.0."
         )
+    holder = holder_of(optimizer)
     hold = WrapperHold(wrapper, holder, group)
     holder.holds.append(hold)
     return HoldHandle(hold, type(optimizer).__name__)

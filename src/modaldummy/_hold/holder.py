@@ -1,12 +1,12 @@
 """Holds parameters while an optimizer steps: hides their gradients from it.
 
-A `WrapperHold` decides which parameters one wrapper wants to be held. The `Holder` of an optimizer
+A `WrapperHold` says which parameters one wrapper wants to be held. The `Holder` of an optimizer
 carries out all its holds.
 """
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import ModalityKey, Step
 from modaldummy._engines import is_sharded, version_of
 from modaldummy._errors import UnsupportedEngineError, first_few
+from modaldummy._group import num_ranks, tensor_device
 from modaldummy._hold.dummy_gradients import HeldGradientCheck, may_be_dummy_gradient
-from modaldummy._hold.trained_keys import Flag, TrainedKeys, check_not_capturing
+from modaldummy._hold.trained_keys import TrainedKeys, check_not_capturing
 from modaldummy._optimizers import parameters_of
 from modaldummy._ownership import shared_with_trunk
 
@@ -35,30 +36,25 @@ class WrapperHold:
 
     Attributes:
         wrapper: As given.
-        trained: Keys that the ranks agreed on as trained, in the last call of `agree`.
-        untrained: Keys whose parameters are to be held; none once the hold has ended.
         held: Full names of the parameters that the last step held.
         ended: Whether `end` was called.
-        trained_keys: The record of what backward passes have trained.
+        trained_keys: What backward passes on this rank have trained.
     """
 
     def __init__(
         self, wrapper: DummyLossWrapper, holder: "Holder", group: "dist.ProcessGroup | None"
     ) -> None:
-        self.wrapper: DummyLossWrapper = wrapper
-        self.trained: list[ModalityKey] = []
-        self.untrained: list[ModalityKey] = []
+        self.wrapper = wrapper
         self.held: tuple[str, ...] = ()
-        self.ended: bool = False
+        self.ended = False
         self._holder = holder
         self._group = group
         self._parameters = wrapper.parameters
         self._shared_with_trunk = shared_with_trunk(self._parameters)
         self._gradient_check = HeldGradientCheck()
-        keys = list(self._parameters.paths)
         # Gradients that exist already may be those of any key.
-        trained = keys if holder.has_gradients() else ()
-        self.trained_keys: TrainedKeys = TrainedKeys(keys, holder.is_cleared, trained)
+        all_trained = holder.has_gradients()
+        self.trained_keys = TrainedKeys(self._parameters.paths, holder.is_cleared, all_trained)
         self._unsubscribe = wrapper.subscribe(self._observe)
 
     def end(self) -> None:
@@ -66,47 +62,62 @@ class WrapperHold:
         self.ended = True
         self._unsubscribe()
 
-    def agree(self, device: torch.device) -> None:
-        """Agree with the other ranks on which keys are trained.
+    def agree(self, device: torch.device) -> dict[ModalityKey, bool]:
+        """Each key of the map to whether any rank has trained it.
+
+        Empty if no rank ran a backward pass, because another loss may have trained anything then.
 
         Args:
             device: Device of the parameters.
         """
-        self.trained, untrained = self.trained_keys.agree(
-            self._has_training_gradient, self._group, device
-        )
-        self.untrained = [] if self.ended else untrained
+        trained = self.trained_keys.trained
+        if trained is not None:
+            # A training loop may have put gradients aside and brought them back.
+            put_aside = self.trained_keys.before_cleared - trained
+            trained |= {key for key in put_aside if self._has_training_gradient(key, trained)}
+        keys = self._parameters.paths
+        # 0 without a backward pass, 1 for an untrained key, 2 for a trained one.
+        states = [0 if trained is None else 1 + (key in trained) for key in keys]
+        if num_ranks(self._group) > 1:
+            tensor = torch.tensor(states, device=tensor_device(self._group, device))
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+            states = tensor.tolist()
+        return {key: state == 2 for key, state in zip(keys, states, strict=True) if state}
 
-    def used_by(self, keys: Collection[ModalityKey]) -> set[int]:
+    def used_by(self, keys: Iterable[ModalityKey]) -> set[int]:
         """`id` of each parameter of the map that one of the keys owns or that the trunk shares."""
         return self._parameters.of_keys(keys).keys() | self._shared_with_trunk
 
-    def parameters_to_hold(self, candidates: Collection[int]) -> dict[int, OwnedParameter]:
+    def parameters_to_hold(
+        self, is_trained: Mapping[ModalityKey, bool], candidates: Collection[int]
+    ) -> dict[int, OwnedParameter]:
         """Parameters to hold in this step, by `id`; also sets `held`.
 
         Args:
+            is_trained: What `agree` returned for this step.
             candidates: `id` of each parameter of the optimizer that may be held.
 
         Raises:
             UnsupportedEngineError: The optimizer has no parameter of the map any more.
         """
-        owned = self._parameters.of_keys(self.untrained)
-        to_hold = {i: owned[i] for i in owned if i in candidates}
-        if self.untrained and not to_hold and not self._holder.has_any_of(self._parameters.all()):
+        to_hold: dict[int, OwnedParameter] = {}
+        untrained = [] if self.ended else [key for key in is_trained if not is_trained[key]]
+        for key in untrained:
+            owned = self._parameters.of_keys([key])
+            held = {i: owned[i] for i in owned if i in candidates}
+            self._gradient_check.check(key, held.values())
+            to_hold |= {i: held[i] for i in held if i not in to_hold}
+        if untrained and not to_hold and not self._holder.has_any_of(self._parameters.all()):
             raise UnsupportedEngineError(
                 "The optimizer has no parameter of the modalities any more, so that none can be "
                 "held: its parameters were replaced after `hold_inactive`, as DeepSpeed's ZeRO "
                 "does. Call `remove()` on the handle, and use scale=0.0."
             )
         self.held = tuple(parameter.name for parameter in to_hold.values())
-        for key in self.untrained:
-            if self._gradient_check.count_step(key):
-                ids = self._parameters.of_keys([key])
-                self._gradient_check.check(key, (to_hold[i] for i in ids if i in to_hold))
         return to_hold
 
     def _observe(self, step: Step, loss: Tensor) -> None:
-        self._holder.loss_computed.is_set = True
+        self._holder.loss_computed = True
         self.trained_keys.observe_loss(step.active_keys, loss)
 
     def _has_training_gradient(self, key: ModalityKey, trained: Collection[ModalityKey]) -> bool:
@@ -147,18 +158,18 @@ class Holder:
         optimizer: The optimizer; the holder does not keep it alive.
 
     Attributes:
+        optimizer: A weak reference to the optimizer.
         holds: One for each wrapper; a hold that has ended is dropped after the next step.
-        loss_computed: Set by each loss of a held wrapper. A step clears it when it begins, and its
-            closure leaves it as it was.
+        loss_computed: Whether a held wrapper has computed a loss since gradients were last hidden.
 
     Raises:
         TypeError: The optimizer has no step hooks.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer, self._end_holds)
+        self.optimizer = weakref.ref(optimizer, self._end_holds)
         self.holds: list[WrapperHold] = []
-        self.loss_computed: Flag = Flag()
+        self.loss_computed = False
         self._hidden: list[_HiddenGradient] = []
         self._others_had_gradients: bool
         # How many calls of `step` are running: the `step` of a subclass may call its parent's.
@@ -174,7 +185,7 @@ class Holder:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that the optimizer has now; none once the optimizer is gone."""
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         if optimizer is not None:
             yield from parameters_of(optimizer)
 
@@ -200,12 +211,11 @@ class Holder:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # A loss was computed since the last step began. A step that still counts as running raised.
-        if self.loss_computed.is_set:
+        if self.loss_computed:
             self._depth = 0
         if self._depth == 0:
             check_not_capturing()
             self._hide_gradients()
-            self.loss_computed.is_set = False
             if len(args) > 1 and callable(args[1]):
                 args = (args[0], self._with_gradients(args[1]), *args[2:])
             if callable(closure := kwargs.get("closure")):
@@ -219,25 +229,22 @@ class Holder:
         @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             self._restore_gradients()
-            was_set = self.loss_computed.is_set
             result = closure(*args, **kwargs)
-            self.loss_computed.is_set = was_set
             self._hide_gradients()
             return result
 
         return evaluate
 
     def _hide_gradients(self) -> None:
-        for hold in self.holds:
-            hold.agree(next(self.parameters()).device)
+        agreed = {hold: hold.agree(next(self.parameters()).device) for hold in self.holds}
         candidates: set[int] = set()
-        if any(hold.untrained for hold in self.holds):
+        if not all(all(is_trained.values()) for is_trained in agreed.values()):
             # No hold may hold a parameter that another wrapper has trained.
-            trained = [hold.used_by(hold.trained) for hold in self.holds]
-            candidates = set(map(id, self.parameters())).difference(*trained)
+            used = [hold.used_by(k for k in keys if keys[k]) for hold, keys in agreed.items()]
+            candidates = set(map(id, self.parameters())).difference(*used)
         to_hold: dict[int, OwnedParameter] = {}
-        for hold in self.holds:
-            to_hold |= hold.parameters_to_hold(candidates)
+        for hold, is_trained in agreed.items():
+            to_hold |= hold.parameters_to_hold(is_trained, candidates)
         self._hidden = [
             _HiddenGradient(owned, owned.parameter.grad, version_of(owned.parameter))
             for owned in to_hold.values()
@@ -245,6 +252,7 @@ class Holder:
         for hidden in self._hidden:
             hidden.owned.parameter.grad = None
         self._others_had_gradients = self.has_gradients()
+        self.loss_computed = False
 
     def _restore_gradients(self) -> None:
         # If the step has cleared all gradients that it had, the hidden ones are cleared too.
@@ -267,7 +275,7 @@ class Holder:
         for hold in self.holds:
             hold.trained_keys.start_over()
         self.holds = [hold for hold in self.holds if not hold.ended]
-        if self.loss_computed.is_set:
+        if self.loss_computed:
             raise UnsupportedEngineError(
                 f"{type(optimizer).__name__} computes losses in `step()` other than by its "
                 "`closure` argument, so that nothing could be held. Hold the optimizer that it "
@@ -282,28 +290,25 @@ class Holder:
             )
 
 
+# Not an attribute of the optimizer, so that no copy and no checkpoint of it contains a holder. The
+# step hooks of the optimizer keep its holder alive. A strong reference here would keep both alive
+# for ever if the model refers to the optimizer, because the holder refers to the model.
+_HOLDERS: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+
 def holder_of(optimizer: Optimizer) -> Holder:
     """The one holder of an optimizer, made at the first call."""
-    holder = _existing_holder(optimizer)
-    if holder is None:
-        holder = Holder(optimizer)
-        _HOLDERS[optimizer] = weakref.ref(holder)
+    for holder in _HOLDERS:
+        if holder.optimizer() is optimizer:
+            return holder
+    holder = Holder(optimizer)
+    _HOLDERS.add(holder)
     return holder
 
 
 def is_held(wrapper: DummyLossWrapper, optimizer: Optimizer) -> bool:
     """Whether the optimizer holds the parameters of the wrapper's inactive modalities."""
-    holder = _existing_holder(optimizer)
-    holds = [] if holder is None else holder.holds
-    return any(hold.wrapper is wrapper and not hold.ended for hold in holds)
-
-
-def _existing_holder(optimizer: Optimizer) -> Holder | None:
-    reference = _HOLDERS.get(optimizer)
-    return None if reference is None else reference()
-
-
-# Not an attribute of the optimizer, so that no copy and no checkpoint of it contains a holder. The
-# step hooks of the optimizer keep its holder alive. A strong reference here would keep both alive
-# for ever if the model refers to the optimizer, because the holder refers to the model.
-_HOLDERS: weakref.WeakKeyDictionary[Optimizer, "weakref.ref[Holder]"] = weakref.WeakKeyDictionary()
+    holders = [holder for holder in _HOLDERS if holder.optimizer() is optimizer]
+    return any(
+        hold.wrapper is wrapper and not hold.ended for holder in holders for hold in holder.holds
+    )

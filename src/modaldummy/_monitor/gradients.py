@@ -1,10 +1,9 @@
 """Measures the gradients of all parameters of a map with one copy to the host."""
 
 import functools
-import math
 import weakref
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,32 +19,9 @@ from modaldummy._errors import UnsupportedEngineError
 from modaldummy._monitor.tensor_norms import tensor_norms
 from modaldummy._numbers import check_number
 
-Norms: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
-Rows: TypeAlias = np.ndarray[tuple[int], np.dtype[np.intp]]
-Mask: TypeAlias = np.ndarray[tuple[int], np.dtype[np.bool]]
-
-
-class Measurement(NamedTuple):
-    """The gradients of all parameters of a table at one moment.
-
-    Attributes:
-        table: The table.
-        norms: Norm of the gradient in each row, NaN in a row without a gradient.
-        has_gradient: Whether the parameter in each row has a gradient.
-    """
-
-    table: "ParameterTable"
-    norms: Norms
-    has_gradient: Mask
-
-    def joint_norm(self, rows: Rows | Mask) -> float:
-        """Norm of the gradients in these rows taken together, NaN if there are none."""
-        measured = self.norms[rows][self.has_gradient[rows]]
-        return float(np.linalg.norm(measured)) if measured.size else math.nan
-
 
 class ParameterTable:
-    """The parameters of a map, one in each row, and what stays the same from step to step.
+    """The parameters of a map by their `id`, and what stays the same from step to step.
 
     Making a table takes as long as measuring 1,000 small gradients, so `table_of` keeps it.
 
@@ -53,66 +29,52 @@ class ParameterTable:
         parameter_map: The map, whose model decides what the table contains.
 
     Attributes:
-        parameters: All parameters in map order, each once.
+        ids: Key of the map to the `id` of each parameter that it owns.
+        parameters: All parameters in map order.
         names: Their full names in the bare model.
-        rows: Key of the map to the rows of the parameters that it owns.
-        log_keys: Gives the log key of each row; see `_log_keys` for its arguments.
+        log_keys: Gives the log key of each parameter; see `_log_keys` for its arguments.
     """
 
     def __init__(self, parameter_map: ParameterMap) -> None:
-        owned_parameters = parameter_map.all()
-        row_of = {parameter_id: row for row, parameter_id in enumerate(owned_parameters)}
-        self._parameter_ids = _parameter_ids(parameter_map)
-        self.parameters = [owned.parameter for owned in owned_parameters.values()]
-        self.names = [strip_wrappers(owned.name) for owned in owned_parameters.values()]
-        self.rows: dict[ModalityKey, Rows] = {
-            key: np.array([row_of[parameter_id] for parameter_id in dict.fromkeys(ids)], np.intp)
-            for key, ids in self._parameter_ids.items()
-        }
-        log_keys = functools.partial(_log_keys, self.names, self.rows)
+        owned = parameter_map.all()
+        self.ids = _ids_of(parameter_map)
+        self.parameters = {i: parameter for i, (_, parameter, _) in owned.items()}
+        self.names = {i: strip_wrappers(name) for i, (name, _, _) in owned.items()}
+        log_keys = functools.partial(_log_keys, self.names, self.ids)
         self.log_keys = functools.lru_cache(maxsize=32)(log_keys)
-        self._measured_rows: list[bool] = []
+        self._measured_ids: list[int] = []
         self._layouts: Groups = {}
 
-    @property
-    def device(self) -> torch.device:
-        """The device on which the norms of all parameters are joined."""
-        return self.parameters[0].device
-
-    def is_current(self, parameter_map: ParameterMap) -> bool:
-        """Whether each key of the map still owns the same parameters in the same order."""
-        return self._parameter_ids == _parameter_ids(parameter_map)
-
-    def measure(self, scaler: Any = None, *, full: bool = False) -> Measurement:
-        """Measure the gradient of each parameter as it is now.
+    def measure(self, scaler: Any = None, *, full: bool = False) -> dict[int, float]:
+        """The norm of each gradient that exists now, by the `id` of its parameter.
 
         Args:
             scaler: What the gradients were multiplied by; see `gradient_norms`.
             full: Whether to measure whole DTensors rather than the shards of this rank.
         """
-        gradients = [parameter.grad for parameter in self.parameters]
-        has_gradient = [gradient is not None for gradient in gradients]
-        elements = [local_elements(gradient) for gradient in gradients if gradient is not None]
-        local_norms = self._norms(elements, has_gradient)
+        all_gradients = {i: parameter.grad for i, parameter in self.parameters.items()}
+        gradients = {i: gradient for i, gradient in all_gradients.items() if gradient is not None}
+        norms = self._local_norms(gradients)
         if full:
-            local_norms = _norms_over_ranks(self.parameters, has_gradient, local_norms)
-        factor = _loss_factor(scaler, self.device).to(local_norms.dtype)
+            norms = _norms_over_ranks(self.parameters, gradients, norms)
+        factor = _loss_factor(scaler, norms.device).to(norms.dtype)
         # One tensor, so that the host waits for the device once.
-        numbers = torch.cat([local_norms, factor.reshape(1)]).numpy(force=True).astype(np.float64)
-        mask = np.array(has_gradient)
-        all_norms = np.full(len(mask), math.nan)
+        numbers = torch.cat([norms, factor.reshape(1)]).numpy(force=True).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):  # a GradScaler may fall to 0
-            all_norms[mask] = numbers[:-1] / numbers[-1]
-        return Measurement(self, all_norms, mask)
+            numbers = numbers[:-1] / numbers[-1]
+        return dict(zip(gradients, numbers.tolist(), strict=True))
 
-    def _norms(self, elements: list[Tensor], has_gradient: list[bool]) -> Tensor:
-        if has_gradient == self._measured_rows:
+    def _local_norms(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """The norm of what this rank stores of each gradient, on the device of one parameter."""
+        device = next(iter(self.parameters.values())).device
+        elements = list(map(local_elements, gradients.values()))
+        if list(gradients) == self._measured_ids:
             try:
-                return tensor_norms(elements, self._layouts, device=self.device)
+                return tensor_norms(elements, self._layouts, device=device)
             except RuntimeError:  # the gradients have new dtypes, shapes or devices
                 pass
-        self._measured_rows, self._layouts = has_gradient, by_spec(elements)
-        return tensor_norms(elements, self._layouts, device=self.device)
+        self._measured_ids, self._layouts = list(gradients), by_spec(elements)
+        return tensor_norms(elements, self._layouts, device=device)
 
 
 _TABLES: weakref.WeakKeyDictionary[DummyLossWrapper, ParameterTable] = weakref.WeakKeyDictionary()
@@ -125,7 +87,7 @@ def table_of(wrapper: DummyLossWrapper) -> ParameterTable:
         ParameterMapError: A path matches nothing in the model any more.
     """
     table = _TABLES.get(wrapper)
-    if table is None or not table.is_current(wrapper.parameters):
+    if table is None or table.ids != _ids_of(wrapper.parameters):
         table = _TABLES[wrapper] = ParameterTable(wrapper.parameters)
     return table
 
@@ -139,34 +101,35 @@ def local_elements(gradient: Tensor) -> Tensor:
     return shard.coalesce().values() if shard.is_sparse else shard
 
 
-def _parameter_ids(parameter_map: ParameterMap) -> dict[ModalityKey, list[int]]:
-    return {key: parameter_map.parameter_ids(key) for key in parameter_map.paths}
+def _ids_of(parameter_map: ParameterMap) -> dict[ModalityKey, list[int]]:
+    # Of a tied parameter the map gives the `id` once for each of its names.
+    paths = parameter_map.paths
+    return {key: list(dict.fromkeys(parameter_map.parameter_ids(key))) for key in paths}
 
 
 def _log_keys(
-    names: Sequence[str],
-    rows: Mapping[ModalityKey, Rows],
+    names: Mapping[int, str],
+    ids: Mapping[ModalityKey, Collection[int]],
     prefix: str,
     label: bool,
     active_keys: Collection[ModalityKey],
-) -> list[str]:
-    """The log key of each row: `<prefix>/[<owner>]/<name>` with labels, else without brackets.
+) -> dict[int, str]:
+    """The log key of each parameter: `<prefix>/[<owner>]/<name>`, or without brackets and labels.
 
     The owner is the first key of the map that owns the parameter. In a label, active keys go before
     inactive ones, which are all written `inactive`. Nobody is named if all keys are active.
     """
     if not label:
-        owners = {key: f"/{text_of(key)}" for key in rows}
-    elif len(active_keys) == len(rows):
-        owners = dict.fromkeys(rows, "")
+        owners = {key: f"/{text_of(key)}" for key in ids}
+    elif len(active_keys) == len(ids):
+        owners = dict.fromkeys(ids, "")
     else:
-        owners = {key: f"/[{text_of(key) if key in active_keys else 'inactive'}]" for key in rows}
-    owner_of_row = [""] * len(names)
+        owners = {key: f"/[{text_of(key) if key in active_keys else 'inactive'}]" for key in ids}
+    owner_of: dict[int, str] = {}
     # The key that is written last stays, so the first owner comes last.
-    for key in reversed([*active_keys, *rows] if label else list(rows)):
-        for row in rows[key]:
-            owner_of_row[row] = owners[key]
-    return [f"{prefix}{owner}/{name}" for owner, name in zip(owner_of_row, names, strict=True)]
+    for key in reversed([*active_keys, *ids] if label else list(ids)):
+        owner_of |= dict.fromkeys(ids[key], owners[key])
+    return {i: f"{prefix}{owner_of[i]}/{name}" for i, name in names.items()}
 
 
 def _loss_factor(scaler: Any, device: torch.device) -> Tensor:
@@ -187,22 +150,23 @@ def _loss_factor(scaler: Any, device: torch.device) -> Tensor:
 
 
 def _norms_over_ranks(
-    parameters: Sequence[nn.Parameter], has_gradient: Sequence[bool], local_norms: Tensor
+    parameters: Mapping[int, nn.Parameter], measured: Collection[int], local_norms: Tensor
 ) -> Tensor:
     """The norms of whole gradients, from the norms of the shards on all ranks."""
+    row_of = {parameter_id: row for row, parameter_id in enumerate(parameters)}
+    rows_here = [row_of[parameter_id] for parameter_id in measured]
     # A parameter without a gradient on this rank may have one on another rank, in another dtype.
     squares = local_norms.new_zeros(len(parameters), dtype=torch.float64)
-    measured_rows = np.flatnonzero(has_gradient)
-    squares[measured_rows] = local_norms.double().square()
-    for (mesh, dims), rows in _sharded_rows(parameters).items():
+    squares[rows_here] = local_norms.double().square()
+    for (mesh, dims), rows in _sharded_rows(parameters.values()).items():
         sums = squares[rows]
         for dim in dims:
             dist.all_reduce(sums, group=mesh.get_group(dim))
         squares[rows] = sums
-    return squares.sqrt()[measured_rows]
+    return squares.sqrt()[rows_here]
 
 
-def _sharded_rows(parameters: Sequence[Any]) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
+def _sharded_rows(parameters: Iterable[Any]) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
     """Device mesh, and dimensions of it over which a DTensor is sharded, to rows of parameters."""
     sharded: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for row, parameter in enumerate(parameters):

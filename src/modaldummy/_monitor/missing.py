@@ -1,9 +1,9 @@
 """Which parameters have no usable gradient after a backward pass."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 from torch import nn
 
 from modaldummy._arguments import check_wrapper
@@ -105,25 +105,27 @@ def missing_gradients(
     if strict and problems:
         raise MissingGradientError(_message(wrapper, table, problems))
     missing = {
-        text_of(key): tuple(table.names[row] for row in rows if row in problems)
-        for key, rows in table.rows.items()
+        text_of(key): tuple(table.names[i] for i in ids if i in problems)
+        for key, ids in table.ids.items()
     }
     return {key: names for key, names in missing.items() if names}
 
 
 def _find_problems(wrapper: DummyLossWrapper, table: ParameterTable) -> dict[int, Problem]:
-    """Row of each parameter without a usable gradient to what is wrong with it."""
+    """What is wrong with each parameter without a usable gradient, by its `id`."""
     last = wrapper.last
     # Before the first loss, every parameter counts as active.
-    active_keys = table.rows if last is None else wrapper.parameters.active_keys(last.active)
-    active_rows = {row for key in active_keys for row in table.rows[key]}
-    norms = table.measure().norms
+    active_keys = table.ids if last is None else wrapper.parameters.active_keys(last.active)
+    active_ids = {i for key in active_keys for i in table.ids[key]}
+    norms = table.measure()
     problems: dict[int, Problem] = {}
-    # A finite norm above 0 shows a usable gradient. Otherwise the elements decide, because their
-    # squares may have underflowed or overflowed.
-    for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
-        if problem := _problem_of(table.parameters[row], row in active_rows, wrapper.scale):
-            problems[row] = problem
+    for i, parameter in table.parameters.items():
+        # A finite norm above 0 shows a usable gradient. Otherwise the elements decide, because
+        # their squares may have underflowed or overflowed.
+        if 0 < norms.get(i, 0) < math.inf:
+            continue
+        if problem := _problem_of(parameter, i in active_ids, wrapper.scale):
+            problems[i] = problem
     return problems
 
 
@@ -143,15 +145,16 @@ def _problem_of(parameter: nn.Parameter, is_active: bool, scale: float | None) -
 def _message(
     wrapper: DummyLossWrapper, table: ParameterTable, problems: Mapping[int, Problem]
 ) -> str:
-    num_trainable = sum(parameter.requires_grad for parameter in table.parameters)
+    parameters = table.parameters.values()
+    num_trainable = sum(parameter.requires_grad for parameter in parameters)
     lines = [f"{len(problems)} of {num_trainable} trainable parameters have no usable gradient."]
     for problem, cause in _CAUSES.items():
-        names = [repr(table.names[row]) for row in sorted(problems) if problems[row] == problem]
+        names = [repr(table.names[i]) for i, found in problems.items() if found == problem]
         if not names:
             continue
         if problem.description == _NONE and wrapper.last is None:
             cause = _NO_LOSS
-        elif problem.description == _NONE and any(map(is_zero_parameter, table.parameters)):
+        elif problem.description == _NONE and any(map(is_zero_parameter, parameters)):
             cause = _DEEPSPEED
         elif problem.description == _NONE and len(problems) == num_trainable:
             cause = _NO_BACKWARD

@@ -1,17 +1,15 @@
 """Norms of gradients by modality, under keys for a logger."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
-
-import numpy as np
 
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import describe
 from modaldummy._group import num_ranks
-from modaldummy._monitor.gradients import Measurement, table_of
+from modaldummy._monitor.gradients import table_of
 
 Keys: TypeAlias = tuple[ModalityKey, ...]
 
@@ -78,10 +76,22 @@ def gradient_norms(
         raise ValueError(f"`prefix` must be a non-empty string, got {describe(prefix)}.")
     batches = _active_names(wrapper, active)
     active_keys = _active_keys(wrapper, batches)
-    measured = table_of(wrapper).measure(scaler, full=full)
-    log_keys = measured.table.log_keys(prefix, label, active_keys)
-    log = _parameter_norms(measured, log_keys, label) | _modality_norms(measured, prefix, label)
-    ratio = _real_to_dummy_ratio(measured, active_keys)
+    table = table_of(wrapper)
+    norms = table.measure(scaler, full=full)
+    log: dict[str, float] = {}
+    for i, log_key in table.log_keys(prefix, label, active_keys).items():
+        if i in norms or (not label and table.parameters[i].requires_grad):
+            log[log_key] = norms.get(i, math.nan)
+    for key, ids in table.ids.items():
+        if not label:
+            num_missing = sum(table.parameters[i].requires_grad for i in ids if i not in norms)
+            log[f"{prefix}_missing/{text_of(key)}"] = float(num_missing)
+        if not label or any(i in norms for i in ids):
+            log[f"{prefix}_norm/{text_of(key)}"] = _joint_norm(norms, ids)
+    active_ids = {i for key in active_keys for i in table.ids[key]}
+    dummy_norm = _joint_norm(norms, norms.keys() - active_ids)
+    # NaN if either norm is missing or the dummy gradients are zero.
+    ratio = _joint_norm(norms, active_ids) / (dummy_norm or math.nan)
     if not label or not math.isnan(ratio):
         log[f"{prefix}_ratio"] = ratio
     if not label:
@@ -113,32 +123,7 @@ def _active_keys(wrapper: DummyLossWrapper, batches: list[Collection[str]]) -> K
     return tuple(key for key in wrapper.parameters.paths if key in keys)
 
 
-def _parameter_norms(measured: Measurement, log_keys: list[str], label: bool) -> dict[str, float]:
-    """Norm of each parameter; without labels, a trainable one without a gradient gets NaN."""
-    log = dict(zip(log_keys, measured.norms.tolist(), strict=True))
-    for row in np.flatnonzero(~measured.has_gradient):
-        if label or not measured.table.parameters[row].requires_grad:
-            del log[log_keys[row]]
-    return log
-
-
-def _modality_norms(measured: Measurement, prefix: str, label: bool) -> dict[str, float]:
-    """Norm of each key of the map; without labels, also its number of missing gradients."""
-    log: dict[str, float] = {}
-    for key, rows in measured.table.rows.items():
-        has_gradient = measured.has_gradient[rows]
-        if not label:
-            missing = [measured.table.parameters[row] for row in rows[~has_gradient]]
-            num_missing = sum(parameter.requires_grad for parameter in missing)
-            log[f"{prefix}_missing/{text_of(key)}"] = float(num_missing)
-        if not label or has_gradient.any():
-            log[f"{prefix}_norm/{text_of(key)}"] = measured.joint_norm(rows)
-    return log
-
-
-def _real_to_dummy_ratio(measured: Measurement, active_keys: Keys) -> float:
-    """Norm of all active parameters over that of all inactive ones; NaN if either is missing."""
-    is_active = np.zeros(len(measured.norms), dtype=bool)
-    for key in active_keys:
-        is_active[measured.table.rows[key]] = True
-    return measured.joint_norm(is_active) / (measured.joint_norm(~is_active) or math.nan)
+def _joint_norm(norms: Mapping[int, float], parameter_ids: Iterable[int]) -> float:
+    """Norm of the gradients of these parameters taken together, NaN if there are none."""
+    measured = [norms[i] for i in parameter_ids if i in norms]
+    return math.sqrt(sum(norm * norm for norm in measured)) if measured else math.nan
