@@ -68,11 +68,11 @@ def diagnoses(seeds: Sequence[int] = SEEDS) -> list[Result]:
 
 def preflights() -> list[Result]:
     """Of trainings that are set up, without chance; needs a process group."""
-    cases = preflight_cases
-    builders = {name: (set[str](), build) for name, build in cases.HEALTHY.items()} | cases.SICK
+    healthy = {name: (set[str](), build) for name, build in preflight_cases.HEALTHY.items()}
+    sick = {name: ({case.code}, case.build) for name, case in preflight_cases.SICK.items()}
     return [
         Result(name, codes, [{finding.code for finding in preflight(**build())}])
-        for name, (codes, build) in builders.items()
+        for name, (codes, build) in (healthy | sick).items()
     ]
 
 

@@ -15,8 +15,3 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
 def parameter_ids_of(optimizer: Optimizer) -> set[int]:
     """`id` of each parameter that an optimizer has now."""
     return set(map(id, parameters_of(optimizer)))
-
-
-def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that an optimizer wraps: those among its attributes."""
-    return [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]

@@ -34,10 +34,10 @@ class Model(Towers):
 class Inside(nn.Module):
     """A model that returns the total."""
 
-    def __init__(self, scale: float | None = 1e-7) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.model = Model()
-        self.wrapper = self.model.wrapper(scale)
+        self.wrapper = self.model.wrapper()
 
     def forward(self, active: Iterable[str]) -> Tensor:
         return self.wrapper.total(self.model(active), active)
@@ -76,11 +76,11 @@ class Ranks:
 
 
 class Around(Optimizer):
-    """An optimizer that wraps another one, like that of Accelerate."""
+    """An optimizer that wraps others, like that of Accelerate."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, other: Optimizer | None = None) -> None:
         super().__init__(optimizer.param_groups, {})
-        self.optimizer = optimizer
+        self.optimizer, self.other = optimizer, other
 
 
 def mapped(model: nn.Module, scale: float | None = 1e-7, **options: Any) -> DummyLossWrapper:
@@ -89,10 +89,16 @@ def mapped(model: nn.Module, scale: float | None = 1e-7, **options: Any) -> Dumm
     return DummyLossWrapper(model, {name: f"towers.{name}" for name in names}, scale, **options)
 
 
-def sparse_tables() -> Model:
+def with_towers(make: Callable[[], nn.Module], *names: str) -> Model:
+    """A model with other towers: those of `names`, or all."""
     model = Model()
-    model.towers["dMRI"] = nn.Embedding(5, 4, sparse=True)
+    for name in names or NAMES:
+        model.towers[name] = make()
     return model
+
+
+def sparse_table() -> Model:
+    return with_towers(lambda: nn.Embedding(5, 4, sparse=True), "dMRI")
 
 
 def sharded(*parts: str, **options: Any) -> Model:
@@ -104,25 +110,32 @@ def sharded(*parts: str, **options: Any) -> Model:
     return model
 
 
-def with_head(used: bool = False) -> Model:
+def with_head() -> Model:
+    """A model with a head that no batch uses."""
     model = Model()
-    if used:
-        model.trunk = nn.Sequential(nn.Linear(4, 4), model.trunk)
-    else:
-        model.head = nn.Linear(4, 4)
+    model.head = nn.Linear(4, 4)
     return model
 
 
-def tied(first: str, second: str, whole: bool = False) -> Model:
-    """Two linear layers with one weight, or two names of one layer."""
+def with_extra() -> Model:
+    """A model with a part of a tower that forward leaves out."""
+    model = Model()
+    model.towers["T1"].extra = nn.Linear(2, 2)
+    return model
+
+
+def with_two_layers() -> Model:
+    """A model with two layers in the trunk."""
+    model = Model()
+    model.trunk = nn.Sequential(nn.Linear(4, 4), model.trunk)
+    return model
+
+
+def tied(first: str, second: str) -> Model:
+    """Two linear layers have one weight."""
     model = Model()
     model.trunk = nn.Linear(3, 4)
-    one, other = model.get_submodule(first), model.get_submodule(second)
-    if whole:
-        parent, _, name = second.rpartition(".")
-        setattr(model.get_submodule(parent), name, one)
-    else:
-        other.weight = one.weight
+    model.get_submodule(second).weight = model.get_submodule(first).weight
     return model
 
 
@@ -134,23 +147,3 @@ class Checkpointed(Model):
         output: Any = checkpoint(self.trunk, hidden, use_reentrant=True)
         loss: Tensor = output.square().mean()
         return loss
-
-
-class Adapted(nn.Module):
-    """A frozen layer and a trainable one of low rank beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Linear(3, 4).requires_grad_(False)
-        self.down, self.up = nn.Linear(3, 1, bias=False), nn.Linear(1, 4, bias=False)
-
-    def forward(self, data: Tensor) -> Tensor:
-        output: Tensor = self.base(data) + self.up(self.down(data))
-        return output
-
-
-def with_towers(make: Callable[[], nn.Module]) -> Model:
-    model = Model()
-    for name in NAMES:
-        model.towers[name] = make()
-    return model

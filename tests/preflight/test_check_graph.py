@@ -1,31 +1,16 @@
-"""What preflight says of the graph of a loss is what backward then does."""
+"""What preflight says about the graph of a loss is what backward then does."""
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from modaldummy import DummyLossWrapper, preflight
 from tests.holding import NAMES
-from tests.preflight.findings import codes
-from tests.preflight.models import Model, mapped, sharded
-
-
-def train(model: nn.Module, wrapper: DummyLossWrapper) -> None:
-    for name in NAMES:
-        wrapper.total(model([name]), name).backward()
-
-
-class WithHead(Model):
-    """A head that no batch reaches, unless there is PET."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 4)
+from tests.preflight.cases import ddp
+from tests.preflight.models import Model, mapped, sharded, with_head
 
 
 def test_what_the_loss_does_not_reach_gets_no_gradient() -> None:
-    model = WithHead()
+    model = with_head()
     wrapper = mapped(model)
     loss = model.total(wrapper, "T1")
     (finding,) = preflight(wrapper, loss=loss)
@@ -35,54 +20,43 @@ def test_what_the_loss_does_not_reach_gets_no_gradient() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_ddp_stops_at_it_unless_it_is_mapped_or_frozen() -> None:
-    """A warning where DDP itself looks for what is unused."""
-    model = WithHead()
+@pytest.mark.parametrize("remedy", ["", "mapped", "frozen"])
+def test_ddp_stops_at_it_unless_it_is_mapped_or_frozen(remedy: str) -> None:
+    model = with_head()
+    model.head.requires_grad_(remedy != "frozen")
+    around = ddp(model=model)["model"]
     paths = {name: f"towers.{name}" for name in NAMES}
-    around = DistributedDataParallel(model)
-    wrapper = DummyLossWrapper(model, paths)
-    (finding,) = preflight(wrapper, model=around, loss=wrapper.total(around(["T1"]), "T1"))
-    assert (finding.code, finding.severity) == ("MD111", "error")
-    with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
-        train(around, wrapper)
-    static = DistributedDataParallel(model, static_graph=True)
-    (finding,) = preflight(wrapper, model=static, loss=wrapper.total(static(["T1"]), "T1"))
-    assert (finding.code, finding.severity) == ("MD111", "warning")
-
-    for remedy in ("mapped", "frozen"):
-        model = WithHead()
-        model.head.requires_grad_(remedy == "mapped")
-        around = DistributedDataParallel(model)
-        wrapper = DummyLossWrapper(model, {**paths, "PET": "head"})
-        train(around, wrapper)
-        loss = wrapper.total(around(["T1"]), "T1")
-        assert codes(wrapper=wrapper, model=around, loss=loss) <= {"MD113"}
+    wrapper = DummyLossWrapper(model, paths | ({"PET": "head"} if remedy == "mapped" else {}))
+    loss = wrapper.total(around(["T1"]), "T1")
+    findings = preflight(wrapper, model=around, loss=loss)
+    assert [finding.code for finding in findings] == ([] if remedy else ["MD111"])
+    loss.backward()
+    if remedy:
+        around(["T1"])
+    else:
+        with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+            around(["T1"])
 
 
 @pytest.mark.usefixtures("process_group")
-def test_of_sharded_parameters_the_graph_does_not_tell() -> None:
-    """FSDP2 has put them back into shards after forward; backward reaches them all the same."""
+def test_the_graph_does_not_show_sharded_parameters() -> None:
+    """FSDP2 has resharded them after forward, and backward reaches them all the same."""
     model = sharded("", reshard_after_forward=True)
     wrapper = mapped(model)
     loss = model.total(wrapper, *NAMES)
-    assert codes(wrapper=wrapper, loss=loss) == {"MD104"}
+    assert [finding.code for finding in preflight(wrapper, loss=loss)] == ["MD104"]
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_backward_of_a_loss_without_a_graph_fails() -> None:
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_a_graph_that_reaches_nothing_trains_nothing(has_graph: bool) -> None:
     model = Model()
-    wrapper = model.wrapper()
-    with torch.no_grad():
-        loss = model.total(wrapper, *NAMES)
-    assert codes(wrapper=wrapper, loss=loss) == {"MD120"}
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    loss = torch.ones(2, requires_grad=has_graph).sum()
+    assert [finding.code for finding in preflight(mapped(model), loss=loss)] == ["MD120"]
+    if has_graph:
         loss.backward()
-
-
-def test_a_graph_that_reaches_nothing_leaves_everything_without_a_gradient() -> None:
-    model = Model()
-    loss = model.wrapper().total(torch.ones(2, requires_grad=True).sum(), NAMES)
-    assert codes(wrapper=model.wrapper(), loss=loss) == {"MD120"}
-    loss.backward()
+    else:
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss.backward()
     assert all(p.grad is None for p in model.parameters())

@@ -6,6 +6,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from modaldummy._arguments import wrappers_in
+from modaldummy._core.parameter import is_sparse_table
 from modaldummy._engines import (
     DDP_MARKS_TWICE,
     DDP_MARKS_TWICE_REMEDY,
@@ -21,7 +22,7 @@ from modaldummy._findings import Finding, Severity
 from modaldummy._preflight.setup import Setup
 from modaldummy._ranks import conflicts
 from modaldummy._ranks.attach import is_attached
-from modaldummy._ranks.sharding import find_conflicts
+from modaldummy._ranks.conflicts import find_conflicts
 
 _CODES: dict[conflicts.EngineConflict, tuple[str, Severity]] = {
     conflicts.FSDP2_TOWER_UNIT: ("MD104", "warning"),
@@ -38,30 +39,24 @@ _CODES: dict[conflicts.EngineConflict, tuple[str, Severity]] = {
 def check_engine(setup: Setup) -> Iterator[Finding]:
     """MD101 to MD107."""
     for ddp in setup.ddps:
-        yield from _check_unused_parameters(setup, ddp)
-        yield from _check_static_graph(setup, ddp)
-        yield from _check_sparse_gradients(setup, ddp)
+        yield from _check_ddp(setup, ddp)
     yield from _check_sharding(setup)
     yield from _check_recompile_limit(setup)
 
 
-def _check_unused_parameters(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
+def _check_ddp(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
+    name, scale = type(ddp.module).__name__, setup.wrapper.scale
     dummy_inside = setup.wrapper in wrappers_in(ddp)
     if ddp_marks_twice(ddp) and not dummy_inside and not is_attached(setup.wrapper, ddp.module):
-        evidence = {"model": type(ddp.module).__name__, "find_unused_parameters": True}
+        evidence: dict[str, Any] = {"model": name, "find_unused_parameters": True}
         yield Finding("MD101", "error", DDP_MARKS_TWICE, evidence, DDP_MARKS_TWICE_REMEDY)
-
-
-def _check_static_graph(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
-    if ddp_never_reduces(ddp, setup.scale):
-        evidence = {"model": type(ddp.module).__name__, "static_graph": True, "scale": None}
+    if ddp_never_reduces(ddp, scale):
+        evidence = {"model": name, "static_graph": True, "scale": None}
         yield Finding("MD102", "error", DDP_NEVER_REDUCES, evidence, DDP_NEVER_REDUCES_REMEDY)
-
-
-def _check_sparse_gradients(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
+    sparse = {i: owned for i, owned in setup.modality_parameters.items() if is_sparse_table(owned)}
     ddp_ids = set(map(id, ddp.parameters()))
-    names = [owned.name for owned in setup.sparse_tables if id(owned.parameter) in ddp_ids]
-    if names and setup.scale is None:
+    names = [owned.name for i, owned in sparse.items() if i in ddp_ids]
+    if names and scale is None:
         yield Finding(
             "MD103",
             "error",
@@ -87,9 +82,7 @@ def _check_sharding(setup: Setup) -> Iterator[Finding]:
 
 
 def _check_recompile_limit(setup: Setup) -> Iterator[Finding]:
-    for module in setup.modules:
-        if not is_compiled(module):
-            continue
+    for module in filter(is_compiled, setup.modules):
         keys = setup.keys_of([id(parameter) for parameter in module.parameters()])
         names = {name for key in keys for name in ([key] if isinstance(key, str) else key)}
         num_sets, limit = 2 ** len(names) - 1, recompile_limit(module)

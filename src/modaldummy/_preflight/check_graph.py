@@ -5,12 +5,11 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor
 
 from modaldummy._core.graph import leaves_of, reached_leaves, reached_nodes
-from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import function_of, is_sharded
 from modaldummy._findings import Finding, Severity
 from modaldummy._ownership import shared_with_trunk
-from modaldummy._preflight.setup import NamedParameter, Setup
+from modaldummy._preflight.setup import Setup
 
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
@@ -20,11 +19,17 @@ def check_graph(setup: Setup) -> Iterator[Finding]:
     reached_ids = reached_leaves(setup.loss)
     if reached_ids is None:
         return
-    trainable = [parameter for parameter in setup.parameters if parameter.requires_grad]
-    # The graph ends at the gathered copy of a sharded parameter, which is another tensor.
-    if any(id(parameter) in reached_ids or is_sharded(parameter) for parameter in trainable):
-        yield from _check_trunk_reached(setup, reached_ids)
-        yield from _check_modalities_reached(setup, reached_ids)
+    of_modalities = {owned.parameter: owned.name for owned in setup.modality_parameters.values()}
+    trainable = setup.trunk_parameters | of_modalities
+    unreached = {
+        id(parameter): name
+        for parameter, name in trainable.items()
+        # The graph ends at the gathered copy of a sharded parameter, which is another tensor.
+        if id(parameter) not in reached_ids and not is_sharded(parameter)
+    }
+    if len(unreached) < len(trainable):
+        yield from _check_trunk_reached(setup, unreached)
+        yield from _check_modalities_reached(setup, unreached)
         yield from _check_inactive_not_reached(setup, setup.loss)
     else:
         yield Finding(
@@ -39,33 +44,33 @@ def check_graph(setup: Setup) -> Iterator[Finding]:
         )
 
 
-def _check_trunk_reached(setup: Setup, reached_ids: set[int]) -> Iterator[Finding]:
-    if unreached := _find_unreached(setup.trunk_parameters, reached_ids):
-        severity, consequence = _consequence(setup, unreached)
+def _check_trunk_reached(setup: Setup, unreached: Mapping[int, str]) -> Iterator[Finding]:
+    if names := {i: name for i, name in unreached.items() if i not in setup.modality_parameters}:
+        severity, consequence = _consequence(setup, names)
         yield Finding(
             "MD111",
             severity,
             f"These trainable parameters {consequence}, because they belong to no modality and the "
             "graph of this loss does not reach them.",
-            {"parameters": list(unreached.values())},
+            {"parameters": list(names.values())},
             "Give them to a modality, or to a tuple of modalities that use them together. Freeze "
             "them if they should not be trained.",
         )
 
 
-def _check_modalities_reached(setup: Setup, reached_ids: set[int]) -> Iterator[Finding]:
-    if unreached := _find_unreached(setup.modality_parameters, reached_ids):
-        severity, consequence = _consequence(setup, unreached)
+def _check_modalities_reached(setup: Setup, unreached: Mapping[int, str]) -> Iterator[Finding]:
+    if names := {i: name for i, name in unreached.items() if i in setup.modality_parameters}:
+        severity, consequence = _consequence(setup, names)
         last = setup.wrapper.last
         inactive_ids = set() if last is None else setup.inactive_ids(last.active)
-        lacks_dummy = not inactive_ids.isdisjoint(unreached)
+        lacks_dummy = not inactive_ids.isdisjoint(names)
         modalities = "inactive modalities" if lacks_dummy else "modalities"
         yield Finding(
             "MD121",
             severity,
             f"These parameters of {modalities} {consequence}, because the graph of this loss "
             "does not reach them.",
-            {"parameters": list(unreached.values())},
+            {"parameters": list(names.values())},
             "Pass the total that `wrapper.total(loss, batch)` or the wrapped loss function "
             "returned, and call `backward()` on it."
             if lacks_dummy
@@ -96,17 +101,6 @@ def _check_inactive_not_reached(setup: Setup, loss: Tensor) -> Iterator[Finding]
             "ignored. Nothing to do if the model runs inactive towers on filler data, or if the "
             "loss has a penalty on weights; `hold_inactive` then keeps them unchanged.",
         )
-
-
-def _find_unreached(
-    parameters: Mapping[int, NamedParameter | OwnedParameter], reached_ids: set[int]
-) -> dict[int, str]:
-    """Names, by `id`, of parameters that the graph does not reach; sharded ones are left out."""
-    return {
-        parameter_id: named.name
-        for parameter_id, named in parameters.items()
-        if parameter_id not in reached_ids and not is_sharded(named.parameter)
-    }
 
 
 def _consequence(setup: Setup, unreached: Collection[int]) -> tuple[Severity, str]:

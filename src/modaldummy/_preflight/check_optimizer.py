@@ -1,16 +1,16 @@
 """Checks of the parameters that optimizers have, and of the steps that dummy gradients cause."""
 
-import math
 from collections.abc import Iterator
 
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from modaldummy._core.parameter_map import text_of
-from modaldummy._engines import is_sharded, is_zero_parameter
+from modaldummy._engines import is_fsdp2_unit, is_sharded, is_zero_parameter
 from modaldummy._findings import Finding
 from modaldummy._hold import is_held
-from modaldummy._optimizers import optimizers_inside, parameter_ids_of
-from modaldummy._preflight.drift import expected_drift
+from modaldummy._optimizers import parameter_ids_of, parameters_of
+from modaldummy._preflight.drift import expected_drift, optimizers_inside
 from modaldummy._preflight.setup import Setup
 
 # A smaller drift, in learning rates per step, is no finding.
@@ -42,22 +42,18 @@ def check_optimizers(setup: Setup) -> Iterator[Finding]:
 
 def _has_shards_of_gathered(setup: Setup, optimizer: Optimizer) -> bool:
     """Whether an optimizer has shards of parameters that FSDP2 has gathered in the model."""
-    parameters = (parameter for unit in setup.fsdp2_units for parameter in unit.parameters())
+    units = filter(is_fsdp2_unit, setup.modules)
+    parameters = (parameter for unit in units for parameter in unit.parameters())
     return any(not is_sharded(parameter) for parameter in parameters) and any(
-        is_sharded(parameter) and id(parameter) not in setup.named_parameters
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        is_sharded(parameter) and parameter not in setup.names
+        for parameter in parameters_of(optimizer)
     )
 
 
 def _check_all_optimized(setup: Setup, optimizers: tuple[Optimizer, ...]) -> Iterator[Finding]:
-    optimized_ids = {i for optimizer in optimizers for i in parameter_ids_of(optimizer)}
-    trainable = {
-        parameter_id: name
-        for parameter_id, (name, parameter) in setup.named_parameters.items()
-        if parameter.requires_grad and not is_zero_parameter(parameter)
-    }
-    names = [name for parameter_id, name in trainable.items() if parameter_id not in optimized_ids]
+    optimized = {p for optimizer in optimizers for p in parameters_of(optimizer)}
+    trainable = [p for p in setup.names if p.requires_grad and not is_zero_parameter(p)]
+    names = [setup.names[parameter] for parameter in trainable if parameter not in optimized]
     if names:
         yield Finding(
             "MD112",
@@ -78,7 +74,7 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
         return
     name = type(optimizer).__name__
     try:
-        drifts = expected_drift(setup.wrapper, nested[-1], steps=_NUM_STEPS)
+        drifts = expected_drift(setup.wrapper, nested[-1], _NUM_STEPS)
     except Exception as error:
         yield Finding(
             "MD142",
@@ -89,22 +85,16 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
             "unchanged if the optimizer skips parameters without a gradient.",
         )
         return
-    moved = {text_of(key): drift for key, drift in drifts.items() if drift.rates >= _MIN_DRIFT_RATE}
-    if moved:
-        largest_rate = max(drift.rates for drift in moved.values())
+    rates = {text_of(key): rate for key, rate in drifts.items() if rate >= _MIN_DRIFT_RATE}
+    if rates:
         yield Finding(
             "MD141",
             "warning",
-            f"{name} moves the parameters of inactive modalities by up to {largest_rate:.2g} "
+            f"{name} moves parameters of inactive modalities by up to {max(rates.values()):.2g} "
             "learning rates at each step.",
             {
                 "optimizer": name,
-                "rates": {key: drift.rates for key, drift in moved.items()},
-                # JSON has no infinity.
-                "relative": {
-                    key: drift.relative if math.isfinite(drift.relative) else None
-                    for key, drift in moved.items()
-                },
+                "rates": rates,
                 "limit": _MIN_DRIFT_RATE,
                 "steps": _NUM_STEPS,
             },
@@ -120,15 +110,15 @@ def _nested_optimizers(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def _check_scaler_gets_gradients(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
+    has_grad_scaler = isinstance(setup.scaler, GradScaler) and setup.scaler.is_enabled()
     # DDP leaves zeros where backward gives no gradient.
-    if setup.scale is not None or not setup.has_grad_scaler or setup.ddps:
+    if setup.wrapper.scale is not None or not has_grad_scaler or setup.ddps:
         return
-    ids = parameter_ids_of(optimizer) & setup.named_parameters.keys()
-    trainable_ids = {i for i in ids if setup.named_parameters[i].parameter.requires_grad}
+    ids = {id(p) for p in parameters_of(optimizer) if p.requires_grad and p in setup.names}
     batches = [[name] for name in setup.wrapper.modalities]
     batches += [[]] if setup.trunk_parameters else []
-    without_gradient = [batch for batch in batches if trainable_ids <= setup.inactive_ids(batch)]
-    if trainable_ids and without_gradient:
+    without_gradient = [batch for batch in batches if ids <= setup.inactive_ids(batch)]
+    if ids and without_gradient:
         yield Finding(
             "MD143",
             "error",

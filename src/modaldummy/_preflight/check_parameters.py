@@ -1,77 +1,48 @@
 """Checks of the values of parameters, and of the keys that own them."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modaldummy._core.parameter_map import text_of
-from modaldummy._engines import local_shard
+from modaldummy._engines import PLAIN_TENSORS, local_shard
 from modaldummy._findings import Finding
 from modaldummy._ownership import shared_with_trunk
-from modaldummy._preflight.setup import Setup, has_values
+from modaldummy._preflight.setup import Setup
 
 
 def check_parameters(setup: Setup) -> Iterator[Finding]:
-    """MD113 to MD119."""
-    yield from _check_frozen_modalities(setup)
+    """MD114, MD115, MD117 and MD118."""
     yield from _check_values_finite(setup)
     yield from _check_values_loaded(setup)
-    yield from _check_devices(setup)
-    yield from _check_shared_by_keys(setup)
+    yield from _check_keys_own_something_alone(setup)
     yield from _check_shared_with_trunk(setup)
-    yield from _check_sparse_tables(setup)
-
-
-def _check_frozen_modalities(setup: Setup) -> Iterator[Finding]:
-    trainable_keys = setup.keys_of(setup.modality_parameters)
-    keys = [text_of(key) for key in setup.owned_by_key if key not in trainable_keys]
-    if keys:
-        yield Finding(
-            "MD113",
-            "info",
-            f"All parameters of {', '.join(keys)} are frozen, so they get no dummy gradient.",
-            {"modalities": keys},
-            "Nothing to do if this is intended; once unfrozen, they get dummy gradients.",
-        )
 
 
 def _check_values_finite(setup: Setup) -> Iterator[Finding]:
-    shards_by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, parameter in setup.named_parameters.values():
-        if not has_values(parameter):
-            continue
-        shard = local_shard(parameter)
-        if _can_be_nan(shard) and shard.numel():
-            shards_by_device.setdefault(shard.device, {})[name] = shard
-    not_finite: list[str] = []
-    for shards in shards_by_device.values():
-        # Stacked, because each `tolist` synchronizes with the device.
-        finite = [_largest_absolute_value(shard).isfinite() for shard in shards.values()]
-        checked = zip(shards, torch.stack(finite).tolist(), strict=True)
-        not_finite += [name for name, is_finite in checked if not is_finite]
-    if not_finite:
+    names = [name for p, name in setup.names.items() if not _is_finite(local_shard(p))]
+    if names:
         yield Finding(
             "MD114",
             "error",
             "Values of these parameters are NaN or infinite, and so is each loss that uses them.",
-            {"parameters": not_finite},
+            {"parameters": names},
             "Load or initialize them again.",
         )
 
 
-def _can_be_nan(tensor: Tensor) -> bool:
-    """Whether it is a plain dense tensor of torch, with a dtype that has NaN."""
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; True if there are none, or only another library reads them."""
+    if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided:
+        return True
     inexact = tensor.is_floating_point() or tensor.is_complex()
-    return type(tensor) in (Tensor, nn.Parameter) and inexact and tensor.layout is torch.strided
-
-
-def _largest_absolute_value(tensor: Tensor) -> Tensor:
+    if not inexact or tensor.is_meta or not tensor.numel():
+        return True
     wide = tensor.float() if tensor.dtype.itemsize < 2 else tensor  # float8 has no norm
-    largest: Tensor = torch.linalg.vector_norm(wide, math.inf)
-    return largest
+    # `isfinite` of all elements would take twice the memory of the parameter.
+    return bool(torch.linalg.vector_norm(wide, math.inf).isfinite())
 
 
 def _check_values_loaded(setup: Setup) -> Iterator[Finding]:
@@ -88,44 +59,28 @@ def _check_values_loaded(setup: Setup) -> Iterator[Finding]:
         )
 
 
-def _check_devices(setup: Setup) -> Iterator[Finding]:
-    counts = Counter(str(owned.parameter.device) for owned in setup.modality_parameters.values())
-    loss_device = None if setup.loss is None else str(setup.loss.device)
-    if len({*counts, loss_device} - {None}) > 1:
+def _check_keys_own_something_alone(setup: Setup) -> Iterator[Finding]:
+    trainable = {i: keys for i, keys in setup.owners.items() if i in setup.modality_parameters}
+    shared = {i: keys for i, keys in trainable.items() if len(keys) > 1}
+    with_own = {keys[0] for i, keys in trainable.items() if i not in shared}
+    without_own = [text_of(key) for key in setup.keys_of(shared) if key not in with_own]
+    if without_own:
+        owned_by_id = setup.wrapper.parameters.all()
         yield Finding(
-            "MD116",
-            "info",
-            "Each step copies a number between devices, because modality parameters and the loss "
-            "are not all on one device.",
-            {"parameters": dict(counts), "loss": loss_device},
-            "Nothing to do. Each device sums its own parameters and makes its own gradients.",
+            "MD117",
+            "warning",
+            "Several keys of the map own these parameters, which get no dummy gradient while any "
+            "of the keys is active, and nothing else that is trainable belongs to "
+            f"{', '.join(without_own)}.",
+            {
+                "parameters": {
+                    owned_by_id[i].name: list(map(text_of, keys)) for i, keys in shared.items()
+                },
+                "without_own": without_own,
+            },
+            "Nothing to do if they are shared on purpose. Give a module that several modalities "
+            "use together to a tuple of them.",
         )
-
-
-def _check_shared_by_keys(setup: Setup) -> Iterator[Finding]:
-    owners = setup.owners
-    shared_ids = [i for i in owners if i in setup.modality_parameters and len(owners[i]) > 1]
-    if not shared_ids:
-        return
-    sharing_all = [
-        text_of(key)
-        for key in setup.keys_of(shared_ids)
-        if setup.owned_by_key[key].keys() & setup.modality_parameters.keys() <= set(shared_ids)
-    ]
-    key_texts = {
-        setup.owned_by_key[owners[i][0]][i].name: list(map(text_of, owners[i])) for i in shared_ids
-    }
-    keys = ", ".join(sharing_all)
-    no_others = f", and nothing else that is trainable belongs to {keys}" if keys else ""
-    yield Finding(
-        "MD117",
-        "warning" if sharing_all else "info",
-        "Several keys of the map own these parameters, which get no dummy gradient while any of "
-        f"the keys is active{no_others}.",
-        {"parameters": key_texts, "without_own": sharing_all},
-        "Nothing to do if they are shared on purpose. Give a module that several modalities use "
-        "together to a tuple of them.",
-    )
 
 
 def _check_shared_with_trunk(setup: Setup) -> Iterator[Finding]:
@@ -137,16 +92,4 @@ def _check_shared_with_trunk(setup: Setup) -> Iterator[Finding]:
             "gradient on top of the real one while their modality is inactive.",
             {"parameters": names},
             "Leave them out of the map, because the real loss reaches them at each step.",
-        )
-
-
-def _check_sparse_tables(setup: Setup) -> Iterator[Finding]:
-    if setup.sparse_tables:
-        yield Finding(
-            "MD119",
-            "info",
-            "These sparse embeddings get a sparse and empty dummy gradient, which adds nothing to "
-            "the loss and has the norm 0.",
-            {"parameters": [owned.name for owned in setup.sparse_tables]},
-            "Nothing to do.",
         )

@@ -1,9 +1,8 @@
 """How far an optimizer moves the parameters of a modality that gets only dummy gradients."""
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import OwnedParameter, is_sparse_table
 from modaldummy._core.parameter_map import ModalityKey
-from modaldummy._core.term import product_without_underflow
+from modaldummy._core.term import dummy_term
 from modaldummy._engines import copy_settings, local_shard
 from modaldummy._errors import UnsupportedEngineError
 
@@ -23,25 +22,12 @@ _MAX_SAMPLE_ELEMENTS = 2**12
 _MAX_SAMPLES = 100  # of one key and parameter group
 
 
-class Drift(NamedTuple):
-    """How far an optimizer moves the parameters of one inactive key at each step.
-
-    Both numbers are those of the parameter for which they are largest.
-
-    Attributes:
-        rates: Root mean square displacement per step, divided by the learning rate.
-        relative: Root mean square displacement per step, divided by the root mean square of the
-            parameter; infinite where a parameter of zeros moves.
-    """
-
-    rates: float
-    relative: float
-
-
 def expected_drift(
-    wrapper: DummyLossWrapper, optimizer: Optimizer, *, steps: int = 100
-) -> dict[ModalityKey, Drift]:
+    wrapper: DummyLossWrapper, optimizer: Optimizer, steps: int
+) -> dict[ModalityKey, float]:
     """Measure the drift of each key over the next `steps` steps, if it is inactive in all of them.
+
+    Drift is the root mean square displacement of a parameter per step, in learning rates.
 
     The optimizer steps copies of parameters from its present state, so the drift includes weight
     decay and momentum. Parameters that were trained before drift in another way than parameters
@@ -51,17 +37,18 @@ def expected_drift(
     parameter of each number of dimensions.
 
     Returns:
-        The drift of each key of which the optimizer has a parameter that gets dummy gradients.
+        For each key of which the optimizer has a parameter that gets dummy gradients, the largest
+        drift among its parameters.
 
     Raises:
         UnsupportedEngineError: The optimizer steps another one, or has no learning rate.
         Exception: What the optimizer raises when it steps without a closure.
     """
-    wrapped = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
-    if wrapped or not all("lr" in group for group in optimizer.param_groups):
+    wraps_others = bool(optimizers_inside(optimizer))
+    if wraps_others or not all("lr" in group for group in optimizer.param_groups):
+        reason = "steps other optimizers" if wraps_others else "has no `lr`"
         raise UnsupportedEngineError(
-            f"The drift of {type(optimizer).__name__} cannot be measured, because it "
-            + (f"steps another optimizer. Pass its `{wrapped[0]}`." if wrapped else "has no `lr`.")
+            f"The drift of {type(optimizer).__name__} cannot be measured, because it {reason}."
         )
     expected = {}
     for key in wrapper.parameters.paths:
@@ -73,8 +60,13 @@ def expected_drift(
             for drift in _measure_drifts(optimizer, group, samples, wrapper.scale, steps)
         ]
         if drifts:
-            expected[key] = Drift(*(max(column) for column in zip(*drifts, strict=True)))
+            expected[key] = max(drifts)
     return expected
+
+
+def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that an optimizer wraps: those among its attributes."""
+    return [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
 
 
 def _sample_parameters(
@@ -106,38 +98,32 @@ def _measure_drifts(
     samples: Sequence[nn.Parameter],
     scale: float | None,
     steps: int,
-) -> list[Drift]:
+) -> list[float]:
     """The drift of each of the samples, which are all of one parameter group."""
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in samples]
     options = {name: copy.deepcopy(group[name]) for name in group if name != "params"}
-    rate = float(options["lr"]) or float(options.get("initial_lr", 0.0)) or _ASSUMED_RATE
-    if not float(options["lr"]):
-        options["lr"] = rate
+    options["lr"] = options["lr"] or options.get("initial_lr") or _ASSUMED_RATE
     stepper = copy_settings(optimizer)
     stepper.param_groups = [options | {"params": copies}]
     for copied, parameter in zip(copies, samples, strict=True):
         if parameter in optimizer.state:
             stepper.state[copied] = copy.deepcopy(optimizer.state[parameter])
     for _ in range(steps):
-        for copied in copies:
-            copied.grad = None if scale is None else _dummy_gradient(copied, scale)
+        _set_dummy_gradients(copies, scale)
         stepper.step()
-    drifts = []
-    for copied, parameter in zip(copies, samples, strict=True):
-        moved = _root_mean_square(copied.detach() - parameter.detach()) / steps
-        size = _root_mean_square(parameter.detach())
-        relative = math.inf if moved else 0.0
-        if size:
-            relative = moved / size
-        drifts.append(Drift(moved / rate, relative))
-    return drifts
+    return [
+        _root_mean_square(copied.detach() - parameter.detach()) / steps / float(options["lr"])
+        for copied, parameter in zip(copies, samples, strict=True)
+    ]
 
 
-def _dummy_gradient(parameter: Tensor, scale: float) -> Tensor:
-    value = product_without_underflow(
-        torch.ones((), device=parameter.device), scale, parameter.dtype
-    )
-    return torch.zeros_like(parameter) + value
+def _set_dummy_gradients(parameters: Sequence[nn.Parameter], scale: float | None) -> None:
+    """Give parameters the gradients that backward from their dummy term gives them."""
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.enable_grad():
+        shards = list(map(local_shard, parameters))
+        dummy_term(shards, scale, read_values=False).connected.backward()
 
 
 def _root_mean_square(tensor: Tensor) -> float:

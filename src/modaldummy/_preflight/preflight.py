@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from modaldummy._arguments import called_model, check_model, check_wrapper
@@ -30,7 +31,7 @@ def preflight(
     model: nn.Module | None = None,
     *,
     loss: Tensor | None = None,
-    scaler: torch.amp.GradScaler | float | None = None,
+    scaler: GradScaler | float | None = None,
     max_norm: float | None = None,
     accumulation_steps: int = 1,
 ) -> list[Finding]:
@@ -72,19 +73,17 @@ def preflight(
     check_model(model)
     if loss is not None:
         check_loss(loss, "`loss`")
-    loss_factor, has_grad_scaler = _check_scaler(scaler)
     setup = Setup(
         wrapper=wrapper,
         model=called_model(wrapper, model),
         optimizers=_check_optimizers(optimizer),
         loss=loss,
-        loss_factor=loss_factor,
-        has_grad_scaler=has_grad_scaler,
+        scaler=_check_scaler(scaler),
         max_norm=_check_max_norm(max_norm),
         accumulation_steps=check_int("accumulation_steps", accumulation_steps, 1),
     )
     # A trial of an optimizer may draw random numbers.
-    devices = {parameter.device for parameter in setup.parameters if parameter.is_cuda}
+    devices = {parameter.device for parameter in setup.names if parameter.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
         return by_severity(finding for check in _CHECKS for finding in check(setup))
 
@@ -105,14 +104,11 @@ def _check_optimizers(optimizer: Any) -> tuple[Optimizer, ...] | None:
     return optimizers
 
 
-def _check_scaler(scaler: Any) -> tuple[float | None, bool]:
-    """The number that the loss is multiplied by, and whether an enabled `GradScaler` does it."""
-    if isinstance(scaler, torch.amp.GradScaler):
-        return scaler.get_scale(), scaler.is_enabled()
-    if scaler is None:
-        return None, False
+def _check_scaler(scaler: Any) -> GradScaler | float | None:
+    if scaler is None or isinstance(scaler, GradScaler):
+        return scaler
     alternative = ", a torch.amp.GradScaler or None"
-    return check_number("scaler", scaler, positive=True, alternative=alternative), False
+    return check_number("scaler", scaler, positive=True, alternative=alternative)
 
 
 def _check_max_norm(max_norm: Any) -> float | None:
