@@ -1,79 +1,181 @@
-"""The examples do under torchrun what they say, on two ranks."""
+"""The examples keep the promises that they print."""
 
+import importlib.util
 import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from modaldummy.__main__ import main
 from modaldummy.demo.scans import MODALITIES
+from tests.integrations.lightning_modules import QUIET
 from tests.launch import TORCHRUN, launched
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 30  # more than an epoch of fsdp2.py
-TIMEOUT = 180  # seconds; a quiet machine takes about 7
+TIMEOUT = 300  # seconds; a quiet machine takes about 10, and for inductor about 30
+# With a free port.
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes=2",
+    "--main_process_port=0",
+)
+
+pytestmark = [*map(pytest.mark.filterwarnings, QUIET)]
 
 
-def torchrun(folder: Path, example: str, *options: str) -> tuple[int, str]:
-    """Exit code of an example that runs on two ranks, and what it wrote."""
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
+    """Examples write into the current directory, and Accelerate keeps one state per process."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def call(name: str, *options: str) -> int:
+    """Exit code of an example in this process."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *options])
+        code: int = example.main()
+    return code
+
+
+def on_two_ranks(example: str, *options: str, by: Sequence[str] = TORCHRUN, code: int = 0) -> str:
+    """What an example writes on two ranks; it has to end with this exit code."""
     run = ["--steps", str(STEPS), *options]
-    return launched(folder, EXAMPLES / example, *run, by=TORCHRUN, timeout=TIMEOUT)
+    found, shown = launched(Path(), EXAMPLES / example, *run, by=by, timeout=TIMEOUT)
+    assert found == code, shown
+    return shown
 
 
-def table(shown: str) -> list[str]:
-    """What an example prints once it has trained."""
-    lines = shown.splitlines()
-    start = next(place for place, line in enumerate(lines) if line.startswith("modality"))
-    return [line for line in lines[start:] if line.startswith((*MODALITIES, "yes:", "NO:"))]
-
-
-def test_ddp_trains_while_ranks_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The promises hold on all ranks, and the doctor finds no fault with the log."""
-    code, shown = torchrun(tmp_path, "ddp.py")
-    assert code == 0, shown
-    assert "Findings of preflight: 0\n" in shown
-    assert [line.split()[0] for line in table(shown)] == [*MODALITIES, *["yes:"] * 4]
-    log = tmp_path / "ddp-output" / "metrics.jsonl"
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
-        range(1, STEPS + 1)
-    )
-    main(["doctor", "--json", str(log)])
+def errors_in(log: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Codes of the errors that the doctor finds in a log of all steps."""
+    main(["doctor", "--json", log])
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == STEPS
-    assert "error" not in {finding["severity"] for finding in found["findings"]}
+    return {f["code"] for f in found["findings"] if f["severity"] == "error"}
 
 
-def test_ddp_that_finds_unused_parameters_trains_too(tmp_path: Path) -> None:
-    code, shown = torchrun(tmp_path, "ddp.py", "--find-unused", "--out", "log")
+def promises(shown: str) -> list[str]:
+    """The verdict on each promise."""
+    return re.findall(r"^(yes|NO): ", shown, re.M)
+
+
+# --- one process ---------------------------------------------------------------------------------
+
+
+def test_custom_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    """It adopts the wrapper in five lines, which it numbers."""
+    assert call("custom_loop", "--steps", "40") == 0
+    assert promises(capsys.readouterr().out) == ["yes"]
+    lines = (EXAMPLES / "custom_loop.py").read_text().splitlines()
+    marked = [line for line in lines if re.search(r"  # \d", line)]
+    assert [line.partition("  # ")[2][0] for line in marked] == list("12345")
+    ours = ("DummyLossWrapper", "hold_inactive", "wrapper", "missing_gradients")
+    assert [line for line in lines if any(name in line for name in ours)] == marked
+
+
+# Torch's own compiler makes an instance of the Function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_compile_amp(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert call("compile_amp", "--steps", "40", "--dtype", dtype, "--backend", "eager") == 0
+    shown = capsys.readouterr().out
+    assert promises(shown) == ["yes"] * 4
+    assert "5 sets of modalities took 5 graphs" in shown
+
+
+@pytest.mark.long
+def test_compile_amp_with_inductor() -> None:
+    script = EXAMPLES / "compile_amp.py"
+    code, shown = launched(Path(), script, "--steps", "2", timeout=TIMEOUT)
     assert code == 0, shown
+    assert promises(shown) == ["yes"] * 4
+    assert "2 sets of modalities took 2 graphs" in shown
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "log"),
+    [
+        ("lightning_trainer", [], "lightning-output/metrics.csv"),
+        ("fabric", ["--precision", "bf16-mixed"], None),
+        ("accelerate_loop", [], "accelerate-output/metrics.jsonl"),
+    ],
+)
+def test_one_process(
+    example: str, options: list[str], log: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The doctor finds no error in what it logs."""
+    assert call(example, "--steps", str(STEPS), *options) == 0
+    shown = capsys.readouterr().out
     assert "Findings of preflight: 0\n" in shown
-    assert [line.split()[0] for line in table(shown)] == [*MODALITIES, *["yes:"] * 4]
-    assert (tmp_path / "log" / "metrics.jsonl").exists()
+    assert promises(shown) == ["yes"] * 4
+    assert log is None or errors_in(log, capsys) == set()
 
 
-def test_ddp_without_the_dummy_stops(tmp_path: Path) -> None:
-    """With one sentence from the example itself, and no traceback of a rank."""
-    code, shown = torchrun(tmp_path, "ddp.py", "--no-dummy")
-    assert code == 1, shown
-    assert shown.count("DDP stopped: 'Expected to have finished reduction") == 1
-    assert 'ddp.py", line' not in shown
-    assert not (tmp_path / "ddp-output").exists()
+# --- two ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [None, "--whole"])
-def test_fsdp2_trains(option: str | None, tmp_path: Path) -> None:
-    """Ranks differ only where the model is sharded as a whole."""
-    code, shown = torchrun(tmp_path, "fsdp2.py", *[option] if option else [])
-    assert code == 0, shown
-    assert [line.split()[0] for line in table(shown)] == [*MODALITIES, *["yes:"] * 3]
-    agreed = f"Ranks held different modalities at 0 of {STEPS} steps." in shown
-    assert agreed == (option is None)
+@pytest.mark.parametrize("option", [[], ["--find-unused"]])
+def test_ddp(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = on_two_ranks("ddp.py", *option)
+    assert "Findings of preflight: 0\n" in shown
+    assert promises(shown) == ["yes"] * 4
+    assert errors_in("ddp-output/metrics.jsonl", capsys) == set()
 
 
-def test_fsdp2_refuses_ranks_that_disagree(tmp_path: Path) -> None:
-    """With one sentence from the example itself, and no traceback of a rank."""
-    code, shown = torchrun(tmp_path, "fsdp2.py", "--disagree")
-    assert code == 1, shown
-    assert shown.count("Refused: ") == 1
-    assert 'fsdp2.py", line' not in shown
-    assert any(name in shown for name in MODALITIES)
+@pytest.mark.parametrize(
+    ("example", "option", "message"),
+    [
+        ("ddp.py", "--no-dummy", "DDP stopped: 'Expected to have finished reduction"),
+        ("fsdp2.py", "--disagree", "Refused: "),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_so_once(example: str, option: str, message: str) -> None:
+    """Without a traceback of a rank."""
+    shown = on_two_ranks(example, option, code=1)
+    assert shown.count(message) == 1
+    assert f'{example}", line' not in shown
+
+
+@pytest.mark.parametrize("option", [[], ["--whole"]])
+def test_fsdp2(option: list[str]) -> None:
+    """Ranks have different modalities only if the model is sharded as a whole."""
+    shown = on_two_ranks("fsdp2.py", *option)
+    assert promises(shown) == ["yes"] * 3
+    assert (f"Ranks held different modalities at 0 of {STEPS} steps." in shown) == (not option)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("example", "options", "launcher"),
+    [
+        ("lightning_trainer.py", [], TORCHRUN),
+        ("lightning_trainer.py", ["--find-unused"], TORCHRUN),
+        ("fabric.py", [], TORCHRUN),
+        ("accelerate_loop.py", [], ACCELERATE),
+    ],
+)
+def test_frameworks(example: str, options: list[str], launcher: Sequence[str]) -> None:
+    """Ranks have different modalities."""
+    shown = on_two_ranks(example, *options, by=launcher)
+    assert "Findings of preflight: 0\n" in shown
+    assert promises(shown) == ["yes"] * 4
+    counts = [re.search(rf"^{name} +\[(\d+), (\d+)\]", shown, re.M) for name in MODALITIES]
+    assert any(count is not None and count[1] != count[2] for count in counts)

@@ -22,8 +22,8 @@ class ModalitySampler(Sampler[int]):
     A batch is drawn from the seed and its number alone: whoever skips the first hundred, as the
     Trainer does where it resumes, gets the others unchanged; so does who asks for more. It is for
     a loader with the same `batch_size`; accelerate deals its batches out to the ranks in turn, so
-    that these differ, which DDP bears. Where an engine does not, `ModalityBatchSampler` of the
-    package gives all ranks the same.
+    that these differ, which DDP supports. Under an engine that does not, `ModalityBatchSampler` of
+    the package gives all ranks the same.
 
     Args:
         modalities: Of each sample, in the order of the dataset.

@@ -1,4 +1,4 @@
-"""Models of transformers for `test_foreign_models.py`, small, and what a user writes for each."""
+"""Small models of transformers for `test_foreign_models.py`, and what a user writes for each."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ LLM = TOWER | {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MEDIA = 31  # the token that images and sounds take the place of
+MEDIA = 31  # the token that images and sounds replace
 
 
 class Foreign(NamedTuple):
@@ -28,9 +28,9 @@ class Foreign(NamedTuple):
 
     Attributes:
         make: Makes the model.
-        spec: The map, of paths and globs alone.
-        resolver: Reads from the inputs of `forward` what is in them.
-        batches: Inputs of `forward`, by what is in them.
+        spec: The map, only of paths and globs.
+        resolver: Reads the active modalities from the inputs of `forward`.
+        batches: Inputs of `forward`, by their content.
     """
 
     make: Callable[[], nn.Module]
@@ -39,7 +39,7 @@ class Foreign(NamedTuple):
     batches: Callable[[], dict[str, Batch]]
 
 
-# --- FLAVA: towers for images and text, one more for pairs, and heads of losses of their own -----
+# --- FLAVA: towers for images, text and pairs, and heads for losses of their own -----------------
 
 
 def make_flava() -> nn.Module:
@@ -54,7 +54,7 @@ def make_flava() -> nn.Module:
         init_codebook=False,
     )
     model = FlavaForPreTraining(config)
-    # Zero in a fresh model, for which masked patches look alike and queries get gradients of 0.
+    # These are zero in a new model, so that masked patches look alike and queries get zeros.
     for parameter in model.flava.image_model.embeddings.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model
@@ -68,7 +68,7 @@ def make_flava_without_poolers() -> nn.Module:
 
 
 def flava_modalities(batch: Mapping[str, Any]) -> list[str]:
-    """What is there, and the losses that FLAVA computes only where nothing else is."""
+    """What the batch contains, and the losses that FLAVA computes only without anything else."""
     image, text = "pixel_values" in batch, "input_ids" in batch
     if image and text:
         return ["image", "text"]
@@ -109,7 +109,7 @@ FLAVA_MAP: dict[str | tuple[str, ...], Any] = {
     "mlm": "mlm_head",
 }
 
-# --- language models with a tower in front -------------------------------------------------------
+# --- language models with a tower ----------------------------------------------------------------
 
 
 def make_qwen() -> nn.Module:
@@ -139,7 +139,7 @@ def make_qwen() -> nn.Module:
 
 
 def with_media(data: Batch) -> dict[str, Batch]:
-    """Text alone, and text whose first four tokens stand for `data`."""
+    """A batch of text alone, and one whose first four tokens stand for `data`."""
     plain = torch.randint(3, 28, (2, 8))
     ids = torch.cat([torch.full((2, 4), MEDIA), plain], dim=1)
     labels = ids.where(ids != MEDIA, torch.tensor(-100))

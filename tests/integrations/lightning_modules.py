@@ -1,4 +1,4 @@
-"""A LightningModule to train, a logger that keeps what it is given, and a Trainer for both."""
+"""A LightningModule to train, a logger that keeps its rows, and a Trainer for both."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,9 @@ from tests.holding import NAMES, Towers
 Batch = dict[str, list[str]]
 Gradients = dict[str, Tensor | None]
 
-# Reasons for what tests of Lightning let pass, in place of one beside each of their files.
+TURNS = [["T1"], ["rsfMRI"], ["T1", "rsfMRI"], ["T1"]]  # dMRI is never active
+
+# Warnings that tests of Lightning ignore.
 QUIET = [
     "ignore:.*does not have many workers",  # the data are lists of names
     r"ignore:.*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.13
@@ -57,7 +59,7 @@ class Module(LightningModule):
 
 
 class Kept(Logger):
-    """Keeps what it is given, as pairs of a step and metrics."""
+    """Keeps its rows, as pairs of a step and metrics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +79,9 @@ class Kept(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.rows.append((step, dict(metrics)))
 
-    def ours(self) -> dict[int | None, Mapping[str, float]]:
+    def ours(self) -> dict[int, Mapping[str, float]]:
         """The rows of the callback, by step."""
-        return {step: row for step, row in self.rows if "modaldummy/real" in row}
+        return {step or 0: row for step, row in self.rows if "modaldummy/real" in row}
 
     def lightnings(self) -> dict[int | None, Mapping[str, float]]:
         """The rows of Lightning's own, by step."""

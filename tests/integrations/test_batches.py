@@ -1,16 +1,50 @@
-"""Batches as other libraries make them, with their own classes: what is read, what is refused."""
+"""Batches of other libraries, made with their own classes: what the wrapper reads from them."""
 
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from modaldummy import BatchMetadataError, UnknownModalityError
-from tests.integrations.batches import NAMES, Resolver, X, active, resolver_for
+from modaldummy import (
+    BatchMetadataError,
+    DummyLossWrapper,
+    UnknownModalityError,
+    active_modalities,
+)
 
-LIBRARIES: tuple[str, ...] = ()  # of each test: what it imports
+NAMES = ("T1", "rsfMRI", "dMRI")
+PAGE = Path(__file__).parents[2] / "docs/how-to/batches.md"
+X = torch.ones(4, 3)
+Resolver = Callable[[Any], Any]
+
+
+def active(batch: Any, *, names: tuple[str, ...] = NAMES, resolver: Resolver | None = None) -> Any:
+    """What `total`, a wrapped loss and `active_modalities` read from a batch, all the same."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+    wrapper = DummyLossWrapper(model, {name: name for name in names}, resolver=resolver)
+    wrapper.total(torch.tensor(2.0), batch)
+    assert wrapper.last is not None
+    found = wrapper.last.active
+    wrapper(lambda model, inputs: torch.tensor(2.0))(model, batch)
+    assert wrapper.last.active == found
+    assert resolver or active_modalities(batch, names) == found
+    return found
+
+
+def resolver_for(library: str) -> Resolver:
+    """The resolver that the page shows."""
+    row = re.search(rf"^\| {library}.*`(lambda [^`]+)` \|$", PAGE.read_text(), re.M)
+    assert row is not None
+    resolver: Resolver = eval(row.group(1))
+    return resolver
+
 
 # --- PyTorch's default collation -----------------------------------------------------------------
 
@@ -30,7 +64,6 @@ LIBRARIES: tuple[str, ...] = ()  # of each test: what it imports
     ids=["names", "indexes", "transposed", "masks", "flags", "data", "bools", "nested"],
 )
 def test_default_collate(samples: list[Any], expected: tuple[str, ...]) -> None:
-    """Names, indexes, masks, flags and data of samples, transposed and nested by PyTorch."""
     assert active(default_collate(samples)) == expected
 
 
@@ -43,15 +76,15 @@ def test_default_collate(samples: list[Any], expected: tuple[str, ...]) -> None:
     ],
     ids=["keys", "None", "lengths"],
 )
-def test_what_default_collate_refuses_is_read_as_a_list(samples: list[Any]) -> None:
+def test_samples_that_default_collate_refuses_are_read_as_a_list(samples: list[Any]) -> None:
     with pytest.raises((KeyError, TypeError, RuntimeError)):
         default_collate(samples)
     (batch,) = DataLoader(samples, batch_size=2, collate_fn=list)  # type: ignore[arg-type]
     assert active(batch) == ("T1", "dMRI")
 
 
-def test_integers_are_data_once_collated() -> None:
-    """The page warns of it: only in a sample or under an explicit key they could be told."""
+def test_integers_count_as_data_after_collation() -> None:
+    """The page warns of it: only a sample or an explicit key can show that they are flags."""
     sample = {"T1": 1, "dMRI": 0}
     with pytest.raises(BatchMetadataError, match="Use True or False for a flag"):
         active(sample)
@@ -60,7 +93,7 @@ def test_integers_are_data_once_collated() -> None:
     assert active(default_collate([sample])) == ("T1", "dMRI")
 
 
-def test_a_pair_asks_for_the_part_that_says_it() -> None:
+def test_of_a_pair_one_part_has_to_be_chosen() -> None:
     batch = default_collate([({"T1": X}, 0), ({"T1": X}, 1)])
     with pytest.raises(BatchMetadataError, match=r"a tuple such as \(inputs, targets\), pass the"):
         active(batch)
@@ -70,27 +103,19 @@ def test_a_pair_asks_for_the_part_that_says_it() -> None:
 # --- transformers --------------------------------------------------------------------------------
 
 
-def test_outputs_of_processors() -> None:
-    """`BatchFeature` and `BatchEncoding`, keyed by modality, explicit, and nested."""
-    from transformers import BatchEncoding, BatchFeature
-
-    for kind in (BatchFeature, BatchEncoding):
-        assert active(kind({"T1": X, "dMRI": None})) == ("T1",)
-        assert active(kind({"input_ids": X, "modality": ["T1", "dMRI"]})) == ("T1", "dMRI")
-        assert active(kind({"pixel_values": {"T1": X}, "input_ids": X})) == ("T1",)
-
-
-def test_an_output_that_names_no_modality_asks_for_a_resolver() -> None:
-    """`pixel_values` is nobody's name; the page shows the resolver."""
-    from transformers import BatchFeature
-
-    batch = BatchFeature({"pixel_values": X, "input_ids": X})
+@pytest.mark.parametrize("kind", ["BatchFeature", "BatchEncoding"])
+def test_outputs_of_processors(kind: str) -> None:
+    """Without a modality among its keys, such an output needs a resolver."""
+    make = getattr(import_module("transformers"), kind)
+    assert active(make({"T1": X, "dMRI": None})) == ("T1",)
+    assert active(make({"input_ids": X, "modality": ["T1", "dMRI"]})) == ("T1", "dMRI")
+    assert active(make({"pixel_values": {"T1": X}, "input_ids": X})) == ("T1",)
     with pytest.raises(BatchMetadataError, match=r"needs `DummyLossWrapper\(\.\.\., resolver="):
-        active(batch)
+        active(make({"pixel_values": X, "input_ids": X}))
 
 
-def test_llavas_flat_list_of_modalities() -> None:
-    """Its "text" is not in a map of towers: an error without a resolver, and left out with one."""
+def test_llavas_list_of_modalities() -> None:
+    """It contains "text", which is not in a map of towers, so that a resolver leaves it out."""
     batch = {"input_ids": X, "modalities": ["text", "image", "video"]}
     names = ("image", "video", "audio")
     with pytest.raises(UnknownModalityError, match="names the modality 'text'"):
@@ -105,7 +130,7 @@ def test_llavas_flat_list_of_modalities() -> None:
 
 @pytest.mark.long
 def test_rows_of_datasets() -> None:
-    """Rows, slices and batches of `map`, where a missing column is filled with None."""
+    """Rows, slices and batches of `map`, with None in a column that a row does not have."""
     from datasets import Dataset
 
     data = Dataset.from_dict({"T1": [[1.0], None, [1.0]], "dMRI": [None, [2.0], [2.0]]})
@@ -125,7 +150,7 @@ def test_rows_of_datasets() -> None:
 
 @pytest.mark.long
 def test_tensordicts() -> None:
-    """Nested ones, of which empty ones are inactive; flags; strings, whole and for each sample."""
+    """Nested ones, of which empty ones are inactive; flags; strings for a batch or each sample."""
     from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
 
     empty = TensorDict({}, [4])
@@ -142,6 +167,8 @@ def test_tensordicts() -> None:
     samples = [TensorDict({"modality": name, "x": X}) for name in ("T1", "dMRI")]
     for batch in (samples, TensorDict.stack(samples), lazy_stack(samples)):
         assert active(batch) == ("T1", "dMRI")
+    stack = lazy_stack([TensorDict({"T1": X}), TensorDict({"T1": X, "dMRI": X})])
+    assert active(stack) == active(stack.tensordicts) == ("T1", "dMRI")
 
 
 @pytest.mark.long
@@ -157,20 +184,7 @@ def test_tensorclasses() -> None:
     assert active(scans, names=("image", "sound")) == ("image",)
 
 
-@pytest.mark.long
-def test_a_lazy_stack() -> None:
-    """Samples may have different keys."""
-    from tensordict import TensorDict, lazy_stack
-
-    stack = lazy_stack([TensorDict({"T1": X}), TensorDict({"T1": X, "dMRI": X})])
-    assert active(stack) == active(stack.tensordicts) == ("T1", "dMRI")
-
-
 # --- PyTorch Geometric ---------------------------------------------------------------------------
-
-
-# What torch_geometric compiles at import, which torch 2.13 wants compiled in another way.
-compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 
 
 def graph(sizes: dict[str, int], **attributes: Any) -> Any:
@@ -182,22 +196,18 @@ def graph(sizes: dict[str, int], **attributes: Any) -> Any:
     return data
 
 
-@compiles
 @pytest.mark.long
+# What torch_geometric compiles at import, which torch 2.13 wants compiled in another way.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_graphs_whose_node_types_are_modalities() -> None:
-    """`HeteroData` and batches of it, through the page's resolver, `x_dict` or an attribute."""
-    from torch_geometric.data import Batch
+    """`HeteroData` and batches of it, by the page's resolver, by `x_dict` or by an attribute."""
+    from torch_geometric.data import Batch, Data
     from torch_geometric.loader import DataLoader as GraphLoader
 
     resolver = resolver_for("PyTorch Geometric")
     one, two = graph({"T1": 2, "dMRI": 0}), graph({"T1": 0, "dMRI": 1})
     (both,) = GraphLoader([one, two], batch_size=2)
-    for batch, expected in [
-        (one, ("T1",)),
-        (two, ("dMRI",)),
-        (Batch.from_data_list([one, one]), ("T1",)),
-        (both, ("T1", "dMRI")),
-    ]:
+    for batch, expected in [(one, ("T1",)), (two, ("dMRI",)), (both, ("T1", "dMRI"))]:
         kinds = batch.node_types
         with pytest.raises(BatchMetadataError, match="resolver="):
             active(batch)
@@ -206,24 +216,101 @@ def test_graphs_whose_node_types_are_modalities() -> None:
     graphs = [graph({"T1": 2}, modalities=names) for names in (["T1"], ["T1", "dMRI"])]
     assert active(graphs[0]) == ("T1",)
     assert active(Batch.from_data_list(graphs)) == ("T1", "dMRI")
-
-
-@compiles
-@pytest.mark.long
-@pytest.mark.parametrize("attribute", ["modality", "T1"])
-def test_an_attribute_of_nodes_is_not_one_of_the_graph(attribute: str) -> None:
-    """It is an error, and the data stay as they are."""
-    data = graph({"scan": 2})
-    data["scan"][attribute] = torch.tensor([0, 1])
+    assert active(Data(x=X, modality="T1")) == ("T1",)
+    scan = graph({"scan": 2})
+    scan["scan"]["modality"] = torch.tensor([0, 1])  # an attribute of nodes, not of the graph
     with pytest.raises(BatchMetadataError):
-        active(data)
-    assert data.node_types == ["scan"]
+        active(scan)
+    assert scan.node_types == ["scan"]
 
 
-@compiles
+# --- MONAI ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("resolver", [None, lambda data: data.modality], ids=["plain", "resolver"])
-def test_homogeneous_graphs(resolver: Resolver | None) -> None:
-    from torch_geometric.data import Data
+def test_dictionaries_of_monai() -> None:
+    """`MetaTensor`s in samples, batches and crops, and after `decollate_batch`."""
+    data, transforms = import_module("monai.data"), import_module("monai.transforms")
+    volume = np.ones((1, 4, 4, 4), "float32")
+    typed = transforms.EnsureTyped(["T1", "dMRI"], allow_missing_keys=True)
+    crops = transforms.RandSpatialCropSamplesd(["T1"], roi_size=2, num_samples=2, random_size=False)
+    sample = typed({"T1": volume, "label": 1})
+    assert isinstance(sample["T1"], data.MetaTensor)
+    (batch,) = data.DataLoader(data.Dataset([{"T1": volume}] * 2, typed), batch_size=2)
+    (cropped,) = data.DataLoader(
+        data.Dataset([{"T1": volume}] * 2, transforms.Compose([typed, crops])),
+        batch_size=2,
+        collate_fn=data.list_data_collate,
+    )
+    collated = data.list_data_collate([sample])
+    for each in (sample, crops(sample), collated, batch, cropped, data.decollate_batch(batch)):
+        assert active(each) == ("T1",)
+    mask = data.MetaTensor(torch.tensor([[True, False, False]]))
+    assert active({"modalities": mask, "image": sample["T1"]}) == ("T1",)
+    different = data.Dataset([{"T1": volume}, {"dMRI": volume}], typed)
+    (batch,) = data.DataLoader(different, batch_size=2, collate_fn=list)
+    assert active(batch) == ("T1", "dMRI")
 
-    assert active(Data(x=X, modality="T1"), resolver=resolver) == ("T1",)
+
+# --- TorchIO -------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_subjects_of_torchio(tmp_path: Path) -> None:
+    """Subjects, whose files are not read, and batches of the loader, also from a queue."""
+    tio = import_module("torchio")
+
+    tio.ScalarImage(tensor=torch.ones(1, 4, 4, 4)).save(tmp_path / "scan.nii")
+    subject = tio.Subject(T1=tio.ScalarImage(tmp_path / "scan.nii"), age=40)
+    assert active(subject) == ("T1",)
+    assert not subject["T1"]._loaded
+    (batch,) = tio.SubjectsLoader(tio.SubjectsDataset([subject] * 2), batch_size=2)
+    assert active(batch) == ("T1",)
+    queue = tio.Queue(
+        tio.SubjectsDataset([subject] * 2), 4, 2, tio.UniformSampler(2), num_workers=0
+    )
+    assert active(next(iter(tio.SubjectsLoader(queue, batch_size=2)))) == ("T1",)
+    assert active(tio.Subject(scan=subject["T1"], modality="dMRI")) == ("dMRI",)
+    different = tio.SubjectsDataset([subject, tio.Subject(dMRI=subject["T1"])])
+    (batch,) = tio.SubjectsLoader(different, batch_size=2, collate_fn=list)
+    assert active(batch) == ("T1", "dMRI")
+
+
+# --- webdataset ----------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+# It leaves the closing of files to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_samples_of_webdataset(tmp_path: Path) -> None:
+    """Names of files in a tar have to be renamed or resolved into names of modalities."""
+    wds = import_module("webdataset")
+
+    modalities = [["t1"], ["t1", "dmri"], ["dmri"]]
+    known = ("t1", "dmri")
+    path = str(tmp_path / "shard.tar")
+    with wds.TarWriter(path) as tar:
+        for number, names in enumerate(modalities):
+            arrays = {f"{name}.npy": np.ones((2, 2), "float32") for name in names}
+            tar.write({"__key__": f"s{number}", "modalities.json": names, "cls": number} | arrays)
+
+    def stored() -> Any:
+        return wds.WebDataset(path, shardshuffle=False).decode()
+
+    samples = list(stored())
+    with pytest.raises(BatchMetadataError, match="Did you mean 'modalities' by"):
+        active(samples[0], names=known)
+    resolver = resolver_for("webdataset")
+    alone = [tuple(names) for names in modalities]
+    assert [active(sample, names=known, resolver=resolver) for sample in samples] == alone
+    named = stored().rename(modalities="modalities.json")
+    small = named.map(lambda sample: {key: sample[key] for key in ("modalities", "cls")})
+    tuples = stored().to_tuple("modalities.json", "cls").batched(2)
+    assert [active(sample, names=known) for sample in named] == alone
+    for batches in (
+        named.batched(2, collation_fn=list),
+        small.batched(2),
+        wds.WebLoader(small.batched(2), batch_size=None),
+        (names for names, _ in tuples),
+    ):
+        assert [active(batch, names=known) for batch in batches] == [("t1", "dmri"), ("dmri",)]

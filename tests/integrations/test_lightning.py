@@ -1,6 +1,5 @@
-"""With a wrapper, Lightning's Trainer trains as without one, and nobody misses a gradient."""
+"""With a wrapper, Lightning's Trainer trains as without one, and no gradient is missing."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from modaldummy import DummyLossWrapper, hold_inactive
+from modaldummy import DummyLossWrapper, UnsupportedEngineError
 from modaldummy.integrations.lightning import DummyLossCallback
 from tests.asserts import assert_same_bits
-from tests.holding import NAMES, Towers
+from tests.holding import NAMES
 from tests.integrations.lightning_modules import (
     QUIET,
+    TURNS,
     Batch,
     Gradients,
     Kept,
@@ -25,10 +25,11 @@ from tests.integrations.lightning_modules import (
     fit,
     trainer,
 )
+from tests.integrations.trainers import labels_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
 
-TURNS = [["T1"], ["rsfMRI"], ["T1", "rsfMRI"], ["T1"]]  # dMRI never
+SHAPES = {"weight": (4, 3), "bias": (4,)}
 
 
 def assert_same_parameters(one: LightningModule, other: LightningModule) -> None:
@@ -37,16 +38,12 @@ def assert_same_parameters(one: LightningModule, other: LightningModule) -> None
         assert_same_bits(parameter, others[name], name)
 
 
-def expected_gradients(bare: Gradients, scale: float) -> Gradients:
-    """What the wrapper makes of the gradients without it."""
+def assert_dummies_added(found: Gradients, bare: Gradients) -> None:
+    """Real gradients bit for bit, and exactly the scale where there was none."""
     full = {f"model.towers.{name}.{kind}": s for name in NAMES for kind, s in SHAPES.items()}
-    return {
-        name: torch.full(full[name], scale) if gradient is None else gradient
-        for name, gradient in bare.items()
-    }
-
-
-SHAPES = {"weight": (4, 3), "bias": (4,)}
+    for name, gradient in bare.items():
+        expected = torch.full(full[name], 1e-7) if gradient is None else gradient
+        assert_same_bits(found[name], expected, name)
 
 
 def fp16() -> MixedPrecision:
@@ -55,45 +52,34 @@ def fp16() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "fp16"])
-def test_training_that_is_held_is_that_without_the_wrapper(precision: str) -> None:
-    """Bit for bit, with AdamW, weight decay and all; inactive gradients are exactly `scale`."""
-    modules = []
-    for wrapped in (True, False):
-        module = Module(wrapped)
-        options: dict[str, Any] = (
-            {"plugins": fp16()} if precision == "fp16" else {"precision": precision}
-        )
-        fit(module, TURNS, *[DummyLossCallback(hold=True)] * wrapped, **options)
-        modules.append(module)
-    ours, bare = modules
-    assert len(ours.stepped) == len(bare.stepped) == len(TURNS)
-    for actual, without in zip(ours.stepped, bare.stepped, strict=True):
-        expected = expected_gradients(without, 1e-7)
-        assert None not in expected.values()
-        for name, gradient in actual.items():
-            assert_same_bits(gradient, expected[name], name)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16-mixed"}, {"plugins": fp16}],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_held_training_is_that_without_the_wrapper(options: dict[str, Any]) -> None:
+    """Bit for bit, with AdamW and weight decay."""
+    ours, bare = Module(), Module(wrapped=False)
+    callback = DummyLossCallback(hold=True)
+    for module, callbacks in ((ours, [callback]), (bare, [])):
+        made = {k: value() if callable(value) else value for k, value in options.items()}
+        fit(module, TURNS, *callbacks, **made)
+    assert len(ours.stepped) == len(TURNS)
+    for found, expected in zip(ours.stepped, bare.stepped, strict=True):
+        assert_dummies_added(found, expected)
     assert_same_parameters(ours, bare)
+    assert callback.findings == []
 
 
-def test_it_trains_without_a_callback() -> None:
-    module = Module()
-    fit(module, TURNS)
-    assert module.wrapper.last is not None
-    assert module.wrapper.last.active == ("T1",)
-    assert all(g is not None for step in module.stepped for g in step.values())
-
-
-def test_accumulated_dummies_are_those_of_one_step() -> None:
+def test_without_a_callback_accumulated_batches_share_one_dummy_term() -> None:
     """Lightning divides the total, so that a parameter inactive in all batches gets `scale`."""
-    module, bare = Module(), Module(wrapped=False)
-    for one in (module, bare):
-        fit(one, [["T1"], ["T1"], ["T1"], ["rsfMRI"]], accumulate_grad_batches=2, max_steps=1)
-    for name, gradient in expected_gradients(bare.backwarded[1], 1e-7).items():
-        assert_same_bits(module.backwarded[1][name], gradient, name)
+    ours, bare = Module(), Module(wrapped=False)
+    for module in (ours, bare):
+        fit(module, [["T1"], ["T1"], ["T1"], ["rsfMRI"]], accumulate_grad_batches=2, max_steps=1)
+    assert_dummies_added(ours.backwarded[1], bare.backwarded[1])
 
 
-def test_a_hold_moves_what_any_accumulated_batch_has_taught() -> None:
+def test_the_optimizer_moves_what_any_accumulated_batch_trained() -> None:
     module = Module()
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     fit(module, [["T1"], ["rsfMRI"]], DummyLossCallback(hold=True), accumulate_grad_batches=2)
@@ -101,43 +87,8 @@ def test_a_hold_moves_what_any_accumulated_batch_has_taught() -> None:
     assert moved == {name for name in start if "dMRI" not in name}
 
 
-def test_without_a_hold_adamw_moves_what_no_batch_has_taught() -> None:
-    """Otherwise the tests of `hold` would pass without it."""
-    module = Module()
-    start = module.model.towers["dMRI"].weight.detach().clone()
-    fit(module, TURNS, DummyLossCallback())
-    assert not torch.equal(module.model.towers["dMRI"].weight, start)
-
-
-def test_a_hold_ends_with_the_training() -> None:
-    module, callback = Module(), DummyLossCallback(hold=True)
-    made = fit(module, TURNS, callback)
-    assert module.wrapper._observers == []
-    (optimizer,) = made.optimizers
-    before = module.model.towers["dMRI"].weight.detach().clone()
-    batch = {"modality": ["T1"]}
-    module.wrapper.total(module.model.loss(["T1"]), batch).backward()
-    optimizer.step()
-    assert not torch.equal(module.model.towers["dMRI"].weight, before)
-
-
-def test_a_hold_of_ones_own_works_too() -> None:
-    """In `configure_optimizers`, as where there is no callback."""
-
-    class Held(Module):
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            hold_inactive(self.wrapper, optimizer)
-            return optimizer
-
-    ours, bare = Held(), Module(wrapped=False)
-    fit(ours, TURNS)
-    fit(bare, TURNS)
-    assert_same_parameters(ours, bare)
-
-
 class Manual(Module):
-    """Two optimizers, each with a backward pass of its own; one has no parameter of the map."""
+    """Two optimizers, each with a backward pass; one has no parameter of the map."""
 
     automatic_optimization = False
 
@@ -164,7 +115,7 @@ def test_manual_optimization_with_two_optimizers() -> None:
 
 
 class Validated(Module):
-    """Keeps what validation says."""
+    """Keeps the losses of validation."""
 
     def __init__(self, wrapped: bool = True) -> None:
         super().__init__(wrapped)
@@ -175,25 +126,23 @@ class Validated(Module):
         self.losses.append(self.wrapper.total(loss, batch) if self.wrapped else loss)
 
 
-def test_validation_is_untouched() -> None:
-    """The loss is the real one, the report stays that of training, and labels do too."""
-    callback = DummyLossCallback(hold=True)
+def test_validation_uses_the_real_loss_and_changes_nothing() -> None:
     ours, bare = Validated(), Validated(wrapped=False)
-    for module, callbacks in ((ours, [callback]), (bare, [])):
+    for module, callbacks in ((ours, [DummyLossCallback(hold=True)]), (bare, [])):
         made = trainer(*callbacks, val_check_interval=1, num_sanity_val_steps=1)
         made.fit(module, batches(*TURNS), batches(["dMRI"]))
     assert len(ours.losses) == 1 + len(TURNS)
-    for actual, expected in zip(ours.losses, bare.losses, strict=True):
-        assert_same_bits(actual, expected, "loss")
+    for found, expected in zip(ours.losses, bare.losses, strict=True):
+        assert_same_bits(found, expected, "loss")
     assert ours.wrapper.last is not None
     assert ours.wrapper.last.active == ("T1",)
     assert_same_parameters(ours, bare)
 
 
-# Resuming takes none of what `ModelCheckpoint` keeps for itself.
+# Resuming does not use what `ModelCheckpoint` stores for itself.
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_resumed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """From a checkpoint at the end of an epoch, into modules that are new, held again."""
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    """From the end of an epoch, in a new module, with a new hold."""
     whole = Module()
     fit(whole, TURNS, DummyLossCallback(hold=True), max_epochs=2)
     saving = ModelCheckpoint(tmp_path, filename="end")
@@ -203,15 +152,10 @@ def test_resumed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     second.fit(resumed, batches(*TURNS), ckpt_path=tmp_path / "end.ckpt")
     assert len(resumed.stepped) == len(TURNS)
     assert_same_parameters(resumed, whole)
-    names = {id(p): name for name, p in resumed.named_parameters()}
-    states = second.optimizers[0].state
-    assert {names[id(p)] for p, state in states.items() if state} == {
-        name for name in names.values() if "dMRI" not in name
-    }
 
 
 class Silent(Module):
-    """Logs nothing: `self.log` of Lightning 2.6 cannot be traced by torch 2.13."""
+    """Logs nothing, because torch 2.13 cannot trace `self.log` of Lightning 2.6."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.model.loss(batch["modality"])
@@ -221,34 +165,30 @@ class Silent(Module):
 @pytest.mark.long
 # Torch's own compiler makes an instance of the Function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_module_that_is_compiled() -> None:
-    """The hold sees what `training_step` did in compiled code, and so do labels."""
+def test_a_compiled_module() -> None:
+    """The hold and the labels know which modalities the compiled code had."""
     ours, bare, logger = Silent(), Silent(wrapped=False), Kept()
     compiled: Any = torch.compile(ours, backend="eager")
     fit(compiled, TURNS, DummyLossCallback(hold=True), logger=logger, accumulate_grad_batches=2)
     fit(bare, TURNS, accumulate_grad_batches=2)
     assert torch.equal(ours.model.towers["dMRI"].weight, bare.model.towers["dMRI"].weight)
-    assert [labels(row) for row in logger.ours().values()] == [{"T1", "rsfMRI", "inactive"}] * 2
+    rows = logger.ours().values()
+    assert [labels_of(dict(row)) for row in rows] == [{"T1", "rsfMRI", "inactive"}] * 2
 
 
-def labels(row: Mapping[str, float]) -> set[str]:
-    return {key.split("]")[0].removeprefix("grad/[") for key in row if key.startswith("grad/[")}
+# --- which wrapper -------------------------------------------------------------------------------
 
 
-def test_a_wrapped_loss_function_will_do() -> None:
-    """The callback finds the wrapper behind it."""
-
+def test_a_wrapped_loss_function_counts_as_its_wrapper() -> None:
     class Criterion(Module):
         def __init__(self) -> None:
             super().__init__(wrapped=False)
-            self.model = Towers()
             spec = {name: f"model.towers.{name}" for name in NAMES}
             self.criterion = DummyLossWrapper(self, spec)(torch.square)
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-            total: Tensor = self.criterion(
-                self.model.loss(batch["modality"]), modalities=batch["modality"]
-            )
+            loss = self.model.loss(batch["modality"])
+            total: Tensor = self.criterion(loss, modalities=batch["modality"])
             return total
 
     module = Criterion()
@@ -256,19 +196,73 @@ def test_a_wrapped_loss_function_will_do() -> None:
     assert all(g is not None for step in module.stepped for g in step.values())
 
 
-def test_a_wrapper_of_a_module_inside_will_do() -> None:
-    class Inside(Module):
-        def __init__(self) -> None:
-            super().__init__(wrapped=False)
-            spec = {name: f"model.towers.{name}" for name in NAMES}
-            self.model.towers.wrapper = DummyLossWrapper(self, spec)
+@pytest.mark.parametrize(
+    ("number", "given"), [(0, "got none. Pass the wrapper"), (2, "got 2. Pass the wrapper")]
+)
+def test_a_module_without_one_clear_wrapper_is_refused(number: int, given: str) -> None:
+    module = Module(wrapped=False)
+    spec = {name: f"model.towers.{name}" for name in NAMES}
+    for place in range(number):
+        setattr(module, f"wrapper{place}", DummyLossWrapper(module, spec))
+    expected = rf"`Module` must have one DummyLossWrapper among its attributes, {given}"
+    with pytest.raises(ValueError, match=expected):
+        fit(module, TURNS, DummyLossCallback())
 
-        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-            total: Tensor = self.model.towers.wrapper.total(
-                self.model.loss(batch["modality"]), batch
-            )
-            return total
 
-    module = Inside()
-    fit(module, TURNS, DummyLossCallback(hold=True))
-    assert all(g is not None for step in module.stepped for g in step.values())
+def test_a_wrapper_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="shares no parameter with the model of the wrapper"):
+        fit(Module(), TURNS, DummyLossCallback(Module().wrapper))
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_loss_that_does_not_go_through_the_wrapper_is_refused(used_before: bool) -> None:
+    """Also if those of an earlier training did."""
+    module = Module()
+    if used_before:
+        fit(module, TURNS, DummyLossCallback())
+    module.wrapped = False
+    with pytest.raises(RuntimeError, match="The loss of `Module` did not go through the wrapper"):
+        fit(module, TURNS, DummyLossCallback())
+
+
+# --- the hold ------------------------------------------------------------------------------------
+
+
+class Failing(Module):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise ArithmeticError
+
+
+class Unsupported(Module):
+    """The second optimizer cannot be held."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        towers = self.model.towers
+        second: Any = torch.optim.LBFGS(towers["dMRI"].parameters())
+        return torch.optim.AdamW(towers["T1"].parameters()), second
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [(Module, None), (Failing, ArithmeticError), (Unsupported, UnsupportedEngineError)],
+)
+def test_a_hold_ends_with_the_training(kind: type[Module], error: type[Exception] | None) -> None:
+    """Also if training fails, or if another optimizer cannot be held."""
+    module = kind()
+    if error is None:
+        fit(module, TURNS, DummyLossCallback(hold=True))
+    else:
+        with pytest.raises(error):
+            fit(module, TURNS, DummyLossCallback(hold=True))
+    assert not module.wrapper._observers
+
+
+def test_a_hold_without_a_parameter_of_the_map_is_refused() -> None:
+    class Trunk(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.model.trunk.parameters())
+
+    with pytest.raises(ValueError, match="has no parameter of the modalities"):
+        fit(Trunk(), TURNS, DummyLossCallback(hold=True))

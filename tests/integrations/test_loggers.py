@@ -1,10 +1,15 @@
-"""What loggers make of our rows: names and numbers come back as they were, and can be diagnosed."""
+"""Loggers return our rows as they were, and `diagnose` reads what they return."""
 
 import csv
 import itertools
+import json
+import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,45 @@ import torch
 from torch import nn
 
 from modaldummy import DummyLossWrapper, diagnose, gradient_norms
-from tests.integrations.logged import RUNS, Row, log_offline, read_events, read_run, rows_of
-
-LIBRARIES: tuple[str, ...] = ()  # of each test: what it imports
+from modaldummy.integrations.transformers import GradientNormCallback
+from tests.integrations.trainers import arguments, mixed, rows_of, scanner
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/loggers.md"
+# What the gradients of inactive modalities are multiplied by, and what `diagnose` finds then.
+RUNS: dict[str, tuple[float, set[str]]] = {"healthy": (1.0, set()), "zeroed": (0.0, {"MD211"})}
+SIZES = {"T1": 8, "dMRI": 64}
+Row = dict[str, float]
+
+
+def make_wrapper() -> DummyLossWrapper:
+    """Of a model with two modalities and a fusion of both."""
+    torch.manual_seed(0)
+    towers = {name: nn.Linear(size, 4) for name, size in SIZES.items()}
+    model = nn.ModuleDict(towers | {"fusion": nn.Linear(4, 4), "trunk": nn.Linear(4, 1)})
+    return DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI", ("T1", "dMRI"): "fusion"})
+
+
+def log_of(run: str, *, label: bool, steps: int = 60) -> list[Row]:
+    """The rows that a training loop logs."""
+    wrapper = make_wrapper()
+    model: Any = wrapper.parameters.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rows = []
+    for step in range(steps):
+        active = [["T1"], ["dMRI"], ["T1", "dMRI"]][step % 3]
+        hidden = torch.stack([model[m](torch.randn(16, SIZES[m])) for m in active])
+        fused = model["fusion"](hidden.mean(0)) if len(active) == 2 else hidden.mean(0)
+        total = wrapper.total((model["trunk"](fused) - 1).square().mean(), active)
+        total.backward()
+        for entry in wrapper.parameters.split(active).inactive_parameters:
+            assert entry.parameter.grad is not None
+            entry.parameter.grad.mul_(RUNS[run][0])
+        assert wrapper.last is not None
+        norms = gradient_norms(wrapper, label=label)
+        rows.append({"loss": total.item()} | wrapper.last.as_dict() | norms)
+        optimizer.step()
+        optimizer.zero_grad()
+    return rows
 
 
 def codes(history: Path | Iterable[Mapping[str, float]]) -> set[str]:
@@ -26,34 +65,27 @@ def codes(history: Path | Iterable[Mapping[str, float]]) -> set[str]:
 
 
 def assert_same(found: list[Row], logged: list[Row], kind: Callable[[Any], Any] = float) -> None:
-    """The same keys in each row, and the same numbers once they are of the logger's `kind`."""
+    """The same keys in each row, and the same numbers in the logger's `kind`."""
     assert [row.keys() for row in found] == [row.keys() for row in logged]
     for row, expected in zip(found, logged, strict=True):
         for key, number in expected.items():
             np.testing.assert_equal(kind(row[key]), kind(number), err_msg=key)
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- CSV -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_csv_takes_rows_without_labels(run: str, tmp_path: Path) -> None:
     """Their keys are the same at each step, so that the first row makes the header."""
-    logged = list(rows_of(run, label=False))
+    logged = log_of(run, label=False)
     path = tmp_path / "log.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, logged[0].keys())
         writer.writeheader()
         writer.writerows(logged)
-    with path.open(newline="") as file:
-        found = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    assert_same(found, logged)
-    assert codes(path) == RUNS[run][0]
-
-
-def test_rows_with_labels_need_a_logger_that_takes_new_keys() -> None:
-    rows = rows_of("healthy", label=True, steps=3)
-    assert len({frozenset(row) for row in rows}) == 3
+    assert codes(path) == RUNS[run][1]
+    assert len({frozenset(row) for row in log_of(run, label=True, steps=3)}) == 3
 
 
 # --- MLflow --------------------------------------------------------------------------------------
@@ -74,156 +106,151 @@ def clashes(names: Iterable[str]) -> set[tuple[str, str]]:
     return {(a, b) for a, b in itertools.permutations(names, 2) if b.startswith(f"{a}/")}
 
 
-@pytest.mark.parametrize("prefix", ["grad", "train/grad"])
-def test_names_without_labels_pass_mlflows_rule(prefix: str) -> None:
-    model = nn.ModuleDict({"T1": nn.Linear(8, 4), "dMRI": nn.Linear(64, 4)})
-    wrapper = DummyLossWrapper(model, {"T1": "T1", ("T1", "dMRI"): "dMRI"})
-    wrapper.total(model["T1"](torch.ones(2, 8)).square().mean(), ["T1"]).backward()
-    assert wrapper.last is not None
-    report = wrapper.last.as_dict()
-    names = report | gradient_norms(wrapper, label=False, prefix=prefix)
-    assert [name for name in names if not is_mlflow_name(name)] == []
-    assert clashes(names) == set()
-    labelled = [name for name in gradient_norms(wrapper, prefix=prefix) if "[" in name]
-    assert len(labelled) == 4
-    assert not any(is_mlflow_name(name) for name in labelled)
+def test_mlflow_takes_names_without_labels() -> None:
+    (row,) = log_of("healthy", label=False, steps=1)
+    assert [name for name in row if not is_mlflow_name(name)] == []
+    assert clashes(row) == set()
+    (labelled,) = log_of("healthy", label=True, steps=1)
+    assert {is_mlflow_name(name) for name in labelled if "[" in name} == {False}
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_trainers_own_norm_clashes_in_mlflows_file_store(run: str) -> None:
-    """`grad_norm`, which Hugging Face logs, is a folder of ours; not so behind a prefix."""
-    rows = [row | {"grad_norm": 1.0} for row in rows_of(run, label=False)]
-    folders = {f"grad_norm/{name}" for name in ("T1", "dMRI", "T1-dMRI")}
-    assert clashes(rows[0]) == {("grad_norm", folder) for folder in folders}
+def test_the_trainers_own_norm_clashes_in_mlflows_file_store_without_a_prefix() -> None:
+    """Hugging Face logs `grad_norm`, which is a folder of ours."""
+    rows = [row | {"grad_norm": 1.0} for row in log_of("zeroed", label=False)]
+    assert clashes(rows[0]) == {("grad_norm", f"grad_norm/{n}") for n in (*SIZES, "T1-dMRI")}
     own = re.compile("^grad(?!_norm$)")
     moved = [{own.sub("modaldummy/grad", key): row[key] for key in row} for row in rows]
     assert clashes(moved[0]) == set()
-    assert moved[0].keys() >= {f"modaldummy/{folder}" for folder in folders}
-    assert codes(moved) == RUNS[run][0]
+    assert codes(moved) == RUNS["zeroed"][1]
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------
 
 
+def read_events(folder: Path) -> list[Row]:
+    """The rows of an event file, as the page shows how to read them."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    rows: dict[int, Row] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {})[tag] = event.value
+    return [rows[step] for step in sorted(rows)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize("run", RUNS)
-def test_tensorboard_gives_back_what_was_written(run: str, label: bool, tmp_path: Path) -> None:
-    """In float32, which is what it stores."""
+@pytest.mark.parametrize(("run", "label"), [("healthy", True), ("zeroed", False)])
+def test_tensorboard_returns_rows_in_float32(run: str, label: bool, tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    logged = list(rows_of(run, label=label))
+    logged = log_of(run, label=label)
     with SummaryWriter(tmp_path) as writer:
         for step, row in enumerate(logged):
             for name, number in row.items():
                 writer.add_scalar(name, number, step)
     found = read_events(tmp_path)
     assert_same(found, logged, np.float32)
-    assert codes(found) == RUNS[run][0]
-
-
-class Brain(nn.Module):
-    """A model as the Trainer wants it, of two modalities."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.towers = nn.ModuleDict({"T1": nn.Linear(8, 4), "dMRI": nn.Linear(64, 4)})
-        self.trunk = nn.Linear(4, 1)
-
-    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = torch.stack([self.towers[name](data) for name, data in batch.items()]).mean(0)
-        return {"loss": (self.trunk(hidden) - 1).square().mean()}
-
-
-def collate(samples: list[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    name = samples[0][0]
-    return {name: torch.stack([data for kind, data in samples if kind == name])}
+    assert codes(found) == RUNS[run][1]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("label", [True, False])
-def test_the_trainer_sends_our_rows_to_tensorboard(label: bool, tmp_path: Path) -> None:
-    """All that is in its history, with `train/` before each name."""
-    from transformers import Trainer, TrainingArguments
-
-    from modaldummy.integrations.transformers import DummyLossMixin, GradientNormCallback
-
-    class MyTrainer(DummyLossMixin, Trainer): ...
-
-    torch.manual_seed(0)
-    model = Brain()
-    samples = [("T1", torch.randn(8)) if i % 2 else ("dMRI", torch.randn(64)) for i in range(64)]
-    args = TrainingArguments(
-        str(tmp_path),
-        use_cpu=True,
-        max_steps=12,
-        logging_steps=1,
-        report_to="tensorboard",
-        save_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    trainer = MyTrainer(
-        model,
-        args,
-        wrapper=DummyLossWrapper(model, {"T1": "towers.T1", "dMRI": "towers.dMRI"}),
-        train_dataset=samples,
-        data_collator=collate,
-        callbacks=[GradientNormCallback(label=label)],
-        hold=True,
-    )
+@pytest.mark.usefixtures("one_thread")
+def test_the_trainer_sends_all_rows_to_tensorboard(tmp_path: Path) -> None:
+    """With `train/` before each name, which `diagnose` knows."""
+    args = arguments(tmp_path, report_to=["tensorboard"])
+    trainer = mixed(scanner(), args, callbacks=[GradientNormCallback()])
     trainer.train()
-    history = [row for row in trainer.state.log_history if "loss" in row]
-    assert len(history) == 12
-    assert all("grad_norm/T1" in row for row in history)
-    (folder,) = {path.parent for path in tmp_path.glob("runs/**/events*")}
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     found = [row for row in read_events(folder) if "train/loss" in row]
-    for row in history:
-        row.pop("step")
-    last = {key for key in found[-1] if key.removeprefix("train/") not in history[-1]}
-    found[-1] = {key: number for key, number in found[-1].items() if key not in last}
-    sent = [{f"train/{key}": number for key, number in row.items()} for row in history]
-    assert_same(found, sent, np.float32)
-    assert codes(found) == codes(history)
+    history = [{f"train/{k}": v for k, v in row.items() if k != "step"} for row in rows_of(trainer)]
+    for row, sent in zip(found, history, strict=True):
+        assert sent.keys() <= row.keys()
+        assert row["train/grad_norm/T1"] == np.float32(sent["train/grad_norm/T1"])
+    assert codes(found) == codes(trainer.state.log_history)
 
 
-# --- Weights & Biases ----------------------------------------------------------------------------
-
-
+# The blocks before it need only the package and run with those of all pages.
 @pytest.mark.long
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize("run", RUNS)
-def test_wandb_gives_back_what_was_logged(run: str, label: bool, tmp_path: Path) -> None:
-    """Offline; brackets, slashes, dots and NaN come through, also in a panel's export."""
-    logged = list(rows_of(run, label=label))
-    found = read_run(log_offline(logged, tmp_path))
-    own = [{k: number for k, number in row.items() if not k.startswith("_")} for row in found]
-    assert_same(own, logged)
-    assert codes(found) == RUNS[run][0]
-    panel = tmp_path / "panel.csv"
-    names = list(dict.fromkeys(key for row in own for key in row))
-    columns = [f"run-1 - {name}{end}" for name in names for end in ("", "__MIN", "__MAX")]
-    with panel.open("w", newline="") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerow(["Step", *columns])
-        for row in found:
-            cells = [(row.get(name, ""), 0.0, 1e6) for name in names]
-            writer.writerow([row["_step"], *itertools.chain.from_iterable(cells)])
-    assert codes(panel) == RUNS[run][0]
-
-
-# --- the page ------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_the_page_shows_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks for TensorBoard, after those that need nothing else."""
+def test_the_page_reads_event_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = PAGE.read_text()
-    blocks = re.findall(r"^```(python|text)\n(.*?)^```", page, re.M | re.S)
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     shown = [code for kind, code in blocks if kind == "python" or "tensorboard" in code]
-    assert len(shown) > len(re.findall("^```python", page, re.M))
     namespace: dict[str, Any] = {}
     for code in shown:
         exec(compile(code, str(PAGE), "exec"), namespace)
     assert namespace["findings"] == []
+
+
+# --- Weights & Biases ----------------------------------------------------------------------------
+
+WANDB = """
+import json, sys
+import wandb
+
+settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True)
+with wandb.init(project="modaldummy", mode="offline", settings=settings) as run:
+    for row in json.load(sys.stdin):
+        run.log(row)
+"""
+
+
+def log_offline(rows: list[Row], folder: Path) -> bytes:
+    """Log in another process, and return the file of the run."""
+    places = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR", "HOME")
+    environment = os.environ | dict.fromkeys(places, str(folder))
+    subprocess.run(
+        [sys.executable, "-c", WANDB],
+        input=json.dumps(rows),
+        text=True,
+        env=environment | {"WANDB_ERROR_REPORTING": "false"},
+        check=True,
+        timeout=120,
+    )
+    (found,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return found.read_bytes()
+
+
+def payloads(data: bytes) -> Iterator[bytes]:
+    """The records in LevelDB's log format, whose first block begins with 7 other bytes."""
+    block, place, payload = 2**15, 7, b""
+    while place + 7 <= len(data):
+        if block - place % block < 7:  # padding, because no header fits
+            place += block - place % block
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        payload += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            yield payload
+            payload = b""
+
+
+def read_run(data: bytes) -> Iterator[Row]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for record in map(Record.FromString, payloads(data)):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+            yield {key: number for key, number in row.items() if not key.startswith("_")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("run", "label"), [("healthy", True), ("zeroed", False)])
+def test_wandb_returns_rows_offline(run: str, label: bool, tmp_path: Path) -> None:
+    """Brackets, slashes, dots and NaN survive, also in the CSV file of an exported panel."""
+    logged = log_of(run, label=label)
+    found = list(read_run(log_offline(logged, tmp_path)))
+    assert_same(found, logged)
+    assert codes(found) == RUNS[run][1]
+    panel = tmp_path / "panel.csv"
+    names = list(dict.fromkeys(key for row in found for key in row))
+    columns = [f"run-1 - {name}{end}" for name in names for end in ("", "__MIN", "__MAX")]
+    with panel.open("w", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerow(["Step", *columns])
+        for step, row in enumerate(found):
+            cells = [(row.get(name, ""), 0.0, 1e6) for name in names]
+            writer.writerow([step, *itertools.chain.from_iterable(cells)])
+    assert codes(panel) == RUNS[run][1]

@@ -1,4 +1,4 @@
-"""Tiny models, data and Trainers with three modalities, and what an optimizer step gets to see."""
+"""Tiny models, data and Trainers with three modalities, and the gradients of each step."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modaldummy import DummyLossWrapper
-from modaldummy.integrations.transformers import DummyLossMixin, GradientNormCallback
+from modaldummy.integrations.transformers import DummyLossMixin
 
 SCALE = 1e-7
 WIDTHS = {"T1": 4, "rsfMRI": 5, "dMRI": 6}
@@ -31,22 +31,6 @@ BATCHES: Batches = [["T1"]] * 4 + [["T1"], ["dMRI"]] * 2 + [["rsfMRI", "T1"], ["
 
 class MixedTrainer(DummyLossMixin, Trainer):
     """As a user would write it."""
-
-
-class OwnTrainer(Trainer):
-    """Sends its loss through a wrapper itself, without the mixin."""
-
-    wrapper: DummyLossWrapper
-    norms: GradientNormCallback
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        return self.wrapper.total(loss, inputs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs | self.norms.metrics_of(self.state), *args, **kwargs)
 
 
 class Scanner(nn.Module):
@@ -73,7 +57,7 @@ class Scanner(nn.Module):
         return {"loss": self.loss((logits - labels).square().mean(), present), "logits": logits}
 
     def loss(self, error: Tensor, present: Collection[str]) -> Tensor:
-        """What becomes of the error; as it is but in models that are derived from this one."""
+        """The loss of a squared error; derived models change it."""
         return error
 
 
@@ -127,7 +111,7 @@ MODELS: dict[str, Callable[[], Any]] = {"scanner": scanner, "reader": reader}
 
 
 def samples(model: nn.Module, batches: Batches = BATCHES, seed: int = 0) -> list[dict[str, Any]]:
-    """A dataset whose batches, drawn in order, contain these modalities."""
+    """A dataset whose batches contain these modalities, if they are drawn in order."""
     draw = torch.Generator().manual_seed(seed)
     found = []
     for place, names in enumerate(batches):
@@ -147,7 +131,7 @@ def samples(model: nn.Module, batches: Batches = BATCHES, seed: int = 0) -> list
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """Those of a run on the CPU that takes the samples in order, and writes nothing."""
+    """Arguments of a run on the CPU that takes the samples in order and writes nothing."""
     defaults: dict[str, Any] = {
         "use_cpu": True,
         "dataloader_pin_memory": False,
@@ -172,7 +156,7 @@ class Recorder(TrainerCallback):
     """Keeps all gradients as they are before each step of the optimizer.
 
     Attributes:
-        steps: One mapping a step, from full names; None where there is no gradient.
+        steps: For each step, full name to gradient, or to None if there is none.
     """
 
     steps: list[dict[str, Tensor | None]] = field(default_factory=list)
@@ -205,15 +189,6 @@ def mixed(
 def plain(model: nn.Module, args: TrainingArguments, kind: Any = Trainer, **options: Any) -> Any:
     """The same without the mixin."""
     return _quiet(kind(model, args, **{"train_dataset": samples(model)} | options))
-
-
-def own(model: nn.Module, args: TrainingArguments, kind: Any = OwnTrainer) -> Any:
-    """A Trainer that does without the mixin, with gradient norms."""
-    trainer = plain(model, args, kind)
-    trainer.wrapper = wrapper_of(model)
-    trainer.norms = GradientNormCallback(trainer.wrapper)
-    trainer.add_callback(trainer.norms)
-    return trainer
 
 
 def _quiet(trainer: Trainer) -> Trainer:

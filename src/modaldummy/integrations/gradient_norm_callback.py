@@ -48,17 +48,6 @@ class GradientNormCallback(TrainerCallback):
         self._reports: list[StepReport] = []
         self._measured_at: int | None = None  # `state.global_step` when `metrics` were measured
 
-    def is_for(self, wrapper: DummyLossWrapper) -> bool:
-        """Whether the callback measures what a wrapper does.
-
-        Args:
-            wrapper: The wrapper of a ``DummyLossMixin``.
-
-        Returns:
-            False if the callback was given another wrapper.
-        """
-        return self._wrapper is None or self._wrapper is wrapper
-
     def measure(
         self,
         wrapper: DummyLossWrapper,
@@ -69,6 +58,8 @@ class GradientNormCallback(TrainerCallback):
     ) -> None:
         """Measure the gradients, if the Trainer will log the step that it makes next.
 
+        A callback that was given another wrapper measures nothing.
+
         Args:
             wrapper: The wrapper that the losses went through.
             reports: The reports of all losses that contribute to the gradients.
@@ -76,7 +67,8 @@ class GradientNormCallback(TrainerCallback):
             state: The state of the Trainer.
             scaler: The ``GradScaler``, if it has not unscaled the gradients yet.
         """
-        if _is_logged(args, state):
+        is_own = self._wrapper is None or self._wrapper is wrapper
+        if is_own and _is_logged(args, state):
             self.metrics = gradient_norms(
                 wrapper, active=reports or None, scaler=scaler, **self._options
             )

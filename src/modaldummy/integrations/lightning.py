@@ -85,7 +85,7 @@ class DummyLossCallback(Callback):
         self._last: StepReport | None = None  # the newest report, collected or from before
         self._wrapper_used = False  # whether this training has collected a report
         self._wrapper_bypassed = False  # whether an optimizer stepped without any report
-        self._measured = False  # whether `metrics` belong to this batch
+        self._measured: dict[str, float] = {}  # in this batch, for the loggers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the wrapper, hold the optimizers, and log the findings of ``preflight``."""
@@ -96,7 +96,7 @@ class DummyLossCallback(Callback):
         for ddp in ddps_around(model.modules(), owned):
             check_ddp_reduces(ddp, wrapper.scale)
         self._wrapper, self._last = wrapper, wrapper.last
-        self._wrapper_used = self._wrapper_bypassed = self._measured = False
+        self._wrapper_used, self._wrapper_bypassed, self._measured = False, False, {}
         optimizers = [o for o in trainer.optimizers if not owned.isdisjoint(parameter_ids_of(o))]
         self._reports = {id(optimizer): [] for optimizer in optimizers}
         if self._hold:
@@ -123,19 +123,19 @@ class DummyLossCallback(Callback):
         if wrapper is None or reports is None:
             return
         if not reports:  # such as after a `training_step` that returned None
-            self._wrapper_bypassed |= _has_gradients(optimizer)
+            has_gradients = any(p.grad is not None for p in parameters_of(optimizer))
+            self._wrapper_bypassed |= has_gradients
             return
         self._reports[id(optimizer)] = []
         if not lightning_logs_this_step(trainer):
             return
-        # Several optimizers may step in one batch, each with its own gradients. Later metrics then
-        # replace earlier ones of the same name.
-        earlier = self.metrics if self._measured else {}
         batches = [WeightedReport(report, 1 / len(reports)) for report in reports]
         scale = _remaining_loss_scale(trainer, optimizer)
         norms = gradient_norms(wrapper, active=reports, scaler=scale, **self._options)
-        self.metrics = earlier | accumulated_report(wrapper, batches) | norms
-        self._measured = True
+        # Several optimizers may step in one batch, each with its own gradients. Later metrics then
+        # replace earlier ones of the same name.
+        self._measured |= accumulated_report(wrapper, batches) | norms
+        self.metrics = self._measured
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Give the metrics of this batch to the loggers.
@@ -149,23 +149,20 @@ class DummyLossCallback(Callback):
                 "`self.wrapper.total(loss, batch)` from `training_step`."
             )
         if self._measured:
-            self._measured = False
+            self._measured = {}
             for logger in trainer.loggers:
                 logger.log_metrics(self.metrics, step=lightning_logged_step(trainer))
 
     def on_train_end(self, *_: Any) -> None:
         """Release the wrapper and the optimizers."""
-        self._stop()
-
-    def on_exception(self, *_: Any) -> None:
-        """Release the wrapper and the optimizers."""
-        self._stop()
-
-    def _stop(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._wrapper = None
+
+    def on_exception(self, *_: Any) -> None:
+        """Release the wrapper and the optimizers."""
+        self.on_train_end()
 
 
 def _wrapper_in(module: LightningModule) -> DummyLossWrapper:
@@ -199,10 +196,6 @@ def _findings(trainer: Trainer, wrapper: DummyLossWrapper, model: nn.Module) -> 
     )
     # MD101 is about dummy terms outside of DDP's forward. Lightning calls `training_step` inside.
     return [finding for finding in findings if finding.code != "MD101"]
-
-
-def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for p in parameters_of(optimizer))
 
 
 def _remaining_loss_scale(trainer: Trainer, optimizer: Optimizer) -> float | None:

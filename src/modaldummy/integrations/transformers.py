@@ -147,7 +147,11 @@ class DummyLossMixin(_TrainerMethods):
             unsubscribe()
         self._collect(reports, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._measure_norms()
+            # Before the Trainer clips the gradients.
+            reports = [batch.report for batch in self._reports]
+            for callback in self._norm_callbacks():
+                scaler = self.accelerator.scaler
+                callback.measure(self.wrapper, reports, self.args, self.state, scaler)
         return loss
 
     def compute_loss(
@@ -234,14 +238,6 @@ class DummyLossMixin(_TrainerMethods):
             self._reports_of, self._reports = (self.state, self.state.global_step), []
         share = 1 / self._num_accumulated() if self._is_divided_later(num_items_in_batch) else 1.0
         self._reports += [WeightedReport(report, share) for report in reports]
-
-    def _measure_norms(self) -> None:
-        """Measure gradient norms before the Trainer clips the gradients."""
-        reports = [batch.report for batch in self._reports]
-        for callback in self._norm_callbacks():
-            if callback.is_for(self.wrapper):
-                scaler = self.accelerator.scaler
-                callback.measure(self.wrapper, reports, self.args, self.state, scaler)
 
     def _is_divided_later(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the Trainer divides the loss by the number of accumulated batches.
