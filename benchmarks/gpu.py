@@ -23,7 +23,7 @@ import torch
 from measure import RESULTS, pick_device
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_gpu.py", "tests/core/test_triton.py", "tests/core/test_kinds.py")
+TESTS = ("tests/test_gpu.py", "tests/core/test_triton_kernels.py", "tests/core/test_parameter.py")
 SHAPES: Sequence[str] = (
     "patches",
     "small",

@@ -43,6 +43,12 @@ def gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
     return present
 
 
+def last_report(wrapper: DummyLossWrapper) -> StepReport:
+    """What the last step of a wrapper did; there must have been one."""
+    assert wrapper.last is not None
+    return wrapper.last
+
+
 def connected(wrapper: DummyLossWrapper, active: Collection[str]) -> set[str]:
     """Names, without wrapper segments, of the parameters that a dummy reaches."""
     model = wrapper.parameters.model

@@ -1,7 +1,6 @@
 """Every rejected input: the error names the value and the next action, and nothing is changed."""
 
 import copy
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from modaldummy import (
     UnknownModalityError,
     active_modalities,
 )
-from tests.zoo import Brain, brain
+from tests.zoo import T1, Brain, brain
 
-T1 = "vision_tower.T1_patch_embed"
 X = torch.zeros(2, 3)
 REAL = torch.tensor(2.0)
 
@@ -67,7 +65,7 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "the same as a module": (
         lambda: DummyLossWrapper(model := nn.Sequential(nn.ReLU()), {"T1": model[0]}),
         ParameterMapError,
-        ["ReLU module at '0'", "no parameters", "Leave it out"],
+        ["module '0' has no parameters", "Leave it out"],
     ),
     "parameter of another model": (
         lambda: make(nn.Parameter(X)),
@@ -128,24 +126,17 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         TypeError,
         ["`model` must be a torch.nn.Module", "(list)"],
     ),
-    "negative scale": (lambda: make(T1, scale=-1e-7), ValueError, ["`scale`", "got -1e-07"]),
-    "NaN scale": (lambda: make(T1, scale=math.nan), ValueError, ["`scale`", "got nan"]),
-    "infinite scale": (lambda: make(T1, scale=math.inf), ValueError, ["`scale`", "got inf"]),
-    "infinite scale of numpy": (
-        lambda: make(T1, scale=np.float32("inf")),
+    "scale": (lambda: make(T1, scale="1e-7"), TypeError, ["`scale`", "or None", "got '1e-7'"]),
+    "max_fraction": (
+        lambda: make(T1, max_fraction=-1),
         ValueError,
-        ["`scale`", "got np.float32(inf)"],
+        ["`max_fraction`", "or None", "got -1"],
     ),
-    "scale beyond floats": (lambda: make(T1, scale=10**400), ValueError, ["`scale`", "(int)"]),
     "gradient_only": (
         lambda: make(T1, gradient_only="no"),
         TypeError,
         ["`gradient_only` must be a bool", "'no'"],
     ),
-    "bool scale": (lambda: make(T1, scale=True), ValueError, ["`scale`", "got True (bool)"]),
-    "string scale": (lambda: make(T1, scale="1e-7"), ValueError, ["`scale`", "got '1e-7'"]),
-    "tensor scale": (lambda: make(T1, scale=REAL), ValueError, ["`scale`", "Tensor of shape []"]),
-    "negative fraction": (lambda: make(T1, max_fraction=-1), ValueError, ["`max_fraction`", "-1"]),
     "resolver": (lambda: make(T1, resolver="T1"), TypeError, ["`resolver`", "got 'T1'"]),
     "modality asked for": (
         lambda: brain().wrapper().named_parameters("rsfmri"),
@@ -171,8 +162,14 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
 
 
 @dataclass
-class Sample:
-    x: torch.Tensor
+class Locked:
+    """Its loss cannot be replaced."""
+
+    x: int = 1
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return REAL
 
 
 def _nested(depth: int) -> Any:
@@ -235,7 +232,7 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     ),
     "missing modalities": ({"missing": ["T1"]}, BatchMetadataError, ["does not say", "'missing'"]),
     "None": (None, BatchMetadataError, ["None (NoneType)"]),
-    "object": (Sample(X), BatchMetadataError, ["does not say", "Sample"]),
+    "object": (Locked(), BatchMetadataError, ["does not say", "Locked"]),
     "class": (dict, BatchMetadataError, ["does not say"]),
     "class with the attribute": (
         type("Scan", (), {"modality": "T1"}),
@@ -303,15 +300,6 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "too deep": (_nested(40), BatchMetadataError, ["more than 16 levels", "pass a list of names"]),
     "endless": (_endless(), BatchMetadataError, ["more than 16 levels", "pass a list of names"]),
 }
-
-
-@dataclass
-class Locked:
-    x: int = 1
-
-    @property
-    def loss(self) -> torch.Tensor:
-        return REAL
 
 
 RESULTS: dict[str, tuple[Any, list[str]]] = {

@@ -49,7 +49,7 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an int, got {describe(value)}.")
     if value < minimum:
-        raise ValueError(f"`{name}` must be {minimum} or more, got {value}.")
+        raise ValueError(f"`{name}` must be {minimum} or more, got {describe(value)}.")
     return value
 
 

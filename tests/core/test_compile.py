@@ -1,20 +1,15 @@
-"""The wrapper inside `torch.compile`: one graph for each active set, and where that ends."""
+"""The wrapper inside `torch.compile`: one graph for each active set."""
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from modaldummy import DummyLossWrapper, active_modalities
+from modaldummy import active_modalities
 from modaldummy._core.term import dummy_term, product_without_underflow
-from tests.asserts import assert_connected, assert_same_bits
+from tests.asserts import assert_connected, assert_same_bits, last_report
 from tests.zoo import brain, sparse_tables
 
 pytestmark = [
@@ -67,9 +62,8 @@ def test_total_compiles_into_one_graph(
             total.backward()
             totals.append(total.detach())
             gradients.append({name: p.grad for name, p in case.model.named_parameters()})
-            assert wrapper.last is not None
-            assert wrapper.last.active == tuple(names)
-            assert wrapper.last.real == 2
+            report = last_report(wrapper)
+            assert (report.active, report.real.item()) == (tuple(names), 2)
         assert_same_bits(totals[1], totals[0], "total")
         for name, expected in gradients[0].items():
             assert_same_bits(gradients[1][name], expected, name)
@@ -121,77 +115,16 @@ def test_a_wrapped_loss_compiles() -> None:
     assert_connected(case.inactive({"T1"}))
 
 
-# --- how many graphs -----------------------------------------------------------------------------
-
-
-def counted(
-    wrapper: DummyLossWrapper, **options: Any
-) -> tuple[Callable[[Any], Tensor], CompileCounterWithBackend]:
-    """A compiled step that takes the batch, and the counter of its graphs."""
-    counter = CompileCounterWithBackend("eager")
-
-    @torch.compile(backend=counter, fullgraph=True, **options)
-    def step(batch: Any) -> Tensor:
-        return wrapper.total(torch.ones(()), batch)
-
-    return step, counter
-
-
 def test_one_graph_for_each_active_set() -> None:
     """With the active modalities read outside: their order in the batch does not count."""
     wrapper = brain().wrapper()
-    step, counter = counted(wrapper)
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(active: tuple[str, ...]) -> Tensor:
+        return wrapper.total(torch.ones(()), active)
+
     orders: list[list[str]] = [["T1", "dMRI"], ["dMRI", "T1"], ["T1", "T1", "dMRI"], ["rsfMRI"]]
     for names in orders * 2:
         step(active_modalities({"modality": names}, wrapper.modalities))
     assert counter.frame_count == 2
-
-
-def test_names_per_sample_make_one_graph_for_each_sequence() -> None:
-    """Why the documentation says to read them outside."""
-    step, counter = counted(brain().wrapper())
-    for names in (["T1", "dMRI"], ["dMRI", "T1"], ["T1", "T1", "dMRI"]):
-        step({"modality": names})
-    assert counter.frame_count == 3
-
-
-def two_modalities() -> tuple[DummyLossWrapper, list[tuple[str, ...]]]:
-    """A wrapper and all of its active sets."""
-    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in "ab"})
-    return DummyLossWrapper(model, {"a": "a", "b": "b"}), [(), ("a",), ("b",), ("a", "b")]
-
-
-def test_the_documented_limit_is_that_of_dynamo() -> None:
-    assert dynamo_config.recompile_limit == 8
-    assert " 8 " in (Path(__file__).parents[2] / "docs/how-to/compile.md").read_text()
-
-
-def test_more_sets_than_the_recompile_limit_fail() -> None:
-    """Under `fullgraph`, at the first set beyond it."""
-    wrapper, sets = two_modalities()
-    step, _ = counted(wrapper)
-    with dynamo_config.patch(recompile_limit=3):
-        for names in sets[:3]:
-            step(names)
-        with pytest.raises(FailOnRecompileLimitHit):
-            step(sets[3])
-
-
-def test_a_limit_of_all_sets_is_enough() -> None:
-    """One of two remedies: 2 to the power of the number of modalities."""
-    wrapper, sets = two_modalities()
-    step, counter = counted(wrapper)
-    with dynamo_config.patch(recompile_limit=2 ** len(wrapper.modalities)):
-        for names in sets * 2:
-            step(names)
-    assert counter.frame_count == 4
-
-
-def test_outside_the_compiled_model_no_set_costs_a_graph() -> None:
-    """The other one: compile the model alone."""
-    wrapper, sets = two_modalities()
-    counter = CompileCounterWithBackend("eager")
-    model = torch.compile(nn.Linear(2, 1), backend=counter, fullgraph=True)
-    for names in sets:
-        wrapper.total(model(torch.ones(1, 2)).sum(), names).backward()
-    assert counter.frame_count == 1

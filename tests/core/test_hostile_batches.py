@@ -69,11 +69,13 @@ def test_a_mask_that_cannot_be_read(mask: Any, place: Callable[[Any], Any]) -> N
         active_modalities(place(mask), KNOWN)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_data_are_not_read() -> None:
     """Where they are, and in which layout, is no matter."""
     data = torch.zeros(2, 3)
-    batch = {"T1": data.to("meta"), "dMRI": data.to_sparse()}
-    assert active_modalities(batch, KNOWN) == ("T1", "dMRI")
+    nested = torch.nested.nested_tensor([data, data])  # it has no shape
+    batch = {"T1": data.to("meta"), "rsfMRI": nested, "dMRI": data.to_sparse()}
+    assert active_modalities(batch, KNOWN) == KNOWN
 
 
 REFUSED = {

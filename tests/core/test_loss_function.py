@@ -1,7 +1,9 @@
-"""Which argument of a call holds the metadata: every way to call a wrapped loss function."""
+"""A wrapped loss function: which argument says what is active, and where the loss is."""
 
 import functools
 import inspect
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy import BatchMetadataError, DummyLossWrapper, UnknownModalityError
-from modaldummy._core.loss_function import may_contain_metadata
-from tests.asserts import gradients_of
+from modaldummy._core.loss_function import find_loss, may_contain_metadata, replace_loss
+from tests.asserts import last_report
 from tests.zoo import brain
 
 KNOWN = ("T1", "rsfMRI", "dMRI")
 X = torch.zeros(2, 3)
 T1_BATCH = {"T1": torch.ones(2, 3), "dMRI": None}
-REAL = torch.tensor(2.0)
-NUM_INACTIVE = 6  # weight and bias of rsfMRI, dMRI and of the fusion that dMRI is missing for
+OUT = torch.tensor(2.0)
 
 
-def real_loss() -> Tensor:
-    return torch.tensor(2.0, requires_grad=True) * 1
+# --- The argument that says which modalities are active ---------------------------------------
 
 
-def plain(output: Tensor, batch: dict[str, Any]) -> Tensor:
+def plain(output: Tensor, batch: Any = None) -> Tensor:
     return output * 1
 
 
@@ -63,13 +63,27 @@ class Criterion(nn.Module):
         return output * 1
 
 
+class Weighted(nn.Module):
+    """It names the modalities itself, so it gets them."""
+
+    def forward(self, output: Tensor, modalities: list[str]) -> Tensor:
+        return output * len(modalities)
+
+
+class OwnCall(nn.Module):
+    """A module that is not called through `forward`."""
+
+    def __call__(self, output: Tensor, batch: Any = None) -> Tensor:
+        return output * 1
+
+
 def reducing(output: Tensor, reduction: Any, batch: Any) -> Tensor:
     return output * 1
 
 
 @dataclass
 class Reduction:
-    """A function with settings, which are of no batch."""
+    """A function whose settings belong to no batch."""
 
     modality: str
 
@@ -77,65 +91,71 @@ class Reduction:
         return output.mean()
 
 
-class Callable(dict[str, Any]):
+class CallableBatch(dict[str, Any]):
     """As PyTorch Geometric's `Data` can be."""
 
     def __call__(self) -> None:
         """Give keys and values, there."""
 
 
-def calls(wrapper: DummyLossWrapper, out: Tensor) -> dict[str, Tensor]:
-    """One call for each way in which a loss function can meet its metadata; all mean T1."""
-    captions, labels = ["a scan", "another"], [0, 1, 2]
-    decoy = {"logits": out}
-    return {
-        "second argument": wrapper(plain)(out, T1_BATCH),
-        "keyword argument": wrapper(plain)(output=out, batch=T1_BATCH),
-        "keyword-only": wrapper(keyword_only)(out, batch=T1_BATCH),
-        "after empty annotations": wrapper(variadic)(out, [[], []], T1_BATCH),
-        "after lists of masks": wrapper(variadic)(
-            out, [torch.ones(3) > 0, torch.ones(5) > 0], T1_BATCH
-        ),
-        "second argument called cls": wrapper(named_cls)(out, T1_BATCH),
-        "splatted batch": wrapper(splatted)(out, **T1_BATCH),
-        "splatted batch with explicit key": wrapper(splatted)(out, x=1, modality="T1"),
-        "batch among keywords": wrapper(splatted)(out, inputs=[{"modality": "T1"}]),
-        "after other arguments": wrapper(variadic)(
-            out, None, captions, labels, decoy, "T1", T1_BATCH
-        ),
-        "first that can be read": wrapper(variadic)(out, T1_BATCH, {"modality": "dMRI"}),
-        "keyword modalities": wrapper(plain)(out, {"dMRI": 1}, modalities=["T1"]),
-        "keyword modalities as mask": wrapper(plain)(out, {}, modalities=[True, False, False]),
-        "keyword of a function with **kwargs": wrapper(splatted)(out, modalities="T1"),
-        "keyword None is not given": wrapper(plain)(out, T1_BATCH, modalities=None),
-        "parameter modality": wrapper(named_modality)(out, "T1"),
-        "parameter modality as index": wrapper(named_modality)(out, torch.tensor([0, 0])),
-        "parameter modalities": wrapper(named_modalities)(out, ["T1"]),
-        "parameter modalities by keyword": wrapper(named_modalities)(out, modalities=["T1"]),
-        "module": wrapper(Criterion())(out, T1_BATCH),
-        "keyword of a partial": wrapper(functools.partial(plain, batch=T1_BATCH))(out),
-        "argument of a partial": wrapper(functools.partial(variadic, out, T1_BATCH))(),
-        "partial of a partial": wrapper(
-            functools.partial(functools.partial(variadic, out), T1_BATCH)
-        )({"modality": "dMRI"}),
-        "metadata in a partial": wrapper(functools.partial(named_modality, modality="T1"))(out),
-        "keyword over a partial": wrapper(functools.partial(named_modality, modality="dMRI"))(
-            out, modality="T1"
-        ),
-        "batch that can be called": wrapper(plain)(out, Callable(modality=["T1"])),
-        "callable with a field of that name": wrapper(reducing)(out, Reduction("dMRI"), T1_BATCH),
-        "builtin without signature": wrapper(torch.dist)(out, out.detach(), modalities="T1"),
-    }
+partial = functools.partial
+MASKS = [torch.ones(3) > 0, torch.ones(5) > 0]
+# A loss function and a call of it; all calls mean T1.
+CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[Any], Tensor]]] = {
+    "second argument": (plain, lambda f: f(OUT, T1_BATCH)),
+    "keyword argument": (plain, lambda f: f(output=OUT, batch=T1_BATCH)),
+    "keyword-only": (keyword_only, lambda f: f(OUT, batch=T1_BATCH)),
+    "object": (plain, lambda f: f(OUT, SimpleNamespace(modalities=["T1"], x=OUT))),
+    "after empty annotations": (variadic, lambda f: f(OUT, [[], []], T1_BATCH)),
+    "after lists of masks": (variadic, lambda f: f(OUT, MASKS, T1_BATCH)),
+    "second argument called cls": (named_cls, lambda f: f(OUT, T1_BATCH)),
+    "splatted batch": (splatted, lambda f: f(OUT, **T1_BATCH)),
+    "splatted batch with explicit key": (splatted, lambda f: f(OUT, x=1, modality="T1")),
+    "batch among keywords": (splatted, lambda f: f(OUT, inputs=[{"modality": "T1"}])),
+    "after other arguments": (
+        variadic,
+        lambda f: f(OUT, None, ["a scan", "another"], [0, 1], {"logits": OUT}, "T1", T1_BATCH),
+    ),
+    "first that can be read": (variadic, lambda f: f(OUT, T1_BATCH, {"modality": "dMRI"})),
+    "keyword modalities": (plain, lambda f: f(OUT, {"dMRI": 1}, modalities=["T1"])),
+    "keyword modalities as mask": (plain, lambda f: f(OUT, {}, modalities=[True, False, False])),
+    "keyword of a function with **kwargs": (splatted, lambda f: f(OUT, modalities="T1")),
+    "keyword None is not given": (plain, lambda f: f(OUT, T1_BATCH, modalities=None)),
+    "parameter modality": (named_modality, lambda f: f(OUT, "T1")),
+    "parameter modality as index": (named_modality, lambda f: f(OUT, torch.tensor([0, 0]))),
+    "parameter modalities": (named_modalities, lambda f: f(OUT, ["T1"])),
+    "parameter modalities by keyword": (named_modalities, lambda f: f(OUT, modalities=["T1"])),
+    "module": (Criterion(), lambda f: f(OUT, T1_BATCH)),
+    "module with the parameter": (Weighted(), lambda f: f(OUT, ["T1"])),
+    "module with the parameter by keyword": (Weighted(), lambda f: f(OUT, modalities=["T1"])),
+    "module with a call of its own": (OwnCall(), lambda f: f(OUT, batch=T1_BATCH)),
+    "keyword of a partial": (partial(plain, batch=T1_BATCH), lambda f: f(OUT)),
+    "argument of a partial": (partial(variadic, OUT, T1_BATCH), lambda f: f()),
+    "partial of a partial": (
+        partial(partial(variadic, OUT), T1_BATCH),
+        lambda f: f({"modality": "dMRI"}),
+    ),
+    "metadata in a partial": (partial(named_modality, modality="T1"), lambda f: f(OUT)),
+    "keyword over a partial": (
+        partial(named_modality, modality="dMRI"),
+        lambda f: f(OUT, modality="T1"),
+    ),
+    "batch that can be called": (plain, lambda f: f(OUT, CallableBatch(modality=["T1"]))),
+    "callable with a field of that name": (
+        reducing,
+        lambda f: f(OUT, Reduction("dMRI"), T1_BATCH),
+    ),
+    "builtin": (torch.dist, lambda f: f(OUT, torch.zeros(()), modalities="T1")),
+}
 
 
-@pytest.mark.parametrize("name", calls(brain().wrapper(), REAL))
-def test_every_way_to_call_a_wrapped_loss(name: str) -> None:
-    case = brain()
-    wrapper = case.wrapper()
-    out = real_loss()
-    total = calls(wrapper, out)[name]
-    total.backward()
-    assert len(gradients_of(case.inactive({"T1"}))) == NUM_INACTIVE
+@pytest.mark.parametrize(("loss_fn", "call"), CALLS.values(), ids=CALLS)
+def test_every_way_to_call_a_wrapped_loss(
+    loss_fn: Callable[..., Tensor], call: Callable[[Any], Tensor]
+) -> None:
+    wrapper = brain().wrapper(gradient_only=True)
+    assert call(wrapper(loss_fn)).item() == 2
+    assert last_report(wrapper).active == ("T1",)
 
 
 class Trainer:
@@ -148,7 +168,7 @@ class Trainer:
         self.bound = wrapper(self.compute_loss)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], scale: float = 1.0) -> Tensor:
-        return torch.tensor(2.0, requires_grad=True) * scale
+        return OUT * scale
 
 
 def test_a_method_is_not_asked_about_self() -> None:
@@ -156,11 +176,9 @@ def test_a_method_is_not_asked_about_self() -> None:
     case = brain()
     wrapper = case.wrapper()
     trainer = Trainer(wrapper)
-    decorated = wrapper(Trainer.compute_loss)
-    for call in (functools.partial(decorated, trainer), trainer.bound):
+    for call in (partial(wrapper(Trainer.compute_loss), trainer), trainer.bound):
         call(case.model, T1_BATCH)
-        assert wrapper.last is not None
-        assert wrapper.last.active == ("T1",)
+        assert last_report(wrapper).active == ("T1",)
 
 
 def test_a_wrapped_function_looks_like_the_original() -> None:
@@ -177,59 +195,46 @@ def test_the_batch_is_read_before_the_loss_function_runs() -> None:
     @wrapper
     def loss(batch: dict[str, Any]) -> Tensor:
         batch.clear()
-        return real_loss()
+        return OUT
 
     loss(dict(T1_BATCH))
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-
-
-def test_metadata_in_an_object() -> None:
-    wrapper = brain().wrapper()
-    wrapper(variadic)(REAL, SimpleNamespace(modalities=["rsfMRI"], x=REAL))
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("rsfMRI",)
+    assert last_report(wrapper).active == ("T1",)
 
 
 def test_an_unknown_name_under_an_explicit_key_raises_at_once() -> None:
     """Even if a later argument could be read."""
-    wrapper = brain().wrapper()
     with pytest.raises(UnknownModalityError, match=r"'t1'.*did you mean 'T1'"):
-        wrapper(variadic)(REAL, {"modality": "t1"}, T1_BATCH)
+        brain().wrapper()(variadic)(OUT, {"modality": "t1"}, T1_BATCH)
 
 
-class Weighted(nn.Module):
-    """A loss function that names the modalities itself."""
-
-    def forward(self, prediction: Tensor, modalities: list[str]) -> Tensor:
-        return prediction.mean() * len(modalities)
-
-
-def test_a_module_is_called_like_its_forward() -> None:
-    """It gets `modalities` if `forward` has that parameter, by keyword or by position."""
-    model = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("T1", "dMRI")})
-    wrapper = DummyLossWrapper(model, {name: name for name in model}, gradient_only=True)
-    criterion = wrapper(Weighted())
-    for total in (criterion(X, modalities=["T1"]), criterion(X, ["T1"])):
-        assert total.item() == X.mean()
-        assert wrapper.last is not None
-        assert wrapper.last.active == ("T1",)
+def test_a_function_without_a_signature_is_read_by_position() -> None:
+    """Some builtins have none that `inspect` could find."""
+    wrapped = brain().wrapper()(max)
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(max)
+    assert wrapped(OUT, torch.tensor(1.0), modalities=KNOWN) is OUT
+    with pytest.raises(BatchMetadataError, match="argument 1: a Tensor of shape"):
+        wrapped(OUT, torch.tensor(1.0))
 
 
-class OwnCall(nn.Module):
-    """A module that is not called through `forward`."""
-
-    def __call__(self, prediction: Tensor, batch: Any = None) -> Tensor:
-        return prediction.mean()
-
-
-def test_a_module_with_a_call_of_its_own_is_called_by_that() -> None:
-    model = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("T1", "dMRI")})
-    wrapper = DummyLossWrapper(model, {name: name for name in model}, gradient_only=True)
-    assert wrapper(OwnCall())(X, batch={"T1": X}).item() == X.mean()
+NEVER_ASKED: list[Any] = [
+    *(X, np.zeros(2), 1, 2.0, "mean", b"T1", None, True, nn.Linear(1, 1), len),
+    *([], [[], []], (), ["a photo of T1"], [["sub-01.nii"], ["sub-02.nii"]]),
+    *([X], [X > 0], [[0, 1]], [[None]]),
+]
+ASKED: list[Any] = [{"x": X}, ["T1"], ["T1", "x"], [[], ["T1"]], [{"x": X}], SimpleNamespace(x=X)]
 
 
-def test_resolver_replaces_the_default_reader() -> None:
+@pytest.mark.parametrize("argument", NEVER_ASKED + ASKED, ids=repr)
+def test_arguments_that_are_asked(argument: Any) -> None:
+    is_asked = any(argument is asked for asked in ASKED)
+    assert may_contain_metadata(argument, KNOWN) == is_asked
+
+
+# --- A resolver -------------------------------------------------------------------------------
+
+
+def test_a_resolver_replaces_the_default_reader() -> None:
     """It is asked about each argument that could be a batch, until it can read one."""
     asked = []
 
@@ -239,57 +244,30 @@ def test_resolver_replaces_the_default_reader() -> None:
 
     wrapper = brain().wrapper(resolver=resolver)
     decoy, batch = {"T1": 1}, {"scans": ["T1"]}
-    wrapper(variadic)(REAL, decoy, batch)
+    wrapper(variadic)(OUT, decoy, batch)
     assert asked == [decoy, batch]
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-    wrapper.total(REAL, batch)
-    assert wrapper.last.active == ("T1",)
-
-
-def test_resolver_may_return_a_bare_name() -> None:
-    wrapper = brain().wrapper(resolver=lambda batch: batch)
-    wrapper.total(REAL, "rsfMRI")
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("rsfMRI",)
+    assert last_report(wrapper).active == ("T1",)
+    wrapper.total(OUT, {"scans": ["dMRI"]})
+    assert last_report(wrapper).active == ("dMRI",)
+    wrapper(variadic)(OUT, batch, modalities=["rsfMRI"])
+    assert last_report(wrapper).active == ("rsfMRI",)
 
 
 @pytest.mark.parametrize(
     "answer",
-    [{"T1": True, "dMRI": False}, torch.tensor([True, False, False]), [["T1"], ["T1"]], ("T1",)],
-    ids=["flags", "mask", "per sample", "tuple"],
+    [
+        "T1",
+        ("T1",),
+        [["T1"], ["T1"]],
+        {"T1": True, "dMRI": False},
+        torch.tensor([True, False, False]),
+    ],
+    ids=["name", "tuple", "per sample", "flags", "mask"],
 )
-def test_resolver_may_return_any_form(answer: Any) -> None:
+def test_a_resolver_may_return_any_form(answer: Any) -> None:
     wrapper = brain().wrapper(resolver=lambda batch: answer)
-    wrapper.total(REAL, {})
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-
-
-def test_a_resolver_that_finds_nothing_in_any_argument_is_told() -> None:
-    wrapper = brain().wrapper(resolver=lambda batch: None)
-    with pytest.raises(BatchMetadataError, match=r"`resolver` returned None"):
-        wrapper(plain)(REAL, T1_BATCH)
-
-
-def test_a_function_without_a_signature_is_read_by_position() -> None:
-    """Some builtins have none that `inspect` could find."""
-    wrapper = brain().wrapper()
-    with pytest.raises(ValueError, match="no signature"):
-        inspect.signature(max)
-    losses = [torch.tensor(2.0), torch.tensor(1.0)]
-    wrapper(max)(*losses, modalities=["T1"])
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
-    with pytest.raises(BatchMetadataError, match="argument 1: a Tensor of shape"):
-        wrapper(max)(*losses)
-
-
-def test_the_keyword_beats_the_resolver() -> None:
-    wrapper = brain().wrapper(resolver=lambda batch: ["dMRI"])
-    wrapper(plain)(REAL, T1_BATCH, modalities=["T1"])
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
+    wrapper.total(OUT, {})
+    assert last_report(wrapper).active == ("T1",)
 
 
 @pytest.mark.parametrize(
@@ -304,62 +282,113 @@ def test_a_resolver_may_fail_on_what_is_no_batch(kind: type[Exception]) -> None:
         return batch["scans"]
 
     wrapper = brain().wrapper(resolver=resolver)
-    wrapper(variadic)(REAL, {"logits": REAL}, {"scans": ["T1"]})
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1",)
+    wrapper(variadic)(OUT, {"logits": OUT}, {"scans": ["T1"]})
+    assert last_report(wrapper).active == ("T1",)
 
 
 def test_a_resolver_may_read_what_the_default_reader_would_skip() -> None:
     """A list of file names says nothing to us, but it may to the user."""
     wrapper = brain().wrapper(resolver=lambda files: [file.split("_")[1] for file in files])
-    wrapper(variadic)(REAL, ["sub-01_T1", "sub-02_dMRI"])
-    assert wrapper.last is not None
-    assert wrapper.last.active == ("T1", "dMRI")
+    wrapper(variadic)(OUT, ["sub-01_T1", "sub-02_dMRI"])
+    assert last_report(wrapper).active == ("T1", "dMRI")
 
 
 def test_a_bug_in_a_resolver_is_not_swallowed() -> None:
     """In `total` as it is; in a call, where other arguments are tried, in the message."""
-
-    def resolver(batch: Any) -> Any:
-        raise KeyError("scans")
-
-    wrapper = brain().wrapper(resolver=resolver)
+    wrapper = brain().wrapper(resolver=lambda batch: batch["scans"])
     with pytest.raises(KeyError, match="scans"):
-        wrapper.total(REAL, T1_BATCH)
+        wrapper.total(OUT, T1_BATCH)
     with pytest.raises(BatchMetadataError, match="raised KeyError: 'scans'"):
-        wrapper(plain)(REAL, T1_BATCH)
+        wrapper(plain)(OUT, T1_BATCH)
+    silent = brain().wrapper(resolver=lambda batch: None)
+    with pytest.raises(BatchMetadataError, match=r"`resolver` returned None"):
+        silent(plain)(OUT, T1_BATCH)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        *(
-            X,
-            np.zeros(2),
-            1,
-            2.0,
-            "mean",
-            b"T1",
-            None,
-            True,
-            [],
-            [[], []],
-            (),
-            torch.nn.Linear(1, 1),
-            len,
-        ),
-        *(["a photo of T1"], [["sub-01.nii"], ["sub-02.nii"]], [X], [X > 0], [[0, 1]], [[None]]),
-    ],
-    ids=repr,
-)
-def test_arguments_that_are_never_asked(argument: Any) -> None:
-    assert not may_contain_metadata(argument, KNOWN)
+# --- The loss in what a loss function returns -------------------------------------------------
+
+LOGITS = torch.zeros(2)
+TOTAL = torch.tensor(3.0)
+
+Named = namedtuple("Named", ["logits", "loss"])  # loss is not first
+Unnamed = namedtuple("Unnamed", ["value", "logits"])
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [{"x": X}, ["T1"], ["T1", "x"], [[], ["T1"]], [{"x": X}], SimpleNamespace(x=X)],
-    ids=repr,
-)
-def test_arguments_that_are_asked(argument: Any) -> None:
-    assert may_contain_metadata(argument, KNOWN)
+@dataclass
+class Output:
+    loss: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    loss: Tensor
+    logits: Tensor
+
+
+@dataclass(slots=True)
+class Slotted:
+    loss: Tensor
+    logits: Tensor
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As in transformers: a mapping whose items are attributes too."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+
+class TupleWithLoss(tuple[Any, ...]):
+    loss: Tensor
+
+    @classmethod
+    def of(cls, loss: Tensor) -> "TupleWithLoss":
+        made = cls((LOGITS, LOGITS))
+        made.loss = loss
+        return made
+
+
+class ListWithName(list[Any]):
+    name = "kept"
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "tuple": lambda loss: (loss, LOGITS),
+    "list": lambda loss: [loss, LOGITS],
+    "list subclass": lambda loss: ListWithName([loss, LOGITS]),
+    "dict": lambda loss: {"logits": LOGITS, "loss": loss},
+    "user dict": lambda loss: UserDict(loss=loss, logits=LOGITS),
+    "model output": lambda loss: ModelOutput(loss=loss, logits=LOGITS),
+    "named tuple with loss": lambda loss: Named(LOGITS, loss),
+    "named tuple without": lambda loss: Unnamed(loss, LOGITS),
+    "tuple with an attribute": TupleWithLoss.of,
+    "dataclass": lambda loss: Output(loss, LOGITS),
+    "frozen dataclass": lambda loss: Frozen(loss, LOGITS),
+    "dataclass with slots": lambda loss: Slotted(loss, LOGITS),
+    "object": lambda loss: SimpleNamespace(loss=loss, logits=LOGITS),
+}
+
+
+def logits_of(container: Any) -> Any:
+    if isinstance(container, (list, tuple)):
+        return next(item for item in container if item is LOGITS)
+    return container["logits"] if hasattr(container, "keys") else container.logits
+
+
+@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS.keys())
+def test_only_the_loss_is_replaced_and_on_a_copy(make: Callable[[Tensor], Any]) -> None:
+    """The new container is of the same type, contains the rest as it was, and shares no state."""
+    result = make(OUT)
+    place, loss = find_loss(result)
+    assert loss is OUT
+    changed = replace_loss(result, place, TOTAL)
+    assert type(changed) is type(result)
+    assert find_loss(changed)[1] is TOTAL
+    assert find_loss(result)[1] is OUT
+    assert logits_of(changed) is LOGITS
+    if isinstance(changed, ModelOutput):
+        assert vars(changed)["loss"] is TOTAL
+    if isinstance(changed, ListWithName):
+        assert changed.name == "kept"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modaldummy.testing import batches, scales
-from tests.asserts import assert_bounded, assert_connected, assert_same_bits
+from tests.asserts import assert_bounded, assert_connected, assert_same_bits, last_report
 from tests.oracles import naive_dummy, naive_magnitude
 from tests.strategies import FLOATS, active_sets, cases, modalities
 from tests.zoo import ZOO, Case
@@ -40,8 +41,7 @@ def test_the_dummy_stays_below_its_fraction_of_the_loss(
     real = case.real(active, dtype).detach() * factor
     wrapper = case.wrapper(scale)
     total = wrapper.total(real, active).detach()
-    assert wrapper.last is not None
-    assert_bounded(wrapper.last)
+    assert_bounded(last_report(wrapper))
     assert total.dtype == real.dtype
     assert total.isfinite() == real.isfinite()
     if real.isfinite():
@@ -88,9 +88,8 @@ def test_with_nothing_inactive_the_total_is_the_real_loss(case: Case, scale: flo
     real = case.real(everything)
     wrapper = case.wrapper(scale)
     assert wrapper.total(real, everything) is real
-    assert wrapper.last is not None
-    assert (wrapper.last.inactive, wrapper.last.num_params) == ((), 0)
-    assert wrapper.last.fraction == 0
+    report = last_report(wrapper)
+    assert (report.inactive, report.num_params, report.fraction) == ((), 0, 0)
 
 
 @given(data=st.data(), case=cases(), scale=st.sampled_from([1e-7, 1e-3, 1.0]))
@@ -105,8 +104,7 @@ def test_value_and_gradient_agree_with_the_naive_line(
     expected = naive_dummy(inactive.values(), scale).item()
     tolerance = 1e-5 * naive_magnitude(inactive.values(), scale)
     assert dummy.item() == pytest.approx(expected, rel=0, abs=tolerance)
-    assert wrapper.last is not None
-    assert wrapper.last.num_elements == sum(p.numel() for p in inactive.values())
+    assert last_report(wrapper).num_elements == sum(p.numel() for p in inactive.values())
     if inactive:
         dummy.backward()
     for name, parameter in inactive.items():
@@ -142,12 +140,11 @@ def test_accumulated_gradients_are_the_sum_of_their_steps(
 
 @pytest.mark.parametrize("make", ZOO.values(), ids=ZOO.keys())
 @pytest.mark.parametrize("divisor", [1, 4096])
-def test_the_promises_hold_in_the_zoo(make: object, divisor: int) -> None:
+def test_the_promises_hold_in_the_zoo(make: Callable[[], Case], divisor: int) -> None:
     """All three promises, for every active set of every awkward model."""
-    assert callable(make)
     names = sorted(modalities(make()))
     for bits in range(2 ** len(names)):
-        case: Case = make()
+        case = make()
         active = {name for index, name in enumerate(names) if bits >> index & 1}
         twin = copy.deepcopy(case)
         wrapper = case.wrapper()
@@ -155,8 +152,7 @@ def test_the_promises_hold_in_the_zoo(make: object, divisor: int) -> None:
         (twin.real(active) / divisor).backward()
         inactive = case.inactive(active)
         assert_connected(inactive)
-        assert wrapper.last is not None
-        assert_bounded(wrapper.last)
+        assert_bounded(last_report(wrapper))
         expected = dict(twin.model.named_parameters())
         for name, parameter in case.model.named_parameters():
             if name not in inactive:

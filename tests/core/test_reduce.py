@@ -66,15 +66,12 @@ def test_sum_counts_each_element_once(make: Callable[[], list[Tensor]]) -> None:
 
 
 def test_sum_of_nothing_is_zero() -> None:
+    """And has the dtype and device that were asked for, as any other sum."""
     assert sum_all([], dtype=F32, device=CPU).item() == 0
     assert sum_all([torch.empty(0, 3)], dtype=F32, device=CPU).item() == 0
-    nothing = sum_all([], dtype=F64, device=META)
-    assert (nothing.dtype, nothing.device) == (F64, META)
-
-
-def test_results_go_where_they_are_wanted() -> None:
-    tensors = [torch.ones(3), torch.ones(3, device=META)]
-    assert sum_all(tensors, dtype=F64, device=META).device == META
+    for tensors in ([], [torch.ones(3), torch.ones(3, device=META)]):
+        total = sum_all(tensors, dtype=F64, device=META)
+        assert (total.dtype, total.device) == (F64, META)
 
 
 class Own(Tensor):

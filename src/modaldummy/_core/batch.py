@@ -106,8 +106,7 @@ class BatchReader:
 
     def read_resolver_result(self, names: Any) -> set[str]:
         """Active modalities in what a resolver returned, in any form of an explicit key."""
-        if isinstance(names, Iterator):
-            names = list(names)
+        names = list(names) if isinstance(names, Iterator) else names
         return self.read_value(names, "The result of `resolver`", explicit=True)
 
     def read_value(
@@ -169,10 +168,8 @@ class BatchReader:
 
     def _known(self, name: object, where: str) -> str:
         """The known modality that `name` is; a member of a string Enum becomes a plain string."""
-        if isinstance(name, str):
-            for modality in self.modalities:
-                if modality == name:
-                    return modality
+        if isinstance(name, str) and name in self.modalities:
+            return str.__str__(name)
         raise unknown_modality(name, self.modalities, where)
 
     def _hint(self, value: Any) -> str:
@@ -190,15 +187,13 @@ class BatchReader:
 
     def _read_flags(self, fields: Fields, where: str) -> set[str]:
         """A mapping under an explicit key: only modalities, and no numbers that may be flags."""
-        values = {}
-        for key in fields.keys:
-            name, value = self._known(key, where), fields.get(key)
+        values = {self._known(key, where): fields.get(key) for key in fields.keys}
+        for name, value in values.items():
             if is_like_collated_flags(value):
                 raise BatchMetadataError(
                     f"{where}[{name!r}] contains numbers, {describe(value)}, which could be flags. "
                     "Use bools."
                 )
-            values[name] = value
         return self._present(values, where)
 
     def _read_mapping(self, fields: Fields, where: str, depth: int) -> set[str] | None:
@@ -208,10 +203,10 @@ class BatchReader:
         answers: dict[Any, set[str]] = {}
         for key in fields.keys:
             inner = fields_of(fields.get(key))
-            if inner is not None:
-                answer = self._read_level(inner, f"{where}[{key!r}]", depth + 1)
-                if answer is not None:
-                    answers[key] = answer
+            inside = f"{where}[{key!r}]"
+            answer = None if inner is None else self._read_level(inner, inside, depth + 1)
+            if answer is not None:
+                answers[key] = answer
         if len({frozenset(answer) for answer in answers.values()}) > 1:
             listed = {k: [m for m in self.modalities if m in names] for k, names in answers.items()}
             raise BatchMetadataError(

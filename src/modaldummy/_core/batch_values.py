@@ -1,6 +1,7 @@
 """Looks into single values of a batch: their named fields, and whether they contain anything."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from numbers import Number
 from typing import Any, NamedTuple
@@ -37,12 +38,10 @@ def fields_of(value: Any) -> Fields | None:
     if isinstance(value, Mapping):
         # Not `list(value)`: a TensorDict is a Mapping that iterates over rows.
         return Fields(list(value.keys()), value.__getitem__, True)
-    names = None
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        names = list(value._fields)
-    elif dataclasses.is_dataclass(value):
+        return Fields(list(value._fields), functools.partial(getattr, value), True)
+    if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-    if names is not None:
         # A field with `init=False` may not have been set yet.
         return Fields(names, lambda name: getattr(value, name, None), True)
     if hasattr(value, "node_types") and hasattr(value, "__getitem__"):
@@ -59,9 +58,9 @@ def fields_of(value: Any) -> Fields | None:
 def is_plain_collection(value: object) -> bool:
     """Whether `value` is a collection without named fields, and not a string or an array."""
     other = (str, bytes, bytearray, memoryview, Tensor, np.ndarray)
-    return (
-        isinstance(value, Collection) and not isinstance(value, other) and fields_of(value) is None
-    )
+    if not isinstance(value, Collection) or isinstance(value, other):
+        return False
+    return fields_of(value) is None
 
 
 def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:

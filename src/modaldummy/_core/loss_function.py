@@ -44,9 +44,9 @@ def wrap_loss_function(
             return loss_fn(*args, **kwargs)
         active = call.active(args, kwargs, given)
         result = loss_fn(*args, **kwargs)
-        loss = extract_loss(result)
+        place, loss = find_loss(result)
         total = add(loss, active)
-        return result if total is loss else replace_loss(result, total)
+        return result if total is loss else replace_loss(result, place, total)
 
     return wrapped
 
@@ -77,9 +77,7 @@ class CallReader:
 
     def pop_keyword(self, kwargs: dict[str, Any]) -> Any:
         """Remove `modalities=` from `kwargs` unless the loss function itself has that parameter."""
-        if self._accepts_keyword:
-            return None
-        return kwargs.pop(_KEYWORD, None)
+        return None if self._accepts_keyword else kwargs.pop(_KEYWORD, None)
 
     def active(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Any) -> set[str]:
         """Active modalities of a call; `given` is what `pop_keyword` returned.
@@ -107,13 +105,11 @@ class CallReader:
 
     def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
         """The modalities that `argument` names, or None and why it could not be read."""
-        resolver = self._reader.resolver
+        resolver, known = self._reader.resolver, self._reader.modalities
+        if is_data(argument) or (resolver is None and not may_contain_metadata(argument, known)):
+            return None, " (not asked)"
         if resolver is None:
-            if may_contain_metadata(argument, self._reader.modalities):
-                return self._reader.try_read(argument, f"argument `{name}`"), ""
-            return None, " (not asked)"
-        if is_data(argument):
-            return None, " (not asked)"
+            return self._reader.try_read(argument, f"argument `{name}`"), ""
         try:
             names = resolver(argument)
         except _RESOLVER_ERRORS as error:
@@ -185,30 +181,42 @@ def check_loss(loss: object, where: str) -> Tensor:
     return loss
 
 
-def extract_loss(result: Any) -> Tensor:
-    """The loss in what a loss function returned.
+def find_loss(result: Any) -> tuple[str | int | None, Tensor]:
+    """Where the loss is in what a loss function returned, and the loss.
 
-    It is the value itself, its item or attribute `loss`, or the first item of a tuple or list.
+    It is the item or attribute `loss`, the first item of a tuple or list, or `result` itself; then
+    the place is None.
 
     Raises:
         TypeError: `result` contains no loss.
     """
     if isinstance(result, Tensor):
-        return check_loss(result, "The return value of `loss_fn`")
-    _, loss, written = _locate_loss(result)
-    return check_loss(loss, f"`loss_fn(...){written}`")
+        return None, check_loss(result, "The return value of `loss_fn`")
+    if isinstance(result, Mapping) and "loss" in result:
+        return "loss", check_loss(result["loss"], "`loss_fn(...)['loss']`")
+    if hasattr(result, "loss"):
+        fields = getattr(result, "_fields", ())  # of a named tuple
+        place = fields.index("loss") if "loss" in fields else "loss"
+        return place, check_loss(result.loss, "`loss_fn(...).loss`")
+    if isinstance(result, (tuple, list)) and result:
+        return 0, check_loss(result[0], "`loss_fn(...)[0]`")
+    raise TypeError(
+        "`loss_fn` must return a tensor, a tuple or list that starts with the loss, or a mapping "
+        f"or object with `loss`; got {describe(result)}. For any other result use "
+        "`wrapper.total(loss, batch)`."
+    )
 
 
-def replace_loss(result: Any, total: Tensor) -> Any:
-    """A result of the same type with `total` as its loss; `result` itself is not changed.
+def replace_loss(result: Any, place: str | int | None, total: Tensor) -> Any:
+    """A result of the same type with `total` at `place`; `result` itself is not changed.
 
     Raises:
         TypeError: `result` cannot be copied, or its loss cannot be set.
     """
-    if isinstance(result, Tensor):
+    if place is None:
         return total
     try:
-        return with_item(result, _locate_loss(result)[0], total)
+        return with_item(result, place, total)
     except (TypeError, AttributeError) as error:
         raise TypeError(
             f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
@@ -235,20 +243,3 @@ def with_item(container: Any, place: Any, item: Any) -> Any:
         # Frozen dataclasses refuse setattr, also on a copy that no one else has seen.
         object.__setattr__(changed, place, item)
     return changed
-
-
-def _locate_loss(result: Any) -> tuple[str | int, Any, str]:
-    """Where the loss is in a container, the loss, and how code would write the access to it."""
-    if isinstance(result, Mapping) and "loss" in result:
-        return "loss", result["loss"], "['loss']"
-    if hasattr(result, "loss"):
-        fields = getattr(result, "_fields", ())  # of a named tuple
-        place = fields.index("loss") if "loss" in fields else "loss"
-        return place, result.loss, ".loss"
-    if isinstance(result, (tuple, list)) and result:
-        return 0, result[0], "[0]"
-    raise TypeError(
-        "`loss_fn` must return a tensor, a tuple or list that starts with the loss, or a mapping "
-        f"or object with `loss`; got {describe(result)}. For any other result use "
-        "`wrapper.total(loss, batch)`."
-    )

@@ -4,7 +4,7 @@
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -36,7 +36,6 @@ class Step:
         active: Modalities in the batch, in map order.
         inactive: The other modalities of the map, in map order.
         active_keys: Keys of the map all of whose modalities are active.
-        inactive_keys: The other keys of the map.
         inactive_entries: Trainable parameters that only inactive keys own, each once, as plain
             tuples.
     """
@@ -44,7 +43,6 @@ class Step:
     active: tuple[str, ...]
     inactive: tuple[str, ...]
     active_keys: tuple[ModalityKey, ...]
-    inactive_keys: tuple[ModalityKey, ...]
     inactive_entries: tuple[ParameterEntry, ...]
 
     @property
@@ -110,7 +108,7 @@ class ParameterMap:
         """
         self._check_names(active, "`active`")
         active_keys = self.active_keys(active)
-        inactive_keys = tuple(key for key in self.paths if key not in active_keys)
+        inactive_keys = [key for key in self.paths if key not in active_keys]
         active_ids: set[int] = set().union(*map(self.parameter_ids, active_keys))
         inactive: dict[int, ParameterEntry] = {}
         for key in inactive_keys:
@@ -119,16 +117,14 @@ class ParameterMap:
             entries = [e for e in entries if e[1].requires_grad and id(e[1]) not in active_ids]
             check_connectable(entries, _where(key))
             for entry in entries:
-                parameter_id = id(entry[1])
                 # A sparse table that a dense layer uses too gets dense gradients, so that entry
                 # goes first.
-                if parameter_id not in inactive or not is_sparse_table(entry):
-                    inactive[parameter_id] = entry
+                if id(entry[1]) not in inactive or not is_sparse_table(entry):
+                    inactive[id(entry[1])] = entry
         return Step(
             active=tuple(name for name in self.modalities if name in active),
             inactive=tuple(name for name in self.modalities if name not in active),
             active_keys=active_keys,
-            inactive_keys=inactive_keys,
             inactive_entries=tuple(inactive.values()),
         )
 
@@ -216,20 +212,24 @@ def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
             )
 
 
-def _paths_of(spec: object, model: nn.Module, where: str) -> Iterator[str]:
+def _paths_of(spec: object, model: nn.Module, where: str) -> list[str]:
     """Full paths that `spec` selects; a glob gives one for each parameter that it matches."""
     if isinstance(spec, str):
-        yield from _match(spec, model, where)
+        paths = _match(spec, model, where)
     elif isinstance(spec, (nn.Module, nn.Parameter)):
-        yield _path_of(spec, model, where)
+        paths = [_path_of(spec, model, where)]
     elif isinstance(spec, Iterable) and not isinstance(spec, (Mapping, Tensor, bytes)):
-        for item in spec:
-            yield from _paths_of(item, model, where)
+        return [path for item in spec for path in _paths_of(item, model, where)]
     else:
         raise ParameterMapError(
             f"{where} must be a path, a module, a parameter or an iterable of these, "
             f"got {describe(spec)}."
         )
+    if not find_parameters(model, paths[0]):  # only a module can be without any
+        raise ParameterMapError(
+            f"{where}: the module {paths[0]!r} has no parameters. Leave it out."
+        )
+    return paths
 
 
 def _path_of(spec: nn.Module | nn.Parameter, model: nn.Module, where: str) -> str:
@@ -240,10 +240,6 @@ def _path_of(spec: nn.Module | nn.Parameter, model: nn.Module, where: str) -> st
         raise ParameterMapError(
             f"{where} contains {describe(spec)} that is not part of {type(model).__name__}. Take "
             "modules and parameters from the model that you pass as `model`."
-        )
-    if not find_parameters(model, path):
-        raise ParameterMapError(
-            f"{where} contains {describe(spec)} at {path!r}, which has no parameters. Leave it out."
         )
     return path
 
@@ -256,10 +252,8 @@ def _match(spec: str, model: nn.Module, where: str) -> list[str]:
         if matches := [name for name in names if fnmatchcase(strip_wrappers(name), bare)]:
             return matches
     # Wrapper segments alone would select the whole model, by accident more often than not.
-    elif spec and (bare or spec in modules) and find_parameters(model, spec):
+    elif spec and (spec in modules or (bare and find_parameters(model, spec))):
         return [spec]
-    if spec and spec in modules:
-        raise ParameterMapError(f"{where}: the module {spec!r} has no parameters. Leave it out.")
     raise ParameterMapError(
         f"{where}: {spec!r} matches no parameter of {type(model).__name__}"
         f"{_suggestion(spec, model)} A path names one parameter or one module, segment by "

@@ -70,15 +70,9 @@ def _below(module: nn.Module, prefix: str) -> list[ParameterEntry]:
     This runs for each modality at each step. A recursion of its own is faster than the nested
     generators of `named_modules`.
     """
-    entries: list[ParameterEntry] = []
-
-    def collect(owner: nn.Module, prefix: str) -> None:
-        for name, parameter in direct_parameters(owner).items():
-            if parameter is not None:
-                entries.append((prefix + name, parameter, owner))
-        for name, child in child_modules(owner).items():
-            if child is not None:
-                collect(child, f"{prefix}{name}.")
-
-    collect(module, prefix)
+    owned = direct_parameters(module).items()
+    entries = [(prefix + name, p, module) for name, p in owned if p is not None]
+    for name, child in child_modules(module).items():
+        if child is not None:
+            entries += _below(child, f"{prefix}{name}.")
     return entries

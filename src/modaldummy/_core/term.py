@@ -190,13 +190,12 @@ def scalar_loss(loss: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def connect(
-    value: Tensor, scale: float | None, tensors: Sequence[Tensor], groups: Groups | None = None
+    value: Tensor, scale: float | None, tensors: Sequence[Tensor], groups: Groups
 ) -> Tensor:
     """A copy of `value` whose backward gives each of `tensors` the gradient `scale * upstream`.
 
-    `groups` is `by_spec(tensors)`, if the caller has it.
+    `groups` is `by_spec(tensors)`; with a scale of None it is not needed.
     """
-    groups = by_spec(tensors) if groups is None else groups
     with torch.enable_grad():
         connected: Tensor = apply_function(_Connect, value, scale, groups, *tensors)
     return connected

@@ -1,6 +1,5 @@
 """The loss wrapper: reads a batch, finds inactive parameters, adds their dummy term to a loss."""
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -62,8 +61,8 @@ class DummyLossWrapper:
     Raises:
         ParameterMapError: The map is empty, a key is not a modality name, or a spec matches no
             parameter or a trainable float8 parameter.
-        ValueError: ``scale`` or ``max_fraction`` is not a finite number >= 0 or None.
-        TypeError: Another argument has the wrong type.
+        TypeError: An argument has the wrong type.
+        ValueError: ``scale`` or ``max_fraction`` is negative, infinite or NaN.
         UnsupportedEngineError: ``model`` contains DDP with ``find_unused_parameters=True``, or
             with ``static_graph=True`` while the scale is None. ``preflight`` checks a DDP around
             ``model``.
@@ -90,7 +89,7 @@ class DummyLossWrapper:
         self._gradient_only = check_bool("gradient_only", gradient_only)
         check_ddps(ddps_around(model.modules(), self.parameters.all()), self._scale)
         self.last: StepReport | None = None
-        self._observers: list[Observer] = []
+        self._observers: dict[object, Observer] = {}
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -242,7 +241,7 @@ class DummyLossWrapper:
         )
         total = term.connected if loss is None else term.added_to(loss)
         self.last = report_of(step, term)
-        for observe in list(self._observers):
+        for observe in list(self._observers.values()):
             observe(step, total)
         return total
 
@@ -264,17 +263,16 @@ class DummyLossWrapper:
             A function that ends the subscription; a second call does nothing. A copy of the wrapper
             has no subscribers.
         """
-        subscription = functools.partial(observer)  # distinct, even if the observer is not
-        self._observers.append(subscription)
+        subscription = object()  # distinct, even if the observer is not
+        self._observers[subscription] = observer
 
         def unsubscribe() -> None:
-            if subscription in self._observers:
-                self._observers.remove(subscription)
+            self._observers.pop(subscription, None)
 
         return unsubscribe
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_observers": []}
+        return vars(self) | {"_observers": {}}
 
     def __repr__(self) -> str:
         paths = {key: list(paths) for key, paths in self.parameters.paths.items()}
@@ -286,9 +284,8 @@ class DummyLossWrapper:
 
     def _device(self, inactive: Sequence[ParameterEntry]) -> torch.device:
         """Device of a dummy term without a real loss."""
-        if inactive:
-            return inactive[0][1].device
-        return next(self.parameters.model.parameters()).device
+        parameter = inactive[0][1] if inactive else next(self.parameters.model.parameters())
+        return parameter.device
 
 
 def _number_or_none(name: str, value: object) -> float | None:

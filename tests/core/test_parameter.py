@@ -1,4 +1,4 @@
-"""Parameters that are not plain dense tensors: reached in their own way, or refused by name."""
+"""Parameters that are not plain dense tensors: they get a gradient, or are refused by name."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from modaldummy import DummyLossWrapper, ParameterMapError, UnsupportedEngineError
-from tests.asserts import assert_connected, assert_same_bits
+from tests.asserts import assert_connected, assert_same_bits, last_report
 from tests.zoo import Pair, holder
 
 SCALES = [1e-7, 0.0, None]
-
-
-# --- sparse embeddings ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -25,7 +22,7 @@ SCALES = [1e-7, 0.0, None]
 def test_a_sparse_table_gets_an_empty_sparse_gradient(
     kind: type[nn.Embedding | nn.EmbeddingBag], scale: float
 ) -> None:
-    """Connected, and nothing for SparseAdam to move; the value leaves the table out."""
+    """Connected, with nothing for SparseAdam to move; the value leaves the table out."""
     table = kind(5, 3, sparse=True)
     model = Pair(table)
     wrapper = model.wrapper(scale)
@@ -40,15 +37,8 @@ def test_a_sparse_table_gets_an_empty_sparse_gradient(
         assert gradient._nnz() == 0
         optimizer.step()
     assert_same_bits(table.weight.detach(), before, "table")
-    assert wrapper.last is not None
-    assert wrapper.last.uncapped == 0
-    assert wrapper.last.num_elements == 0  # no element of it gets a gradient
-
-
-def test_a_scale_of_none_writes_no_sparse_gradient() -> None:
-    model = Pair(nn.Embedding(5, 3, sparse=True))
-    model.step(model.wrapper(None))
-    assert model.b.weight.grad is None
+    assert last_report(wrapper).uncapped == 0
+    assert last_report(wrapper).num_elements == 0  # no element of it gets a gradient
 
 
 def test_a_sparse_table_with_real_gradients_keeps_them() -> None:
@@ -71,13 +61,6 @@ def test_a_sparse_table_that_a_dense_layer_shares_gets_a_dense_gradient(dense_fi
     assert_connected({"table": table.weight})
 
 
-def test_a_sparse_table_on_another_device_is_reached_there() -> None:
-    model = Pair(nn.Embedding(5, 3, sparse=True, device="meta"))
-    model.step(model.wrapper(gradient_only=True))
-    assert model.b.weight.grad.is_meta
-    assert model.b.weight.grad.is_sparse
-
-
 class Projected(nn.Embedding):
     """A table with a dense parameter of its own."""
 
@@ -93,9 +76,6 @@ def test_only_the_table_of_a_sparse_embedding_is_sparse() -> None:
     assert_connected({"projection": model.b.projection})
 
 
-# --- tensor subclasses ------------------------------------------------------------------------
-
-
 class Labelled(Tensor):
     """A subclass that behaves as a tensor does."""
 
@@ -107,8 +87,7 @@ def test_a_relabelled_parameter_does_not_relabel_the_loss(scale: float | None) -
     total = model.step(wrapper)
     assert type(model.b.weight) is Labelled
     assert type(total) is Tensor
-    assert wrapper.last is not None
-    assert type(wrapper.last.uncapped) is Tensor
+    assert type(last_report(wrapper).uncapped) is Tensor
     if scale:
         assert_connected({"b": model.b.weight})
 
@@ -118,15 +97,11 @@ def test_a_wrapper_subclass_is_summed_by_its_own_operators() -> None:
     model = Pair(holder(weight=TwoTensor(torch.ones(2, 2), torch.full((2, 2), 2.0))))
     wrapper = model.wrapper()
     model.step(wrapper)
-    assert wrapper.last is not None
-    uncapped = wrapper.last.uncapped
+    uncapped = last_report(wrapper).uncapped
     assert isinstance(uncapped, TwoTensor)
     assert [uncapped.a.item(), uncapped.b.item()] == pytest.approx([4e-7, 8e-7])
     assert model.b.weight.grad is not None
     assert torch.count_nonzero(model.b.weight.grad) == 4
-
-
-# --- sharded later -----------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("process_group")
@@ -147,9 +122,6 @@ def test_a_model_that_is_sharded_later_keeps_its_wrapper(towers: bool, reshard: 
         local = [g.to_local() for g in gradients if isinstance(g, DTensor)]
         assert all(gradient.all() for gradient in local)
         assert_same_bits(local[-1], torch.full((2,), 1e-7), "bias")
-
-
-# --- without values ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -189,31 +161,24 @@ def test_a_parameter_that_zero_3_has_emptied_is_refused(scale: float | None) -> 
 
 
 def test_a_lazy_parameter_needs_a_shape_once_it_is_inactive() -> None:
-    """The wrapper can be made, and a batch that holds the modality gives the shape."""
+    """A forward pass gives it one. What is frozen, or in an active key too, needs none."""
     model = Pair(nn.LazyLinear(3))
     wrapper = model.wrapper()
     wrapper.total(model(), ["a", "b"])
+    for trainable in (False, True):
+        for parameter in model.b.parameters():
+            parameter.requires_grad = trainable
+        if not trainable:
+            wrapper.total(model(), "a")
     with pytest.raises(ParameterMapError, match=r"'b'\]`: the parameter 'b.weight' of a lazy mod"):
         wrapper.total(model(), "a")
+    both = DummyLossWrapper(model, {"a": ["a", "b"], "b": "b"})
+    real = model()
+    assert both.total(real, "a") is real
     model.b(torch.ones(1, 2))
     model.step(wrapper)
     assert_connected({"weight": model.b.weight, "bias": model.b.bias})
 
-
-def test_a_lazy_parameter_that_an_active_key_owns_too_is_left_alone() -> None:
-    model = Pair(nn.LazyLinear(3))
-    wrapper = DummyLossWrapper(model, {"a": ["a", "b"], "b": "b"})
-    real = model()
-    assert wrapper.total(real, "a") is real
-
-
-def test_a_frozen_lazy_parameter_is_left_alone() -> None:
-    model = Pair(nn.Module())
-    model.b.weight = nn.UninitializedParameter(requires_grad=False)
-    model.step(model.wrapper())
-
-
-# --- dtypes that cannot be trained ------------------------------------------------------------
 
 NARROW = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 
@@ -232,37 +197,13 @@ def test_float8_is_refused_when_the_wrapper_is_made(dtype: torch.dtype) -> None:
         model.step(wrapper)
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_autograd_itself_cannot_accumulate_float8(dtype: torch.dtype) -> None:
-    """The reason for the refusal: once torch can, it should go."""
-    parameter = nn.Parameter(torch.ones(2).to(dtype))
-    loss = parameter.to(torch.float32).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        loss.backward()
-
-
-@pytest.mark.filterwarnings("ignore:.*quantized.*deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*:UserWarning")
-def test_integers_and_quantized_tensors_cannot_be_trained() -> None:
-    """They never ask for a gradient, and so they are as good as frozen."""
-    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    for values in (quantized, torch.ones(2, dtype=torch.int8), torch.ones(2, dtype=torch.bool)):
-        model = Pair(nn.Module())
-        model.b.weight = nn.Parameter(values, requires_grad=False)
-        wrapper = model.wrapper()
-        real = model()
-        assert wrapper.total(real, "a") is real
-
-
-# --- several devices --------------------------------------------------------------------------
-
-
 def test_gradients_are_made_where_their_parameter_is() -> None:
-    model = Pair(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
+    on_meta = [nn.Linear(2, 2, device="meta"), nn.Embedding(5, 3, sparse=True, device="meta")]
+    model = Pair(nn.Sequential(nn.Linear(2, 2), *on_meta))
     model.step(model.wrapper(gradient_only=True))
     assert_connected({"cpu": model.b[0].weight})
-    assert model.b[1].weight.grad.is_meta
+    assert all(model.b[i].weight.grad.is_meta for i in (1, 2))
+    assert model.b[2].weight.grad.is_sparse
 
 
 @pytest.mark.gpu
@@ -278,25 +219,8 @@ def test_a_model_may_lie_on_several_devices(device: str) -> None:
     total = wrapper.total(loss, "a")
     total.backward()
     assert total.device == loss.device
-    assert wrapper.last is not None
-    assert wrapper.last.uncapped.item() == pytest.approx(5e-7)
+    assert last_report(wrapper).uncapped.item() == pytest.approx(5e-7)
     assert_connected(dict(model.b.named_parameters()))
-
-
-# --- gradients that exist ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [2, 768, 8192, 8193, 1_000_000])
-def test_a_kept_gradient_takes_little_more_memory_than_its_parameter(size: int) -> None:
-    """Saved with `torch.save` it takes all of the storage that it lies in; small ones share one."""
-    tower = holder(**{f"p{index}": torch.ones(size) for index in range(300 if size < 9000 else 3)})
-    model = Pair(tower)
-    for _ in range(2):
-        model.step(model.wrapper())
-        for parameter in tower.parameters():
-            assert parameter.grad is not None
-            kept = parameter.grad.untyped_storage().nbytes()
-            assert kept <= (4 * size if size > 8192 else 2**19)
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {

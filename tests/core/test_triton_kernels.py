@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
@@ -67,42 +66,58 @@ def test_numbers_that_are_none_stay_visible() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_tables() -> Iterator[None]:
-    triton_kernels._tables.clear()
-    yield
-    triton_kernels._tables.clear()
+def no_tables() -> None:
+    triton_kernels._table.cache_clear()
 
 
-@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=5), st.sampled_from([2, 4, 8]))
-def test_pieces_cover_each_tensor_once(lengths: list[int], element_size: int) -> None:
+def num_tables() -> int:
+    """How many tables have been made."""
+    return triton_kernels._table.cache_info().misses
+
+
+@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=5), st.sampled_from(FLOATS))
+def test_pieces_cover_each_tensor_once(lengths: list[int], dtype: torch.dtype) -> None:
     """Also tensors of more than 2**31 elements; the table alone needs no memory for them."""
     start, places = 2**40, []
     for length in lengths:
         places.append((start, length))
-        start += length * element_size + 16 * (length % 3)
+        start += length * dtype.itemsize + 16 * (length % 3)
     with patch.object(triton_kernels, "_PIECE", 2**28):
-        table = triton_kernels._new_table(places, element_size, torch.device("cpu"))
-    assert ((table.pieces[:, 1] > 0) & (table.pieces[:, 1] <= 2**28)).all()
+        pieces = triton_kernels._table.__wrapped__(tuple(places), dtype, torch.device("cpu"), 0)
+    assert ((pieces[:, 1] > 0) & (pieces[:, 1] <= 2**28)).all()
     counts = [-(-length // 2**28) for length in lengths]
-    assert len(table.pieces) == sum(counts)
-    for (address, length), own in zip(places, table.pieces.split(counts), strict=True):
-        ends = own[:, 0] + own[:, 1] * element_size
+    assert len(pieces) == sum(counts)
+    for (address, length), own in zip(places, pieces.split(counts), strict=True):
+        ends = own[:, 0] + own[:, 1] * dtype.itemsize
         assert own[:, 1].sum() == length
         if length:
             assert own[0, 0] == address
             assert ends[:-1].equal(own[1:, 0])
-            assert ends[-1] == address + length * element_size
-    assert table.aligned == (not (table.pieces[:, 0] % 16).any())
+            assert ends[-1] == address + length * dtype.itemsize
+
+
+def test_a_launch_reads_wide_words_only_from_aligned_memory() -> None:
+    """A piece of an aligned tensor is aligned too, so that the first address tells."""
+    smallest = min(dtype.itemsize for dtype in triton_kernels._DTYPES)
+    assert triton_kernels._PIECE * smallest % 16 == 0
+    storage = torch.ones(100, device=DEVICE)
+    tensors = [storage, storage[1:], storage[4:], storage.half(), storage.half()[1:]]
+    with patch.object(triton_kernels, "_piece_sums", wraps=triton_kernels._piece_sums) as launch:
+        assert triton_kernels.sum_all(tensors, torch.float32).item() == 494
+    groups = [call.args[:2] for call in launch.call_args_list]
+    assert sorted(len(group) for group, _ in groups) == [1, 1, 1, 2]
+    for group, aligned in groups:
+        assert {tensor.data_ptr() % 16 == 0 for tensor in group} == {aligned}
 
 
 def test_a_table_is_kept_while_the_addresses_are() -> None:
     tensors = [torch.ones(5, device=DEVICE), torch.ones(7, device=DEVICE)]
     triton_kernels.sum_all(tensors, torch.float32)
-    with patch.object(triton_kernels, "_new_table", side_effect=AssertionError("a new table")):
-        tensors[0].mul_(3)
-        assert triton_kernels.sum_all(tensors, torch.float32).item() == 22
-        with pytest.raises(AssertionError, match="a new table"):
-            triton_kernels.sum_all([*tensors, torch.ones(1, device=DEVICE)], torch.float32)
+    tensors[0].mul_(3)
+    assert triton_kernels.sum_all(tensors, torch.float32).item() == 22
+    assert num_tables() == 1
+    triton_kernels.sum_all([*tensors, torch.ones(1, device=DEVICE)], torch.float32)
+    assert num_tables() == 2
 
 
 def test_memory_that_was_used_again_makes_a_new_table() -> None:
@@ -121,12 +136,11 @@ def test_memory_that_was_used_again_makes_a_new_table() -> None:
 def test_tables_do_not_pile_up() -> None:
     """What has not been asked for longest goes first."""
     often, *others = torch.ones(100, device=DEVICE).split(1)
-    with patch.object(triton_kernels, "_new_table", wraps=triton_kernels._new_table) as new_table:
-        for tensor in others:
-            triton_kernels.sum_all([tensor], torch.float32)
-            triton_kernels.sum_all([often], torch.float32)
-    assert new_table.call_count == 100
-    assert len(triton_kernels._tables) == triton_kernels._MAX_TABLES
+    for tensor in others:
+        triton_kernels.sum_all([tensor], torch.float32)
+        triton_kernels.sum_all([often], torch.float32)
+    assert num_tables() == 100
+    assert triton_kernels._table.cache_info().currsize == 64
     assert triton_kernels.sum_all([others[0]], torch.float32).item() == 1
 
 
@@ -146,14 +160,10 @@ NOT_TAKEN = {
 }
 
 
-@pytest.mark.parametrize("tensor", TAKEN.values(), ids=TAKEN.keys())
-def test_takes(tensor: Tensor) -> None:
-    assert triton_kernels.takes(tensor)
-
-
-@pytest.mark.parametrize("tensor", NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
-def test_leaves_to_plain_torch(tensor: Tensor) -> None:
-    assert not triton_kernels.takes(tensor)
+@pytest.mark.parametrize("name", TAKEN | NOT_TAKEN)
+def test_the_kernels_take_plain_contiguous_tensors(name: str) -> None:
+    """Plain torch adds the others."""
+    assert triton_kernels.takes((TAKEN | NOT_TAKEN)[name]) == (name in TAKEN)
 
 
 def test_the_term_is_the_same_through_the_kernels() -> None:

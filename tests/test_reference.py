@@ -12,24 +12,32 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations, prune
 
-from modaldummy import ParameterMapError
+from modaldummy import ParameterMapError, active_modalities
 from modaldummy._core.reduce import accumulation_dtype
 from modaldummy._core.term import product_without_underflow
 from tests.asserts import assert_bounded
 from tests.zoo import Pair, holder
 
-PAGE = Path(__file__).parents[2] / "docs/reference/dtypes-and-parameters.md"
+REFERENCE = Path(__file__).parents[1] / "docs/reference"
 
 
-def rows(heading: str) -> list[list[str]]:
-    """The rows, without its head, of the table under a heading."""
-    section = PAGE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The rows, without its head, of the tables under a heading."""
+    section = (REFERENCE / page).read_text().partition(f"# {heading}\n")[2].partition("\n## ")[0]
     lines = re.findall(r"^\| (.+) \|$", section, re.M)[1:]
     return [line.split(" | ") for line in lines]
 
 
-DTYPES = rows("By dtype of the parameter")
-KINDS = rows("By kind of parameter")
+DTYPES = rows("dtypes-and-parameters.md", "By dtype of the parameter")
+KINDS = rows("dtypes-and-parameters.md", "By kind of parameter")
+
+
+@pytest.mark.parametrize("row", rows("batch-metadata.md", "What a batch may look like"), ids=str)
+def test_forms_of_metadata(row: list[str]) -> None:
+    _, example, active = row
+    names = {"torch": torch, "x": torch.ones(2), "y": torch.ones(2)}
+    expected = () if active == "none" else tuple(active.split(", "))
+    assert active_modalities(eval(example.strip("`"), names), ["T1", "rsfMRI", "dMRI"]) == expected
 
 
 def names(cell: str) -> list[str]:
