@@ -87,8 +87,8 @@ def handles(wrapper: DummyLossWrapper, optimizer: Optimizer, model: nn.Module) -
 def sampler(dataset: "Dataset[Tensor]") -> None:
     """A batch sampler, from names in any container."""
     names = ["T1", ("T1", "dMRI"), ()]
-    drawn = ModalityBatchSampler(names, 2, temperature=2, seed=1, num_replicas=2, rank=0)
-    ModalityBatchSampler(np.array(["T1", "dMRI"]), {"T1": 1, ("T1", "dMRI"): 2})
+    drawn = ModalityBatchSampler(names, 2, seed=1, num_replicas=2, rank=0)
+    ModalityBatchSampler(np.array(["T1", "dMRI"]), 2)
     ModalityBatchSampler([["T1"], ["dMRI"]], batch_size=4, shuffle=False, drop_last=True)
     assert_type(iter(drawn), Iterator[list[int]])
     assert_type(len(drawn), int)

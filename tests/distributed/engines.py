@@ -243,6 +243,8 @@ REFUSED: dict[str, Make] = {
 ENGINES = DDPS | FSDPS | AGREEING | REFUSED
 
 
-def outcome(rank: int, engine: str, scale: float | None, schedule: Schedule) -> Outcome:
+def outcome(
+    rank: int, engine: str, scale: float | None, schedule: Schedule, agree: bool = False
+) -> Outcome:
     """What the oracle says of a schedule under an engine."""
-    return held_against_truth(rank, ENGINES[engine], scale, schedule)
+    return held_against_truth(rank, ENGINES[engine], scale, schedule, agree)

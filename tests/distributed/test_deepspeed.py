@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.optim import AdamW
 
 from modaldummy import (
@@ -31,8 +29,8 @@ from tests.distributed.oracle import (
     loss_of,
     verdict,
 )
-from tests.distributed.schedules import schedules
-from tests.distributed.test_table import AGREE, DIFFER, SCALES, rows
+from tests.distributed.schedules import check_schedules
+from tests.distributed.test_table import AGREE, check_row, rows
 from tests.fleet import Fleet
 
 if find_spec("deepspeed") is None:
@@ -65,38 +63,27 @@ def test_gradients_are_read_right(two: Fleet, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", DIFFERING)
 def test_gradients_are_the_average_over_ranks(fleet: Fleet, engine: str) -> None:
-    check_schedules(fleet, engine, (1e-7, 0.0), agree=True)
+    check_zero(fleet, engine, (1e-7, 0.0))
 
 
 @pytest.mark.parametrize("engine", COMPLETE)
 def test_gradients_are_the_average_where_all_towers_count(fleet: Fleet, engine: str) -> None:
     """There is no dummy term then."""
-    check_schedules(fleet, engine, (0.0,), agree=True)
+    check_zero(fleet, engine, (0.0,))
 
 
 @pytest.mark.parametrize("engine", AGREEING)
 def test_gradients_are_the_average_over_ranks_that_agree(fleet: Fleet, engine: str) -> None:
-    check_schedules(fleet, engine, (1e-7, 0.0), agreeing=True, agree=True)
+    check_zero(fleet, engine, (1e-7, 0.0), agreeing=True)
 
 
-def check_schedules(
-    fleet: Fleet,
-    engine: str,
-    scales: tuple[float | None, ...],
-    agreeing: bool = False,
-    agree: bool = False,
-) -> None:
+def check_zero(fleet: Fleet, engine: str, scales: tuple[float, ...], **options: Any) -> None:
     least, most = num_micros(engine)
-    some = schedules(fleet.num_ranks, min_micros=least, max_micros=most, agreeing=agreeing)
-
-    @settings(max_examples=20 // fleet.num_ranks)
-    @given(some, st.sampled_from(scales))
-    def check(schedule: Schedule, scale: float | None) -> None:
-        for found in fleet.ask(outcome, engine, scale, schedule, agree):
-            assert found.worst <= 1, found
-            assert not found.missing, found
-
-    check()
+    options |= {"min_micros": least, "max_micros": most}
+    num_examples = 20 // fleet.num_ranks
+    check_schedules(
+        fleet, outcome, engine, scales, num_examples=num_examples, agree=True, **options
+    )
 
 
 REFUSED = [
@@ -169,34 +156,6 @@ def test_zero_3_refuses_a_dummy_for_what_it_has_in_parts(two: Fleet) -> None:
             "UnsupportedEngineError: ZeRO-3 has released the parameter 'module.towers."
         )
         assert "with deepspeed.zero.GatheredParameters(parameters):" in text
-
-
-def backward(run: Run, name: str, rank: int, place: int = 0, dummy: bool = True) -> None:
-    real = loss_of(run.call(batch_of((name,), place, 0, rank)))
-    run.backward(run.wrapper.total(real, name) if dummy else real, 1)
-
-
-def absent(rank: int) -> list[tuple[float, float]]:
-    """Gradient and step of a tower at a step that has it, and at one that has not."""
-    run = ENGINES["ZeRO-3"](1e-7)
-    name, found = "towers.T1.weight", []
-    for place, active in enumerate(("T1", "dMRI")):
-        before = run.values()[name]
-        backward(run, active, rank, place, dummy=False)
-        gradient = run.gradients()[name]
-        assert gradient is not None
-        run.step()
-        moved = (run.values()[name] - before).abs().max()
-        found.append((float(gradient.abs().max()), float(moved)))
-    return found
-
-
-def test_upstream_steps_an_absent_tower_by_its_last_gradient(two: Fleet) -> None:
-    """ZeRO-3 without a dummy."""
-    for (gradient, moved), (last_gradient, last_moved) in two.ask(absent):
-        assert last_gradient == gradient > 0.1
-        assert last_moved == pytest.approx(moved, rel=1e-5)
-        assert moved == pytest.approx(LR * gradient, rel=1e-5)
 
 
 def codes(rank: int, engine: str, scale: float | None) -> dict[str, list[str]]:
@@ -296,7 +255,8 @@ def test_a_scale_of_zero_keeps_adam_from_moving_what_was_never_there(two: Fleet)
 
 def gradients_in_sight(rank: int, engine: str) -> dict[str, Any]:
     run = ENGINES[engine](1e-7)
-    backward(run, "T1", rank)
+    real = loss_of(run.call(batch_of(("T1",), 0, 0, rank)))
+    run.backward(run.wrapper.total(real, "T1"), 1)
     with pytest.raises(MissingGradientError) as caught:
         missing_gradients(run.wrapper, strict=True)
     return {
@@ -337,6 +297,4 @@ def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) 
 
 @pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" in engine])
 def test_what_the_table_says_is_what_happens(two: Fleet, engine: str) -> None:
-    cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
-    for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
-        assert two.ask(verdict_of, engine, scale, schedule) == [said] * 2
+    check_row(two, verdict_of, engine)

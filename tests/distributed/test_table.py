@@ -1,6 +1,7 @@
 """The table of engines in the documentation: what each cell says is what happens."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def rows() -> dict[str, list[str]]:
     return {engine: said for engine, *said in cells}
 
 
+def check_row(two: Fleet, verdict_of: Callable[..., str], engine: str) -> None:
+    """`verdict_of` an engine is what the page says, for each cell of its row."""
+    cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
+    for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
+        assert two.ask(verdict_of, engine, scale, schedule) == [said] * 2
+
+
 def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) -> str:
     return verdict(rank, ENGINES[engine], scale, schedule)
 
@@ -46,9 +54,7 @@ def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) 
     ],
 )
 def test_what_the_page_says_is_what_happens(two: Fleet, engine: str) -> None:
-    cases = [(scale, schedule) for schedule in (DIFFER, AGREE) for scale in SCALES]
-    for said, (scale, schedule) in zip(rows()[engine], cases, strict=True):
-        assert two.ask(verdict_of, engine, scale, schedule) == [said] * 2
+    check_row(two, verdict_of, engine)
 
 
 def test_no_engine_is_missing() -> None:

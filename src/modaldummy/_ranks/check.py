@@ -14,8 +14,7 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import RankDisagreementError, UnsupportedEngineError, first_few
 from modaldummy._group import check_group, num_ranks, tensor_device
-from modaldummy._ranks.conflicts import ZERO2_SCALE_NONE
-from modaldummy._ranks.sharding import find_conflicts
+from modaldummy._ranks.conflicts import ZERO2_SCALE_NONE, find_conflicts
 
 # The first byte that a rank sends. The others say which keys of the map are active.
 _UNREADABLE, _READABLE = range(2)
@@ -79,10 +78,13 @@ def check_ranks(
             _gather(wrapper, [_UNREADABLE] + [0] * len(keys), group)
         raise
     rows = _gather(wrapper, [_READABLE] + [int(key in active) for key in keys], group)
-    _check_all_readable([rank for rank, row in rows.items() if row[0] == _UNREADABLE])
+    if failed := [rank for rank, row in rows.items() if row[0] == _UNREADABLE]:
+        raise RankDisagreementError(
+            f"The batch could not be read on {_text_of_ranks(failed)}. Look at the error there: it "
+            "gives the reason."
+        )
     active_keys = {rank: tuple(itertools.compress(keys, row[1:])) for rank, row in rows.items()}
-    _check_inactive_supported(wrapper, model, active_keys)
-    _check_agreement(wrapper, model, active_keys)
+    _check_conflicts(wrapper, model, active_keys)
 
 
 def _gather(
@@ -105,44 +107,28 @@ def _gather(
     return dict(zip(dist.get_process_group_ranks(group), rows, strict=True))
 
 
-def _check_all_readable(failed: Sequence[int]) -> None:
-    if failed:
-        raise RankDisagreementError(
-            f"The batch could not be read on {_text_of_ranks(failed)}. Look at the error there: it "
-            "gives the reason."
-        )
-
-
-def _check_inactive_supported(
+def _check_conflicts(
     wrapper: DummyLossWrapper, model: nn.Module | None, active_keys: _ActiveKeys
 ) -> None:
-    """Raise if backward would stop at a key that is inactive on all ranks."""
-    somewhere = set().union(*active_keys.values())
-    inactive = [key for key in wrapper.parameters.paths if key not in somewhere]
-    if wrapper.scale is not None or not inactive:
-        return
-    conflicts = find_conflicts(wrapper, called_model(wrapper, model), inactive)
-    if any(one.conflict is ZERO2_SCALE_NONE for one in conflicts):
-        raise UnsupportedEngineError(f"{ZERO2_SCALE_NONE.message} {ZERO2_SCALE_NONE.remedy}")
-
-
-def _check_agreement(
-    wrapper: DummyLossWrapper, model: nn.Module | None, active_keys: _ActiveKeys
-) -> None:
-    """Raise if ranks differ in a key whose parameters do not support it."""
+    """Raise if the engine does not support which keys are active on which ranks."""
     parameters = wrapper.parameters
     somewhere = set().union(*active_keys.values())
     everywhere = somewhere.intersection(*active_keys.values())
+    inactive = [key for key in parameters.paths if key not in somewhere]
     differing = [key for key in parameters.paths if key in somewhere - everywhere]
+    if inactive and wrapper.scale is None:
+        conflicts = find_conflicts(wrapper, called_model(wrapper, model), inactive)
+        if any(one.conflict is ZERO2_SCALE_NONE for one in conflicts):
+            raise UnsupportedEngineError(f"{ZERO2_SCALE_NONE.message} {ZERO2_SCALE_NONE.remedy}")
     if not differing:
         return
     problems = []
-    for conflicting in find_conflicts(wrapper, called_model(wrapper, model), differing):
-        ids = {id(owned.parameter) for owned in conflicting.parameters}
+    for one in find_conflicts(wrapper, called_model(wrapper, model), differing):
+        ids = {id(owned.parameter) for owned in one.parameters}
         keys = [key for key in differing if not ids.isdisjoint(parameters.of_keys([key]))]
-        names = first_few((owned.name for owned in conflicting.parameters), 3)
+        names = first_few((owned.name for owned in one.parameters), 3)
         concerned = f"This concerns {first_few(map(text_of, keys))} ({names})."
-        problems.append(f"{conflicting.conflict.message} {concerned} {conflicting.conflict.remedy}")
+        problems.append(f"{one.conflict.message} {concerned} {one.conflict.remedy}")
     if problems:
         raise RankDisagreementError(
             f"Ranks have different modalities: {_text_of_active_keys(active_keys)}. "

@@ -47,12 +47,12 @@ def in_towers(*names: str) -> list[str]:
     ],
 )
 def test_stages_of_zero(stage: int, overlap: bool, scale: float | None, part: str) -> None:
-    """Whether the engine is passed, or is what the wrapper was made with."""
+    """Whether the engine is passed, or the wrapper was made with it."""
     model = Model()
     engine = Engine(model, stage, overlap)
     paths = dict(zip(NAMES, in_towers(*NAMES), strict=True))
     outer = DummyLossWrapper(engine, paths, scale)
-    for wrapper, given in ((mapped(model, scale), engine), (outer, None)):
+    for wrapper, given in ((mapped(model, scale), engine), (outer, None), (outer, model)):
         check(wrapper, NAMES, NAMES, model=given)
         if part:
             assert part in refusal(wrapper, NAMES, [], model=given)
@@ -73,20 +73,12 @@ def test_where_deepspeed_reduces_once_ranks_may_differ(stage: int) -> None:
     assert "gradients arrive" in refusal(mapped(model), ["T1"], ["dMRI"], model=engine)
 
 
-class WithoutOverlap(nn.Module):
-    """An engine that does not say whether it overlaps."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def zero_optimization_stage(self) -> int:
-        return 1
-
-
-def test_an_engine_that_does_not_say_so_does_not_overlap() -> None:
+def test_an_engine_that_does_not_say_whether_it_overlaps_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(Engine, "zero_overlap_comm")
     model = Model()
-    check(mapped(model), ["T1"], ["dMRI"], model=WithoutOverlap(model))
+    check(mapped(model), ["T1"], ["dMRI"], model=Engine(model, 1))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -192,18 +184,6 @@ def test_layouts_of_fsdp2(
             loss.backward()
 
 
-@needs_zeros
-@pytest.mark.usefixtures("process_group")
-def test_zeros_have_to_be_reduced_for_the_unit_in_question() -> None:
-    model: Any = sharded("", reshard_after_forward=True)
-    for switch in (True, False):
-        model.set_reduce_scatter_unused_params(switch)
-        if switch:
-            check(mapped(model), ["T1"], ["dMRI"])
-        else:
-            assert RESHARDED in refusal(mapped(model), ["T1"], ["dMRI"])
-
-
 @pytest.mark.usefixtures("process_group")
 def test_only_keys_with_sharded_parameters_have_to_agree() -> None:
     wrapper = mapped(sharded("towers.dMRI", ""))
@@ -247,44 +227,44 @@ def test_one_tower_beside_a_trunk_that_is_not_sharded() -> None:
 
 
 class Encoder(nn.Module):
-    """Towers with a forward of their own, which `fully_shard` asks for."""
+    """Towers with a forward of their own, which `fully_shard` asks for, and perhaps a bias."""
 
-    def __init__(self, towers: nn.ModuleDict) -> None:
+    def __init__(self, towers: nn.ModuleDict, with_bias: bool) -> None:
         super().__init__()
         self._modules.update(towers._modules)
+        self.bias = nn.Parameter(torch.ones(4)) if with_bias else None
+
+
+def with_encoder_unit(*, with_bias: bool = True, reshard: bool = False) -> Model:
+    """A model whose towers are one FSDP2 unit together."""
+    model = Model()
+    model.towers = Encoder(model.towers, with_bias)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model.towers, mesh=mesh, reshard_after_forward=reshard)
+    return model
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("reshard", [False, True])
-def test_a_unit_around_all_modalities(reshard: bool, beside: bool) -> None:
-    """That has nothing else need not run without any; one that has is like the whole model."""
-    model = Model()
-    model.towers = Encoder(model.towers)
-    if beside:
-        model.towers.register_parameter("bias", nn.Parameter(torch.ones(4)))
-    mesh = init_device_mesh("cpu", (1,))
-    fully_shard(model.towers, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh)
-    paths = {name: f"towers.{name}" for name in NAMES}
-    wrapper = DummyLossWrapper(model, paths)
-    if beside and not reshard:
-        check(wrapper, ["T1"], [])
+@pytest.mark.parametrize(
+    ("with_bias", "reshard", "part"),
+    [(True, False, ""), (True, True, RESHARDED), (False, False, TOWER_UNIT)],
+)
+def test_a_unit_around_all_modalities(with_bias: bool, reshard: bool, part: str) -> None:
+    """If it contains nothing else it need not run; otherwise it is like the whole model."""
+    model = with_encoder_unit(with_bias=with_bias, reshard=reshard)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    if part:
+        assert part in refusal(mapped(model), ["T1"], [])
     else:
-        text = refusal(wrapper, ["T1"], [])
-        assert (RESHARDED if beside else TOWER_UNIT) in text
+        check(mapped(model), ["T1"], [])
 
 
 @pytest.mark.usefixtures("process_group")
 def test_a_unit_around_some_modalities_and_something_else() -> None:
     """It need not run where only the others are there."""
-    model = Model()
-    model.towers = Encoder(model.towers)
-    model.towers.register_parameter("bias", nn.Parameter(torch.ones(4)))
-    model.other = model.towers._modules.pop("dMRI")
-    mesh = init_device_mesh("cpu", (1,))
-    fully_shard(model.towers, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh)
+    model = with_encoder_unit()
+    model.other = nn.Linear(3, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     paths = {"T1": "towers.T1", "rsfMRI": "towers.rsfMRI", "dMRI": "other"}
     wrapper = DummyLossWrapper(model, paths)
     check(wrapper, ["T1"], ["T1", "dMRI"])
@@ -296,20 +276,15 @@ def test_without_private_attributes_the_default_is_assumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """That of a unit in another one is to reshard, and that of the outermost is not to."""
-    model = Model()
-    model.towers = Encoder(model.towers)
-    model.towers.register_parameter("bias", nn.Parameter(torch.ones(4)))
-    mesh = init_device_mesh("cpu", (1,))
-    fully_shard(model.towers, mesh=mesh, reshard_after_forward=False)
-    wrapper = DummyLossWrapper(model, {name: f"towers.{name}" for name in NAMES})
+    model = with_encoder_unit()
     unit_class = type(model.towers)
     with monkeypatch.context() as patch:
         patch.delattr(FSDPModule, "_get_fsdp_state")
-        check(wrapper, ["T1"], [])
-    fully_shard(model, mesh=mesh)
-    check(wrapper, ["T1"], [])
+        check(mapped(model), ["T1"], [])
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    check(mapped(model), ["T1"], [])
     monkeypatch.setattr(unit_class, "_get_fsdp_state", lambda _: None)
-    assert RESHARDED in refusal(wrapper, ["T1"], [])
+    assert RESHARDED in refusal(mapped(model), ["T1"], [])
 
 
 @pytest.mark.usefixtures("process_group")
