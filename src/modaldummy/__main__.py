@@ -1,6 +1,7 @@
 """Command line: `python -m modaldummy demo | doctor | info`."""
 
 import argparse
+import functools
 import os
 import platform
 import sys
@@ -47,10 +48,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _info() -> Iterator[str]:
     """Lines with the installed versions, and with what reduces tensors on each device."""
-    yield f"{'modaldummy':12}{_version('modaldummy')}"
-    yield f"{'torch':12}{torch.__version__}"
-    yield f"{'numpy':12}{_version('numpy')}"
-    yield f"{'triton':12}{_version('triton')}"
+    for package in ("modaldummy", "torch", "numpy", "triton"):
+        yield f"{package:12}{_version(package)}"
     yield f"{'python':12}{platform.python_version()}"
     kernels = "cannot be used here" if fused_kernels() is None else "can be used on CUDA"
     yield f"The fused kernels {kernels}. Set MODALDUMMY_REDUCTIONS=triton to use them."
@@ -78,34 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, and what reduces tensors on each device")
     doctor.add_arguments(commands.add_parser("doctor", help="check the logged metrics of a run"))
     demo = commands.add_parser("demo", help="train a three-modality model on real scans")
-    demo.add_argument("--steps", type=_count, default=200, help="training steps (default: 200)")
-    demo.add_argument(
-        "--seed", type=_seed, default=0, help="seed of weights, batches and masks (default: 0)"
-    )
+    steps = functools.partial(_whole_number, minimum=1)
+    demo.add_argument("--steps", type=steps, default=200, help="training steps (default: 200)")
+    seeded = "seed of weights, batches and masks (default: 0)"
+    demo.add_argument("--seed", type=_whole_number, default=0, help=seeded)
     demo.add_argument("--no-dummy", action="store_true", help="train without the wrapper")
-    demo.add_argument(
-        "--out",
-        type=Path,
-        help="folder to write to (default: demo-output, or demo-output-no-dummy)",
-    )
-    demo.add_argument(
-        "--modalities",
-        nargs="+",
-        choices=("T1", "rsfMRI", "dMRI"),
-        help="modalities that batches contain; the model always has all three (default: all)",
-    )
+    written = "folder to write to (default: demo-output, or demo-output-no-dummy)"
+    demo.add_argument("--out", type=Path, help=written)
+    present = "modalities that batches contain; the model always has all three (default: all)"
+    names = ("T1", "rsfMRI", "dMRI")
+    demo.add_argument("--modalities", nargs="+", choices=names, help=present)
     return parser
 
 
-def _count(text: str) -> int:
-    return _whole_number(text, minimum=1)
-
-
-def _seed(text: str) -> int:
-    return _whole_number(text, minimum=0)
-
-
-def _whole_number(text: str, minimum: int) -> int:
+def _whole_number(text: str, minimum: int = 0) -> int:
     if not text.isdecimal() or not minimum <= int(text) < 2**63:
         expected = f"a whole number of at least {minimum} and below 2**63"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,7 +14,8 @@ from modaldummy.testing import active_sets, batches, param_maps, scales
 from tests.zoo import Brain
 
 NAMES = ("T1", "rsfMRI", "dMRI")
-QUICK = settings(max_examples=2000, derandomize=True, database=None)
+# Without shrinking, which takes most of the time.
+QUICK = settings(max_examples=2000, derandomize=True, database=None, phases=[Phase.generate])
 
 
 @given(st.data())
@@ -24,37 +25,27 @@ def test_a_batch_says_exactly_what_is_active(data: st.DataObject) -> None:
     assert set(active_modalities(batch, NAMES)) == active
 
 
-@given(batches(NAMES))
-def test_a_batch_without_a_given_set_is_readable(batch: Any) -> None:
-    assert set(active_modalities(batch, NAMES)) <= set(NAMES)
-
-
 @given(data=st.data(), names=st.sampled_from([["modality", "modalities"], ["labels", "inputs"]]))
 def test_modalities_may_have_the_names_of_other_keys(data: st.DataObject, names: list[str]) -> None:
     active = data.draw(active_sets(names))
     assert set(active_modalities(data.draw(batches(names, active)), names)) == active
 
 
-@pytest.mark.parametrize(
-    "wanted", [set(), {"T1"}, {"T1", "dMRI"}, set(NAMES)], ids=["none", "T1", "two", "all"]
-)
+@pytest.mark.parametrize("wanted", [set(), {"T1"}, {"T1", "dMRI"}, set(NAMES)])
 def test_every_active_set_can_be_drawn(wanted: set[str]) -> None:
     assert find(active_sets(NAMES), lambda drawn: drawn == wanted, settings=QUICK) == wanted
 
 
 @pytest.mark.parametrize("form", [list, dict, torch.Tensor])
 def test_every_form_of_batch_can_be_drawn(form: type) -> None:
-    assert isinstance(find(batches(NAMES), lambda b: isinstance(b, form), settings=QUICK), form)
-
-
-@given(scales())
-def test_scales_are_positive_and_finite(scale: float) -> None:
-    assert 1e-36 <= scale <= 1e3
+    """Also where no set is given."""
+    batch = find(batches(NAMES), lambda b: isinstance(b, form), settings=QUICK)
+    assert set(active_modalities(batch, NAMES)) <= set(NAMES)
 
 
 @pytest.mark.parametrize("wanted", [lambda s: s == 1e-7, lambda s: s < 1e-30, lambda s: s > 100])
 def test_scales_reach_all_magnitudes(wanted: Any) -> None:
-    assert wanted(find(scales(), wanted, settings=QUICK))
+    assert 1e-36 <= find(scales(), wanted, settings=QUICK) <= 1e3
 
 
 @given(st.data())
@@ -94,8 +85,10 @@ def test_names_with_wildcards_are_escaped() -> None:
     model = nn.Module()
     model.add_module("a[0]", nn.Linear(1, 1))
     model.add_module("a0", nn.Linear(1, 1))
-    spec = find(param_maps(model), lambda spec: spec.get("T1") == ["a[[]0].*"], settings=QUICK)
-    assert set(DummyLossWrapper(model, spec).named_parameters("T1")) == {"a[0].weight", "a[0].bias"}
+    drawn = param_maps(model, max_modalities=1)
+    spec = find(drawn, lambda spec: ["a[[]0].*"] in spec.values(), settings=QUICK)
+    (names,) = (DummyLossWrapper(model, spec).named_parameters(key) for key in spec)
+    assert set(names) == {"a[0].weight", "a[0].bias"}
 
 
 class OwnParameter(nn.Sequential):

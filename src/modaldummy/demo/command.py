@@ -12,7 +12,7 @@ from modaldummy._diagnose.diagnose import examine
 from modaldummy._diagnose.doctor import verdict
 from modaldummy._diagnose.picture import draw
 from modaldummy.demo.scans import MODALITIES, SOURCES, load_scans
-from modaldummy.demo.summary import largest_fraction, summarise, table
+from modaldummy.demo.summary import ModalitySummary, largest_fraction, table
 from modaldummy.demo.training import Training
 
 MAX_FRACTION = 1e-4  # the wrapper's own default
@@ -28,16 +28,16 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     use_dummy = not arguments.no_dummy
     out: Path = arguments.out or Path("demo-output" if use_dummy else "demo-output-no-dummy")
-    present = tuple(dict.fromkeys(arguments.modalities or MODALITIES))
+    present = list(dict.fromkeys(arguments.modalities or MODALITIES))
     training = Training(load_scans(), present, seed=arguments.seed, use_dummy=use_dummy)
     title = f"{arguments.steps} steps {'with' if use_dummy else 'without'} the dummy term"
+    one_or_two = "one or two of " if len(present) > 1 else ""
     try:
         out.mkdir(parents=True, exist_ok=True)
         _train(training, arguments.steps, out / "metrics.jsonl")
         (out / "SOURCES.md").write_text(SOURCES, encoding="utf-8")
-        one_or_two = "one or two of " if len(present) > 1 else ""
-        heading = f"Batches of {one_or_two}{', '.join(present)}: {title}"
         diagnosis = examine(out / "metrics.jsonl")
+        heading = f"Batches of {one_or_two}{', '.join(present)}: {title}"
         draw(diagnosis, heading, out / "demo.png")
     except OSError as error:
         print(f"Cannot write to {out}: {error}. Choose another folder by --out.", file=sys.stderr)
@@ -64,17 +64,16 @@ def _report(console: Console, training: Training, title: str) -> bool:
     Returns:
         Whether no parameter has missed a gradient and the dummy term stayed within its bound.
     """
-    summaries = summarise(training)
+    summaries = [ModalitySummary(training, name) for name in training.wrapper.modalities]
     console.print(table(summaries, title))
     missed = [name for summary in summaries for name in summary.missed]
-    console.print(f"{len(missed)} parameters missed a gradient", end=".\n" if not missed else ":\n")
+    console.print(f"{len(missed)} parameters missed a gradient", end=":\n" if missed else ".\n")
     for name in missed:
         console.print(f"  {name}", highlight=False)
     fraction = largest_fraction(training.records)
-    if fraction is None:
-        return not missed
-    console.print(f"Largest |dummy| / |real|: {fraction:.1e}; the bound is {MAX_FRACTION:.0e}.")
+    if fraction is not None:
+        console.print(f"Largest |dummy| / |real|: {fraction:.1e}; the bound is {MAX_FRACTION:.0e}.")
     ratios = [f"{s.name} {s.ratio:,.0f} : 1" for s in summaries if s.ratio is not None]
     if ratios:
         console.print(f"Real : dummy gradient, median norms: {', '.join(ratios)}.")
-    return not missed and fraction <= MAX_FRACTION
+    return not missed and (fraction or 0.0) <= MAX_FRACTION

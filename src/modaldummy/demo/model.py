@@ -16,10 +16,6 @@ class MaskedAutoencoder(nn.Module):
         hidden: Width of the trunk.
     """
 
-    vision_tower: nn.ModuleDict
-    trunk: nn.Sequential
-    heads: nn.ModuleDict
-
     def __init__(self, widths: Mapping[str, int], hidden: int = 128) -> None:
         super().__init__()
         # The input of an embedding: the visible entries, and a mask of which ones are visible.

@@ -33,9 +33,6 @@ class Training:
         records: One record for each step.
     """
 
-    model: MaskedAutoencoder
-    wrapper: DummyLossWrapper
-
     def __init__(
         self, scans: dict[str, Tensor], present: Sequence[str], *, seed: int, use_dummy: bool
     ) -> None:
@@ -73,11 +70,11 @@ class Training:
 
     def _draw_batch(self) -> dict[str, Tensor]:
         pair = len(self._present) > 1 and self._random.random() < PAIR_PROBABILITY
-        names = self._random.sample(self._present, 2 if pair else 1)
-        return {name: self._draw_samples(self._scans[name]) for name in names}
-
-    def _draw_samples(self, data: Tensor) -> Tensor:
-        return data[torch.randint(len(data), (BATCH_SIZE,), generator=self._generator)]
+        batch = {}
+        for name in self._random.sample(self._present, 2 if pair else 1):
+            data = self._scans[name]
+            batch[name] = data[torch.randint(len(data), (BATCH_SIZE,), generator=self._generator)]
+        return batch
 
     def _record(self, step: int, loss: Tensor, errors: dict[str, Tensor]) -> Record:
         record: Record = {"step": step, "loss": loss.item()}

@@ -1,6 +1,6 @@
 """Assertions that state each promise of the library; messages name modality and parameter."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import text_of
-from modaldummy._core.reduce import sum_all
 from modaldummy._core.term import term_input
 from modaldummy._ownership import owners_of
 from modaldummy.testing.compare import count_zeros, describe_difference, preserve_state
@@ -44,13 +43,13 @@ def assert_every_parameter_has_gradient(
     must_be_nonzero = inactive if wrapper is not None and wrapper.scale else set()
     problems = []
     for name, parameter in model.named_parameters():
-        label = _label(name, parameter, owners)
-        if parameter.grad is None:
-            if parameter.requires_grad:
-                cause = _cause(parameter, owners, inactive, wrapper)
-                problems.append(f"{label}: no gradient{cause}")
-        elif id(parameter) in must_be_nonzero and (num_zeros := count_zeros(parameter.grad)):
-            problems.append(f"{label}: {num_zeros} of {parameter.numel()} elements are zero")
+        label, key = _label(name, parameter, owners), id(parameter)
+        if parameter.grad is not None:
+            if key in must_be_nonzero and (num_zeros := count_zeros(parameter.grad)):
+                problems.append(f"{label}: {num_zeros} of {parameter.numel()} elements are zero")
+        elif parameter.requires_grad:
+            cause = "" if wrapper is None else _cause(wrapper, key in owners, key in inactive)
+            problems.append(f"{label}: no gradient{cause}")
     _fail_if(problems, "trainable parameters have no usable gradient after backward")
 
 
@@ -108,19 +107,24 @@ def assert_gradients_unchanged(
             operator without a deterministic implementation may.
     """
     model = wrapper.parameters.model
-    with preserve_state(model):
-        loss = loss_fn(batch)
-        check_loss(loss, "`loss_fn(batch)`")
-        first_loss = loss.detach().clone()
-        without_dummy = _gradients_of(loss, model)
-    with preserve_state(model):
-        loss = loss_fn(batch)
-        if describe_difference(first_loss, loss.detach()):
-            raise AssertionError(
-                "`loss_fn` must return the same loss for the same batch, random state and buffers, "
-                f"got {first_loss} and then {loss.detach()}. Make it deterministic."
-            )
-        with_dummy = _gradients_of(wrapper.total(loss, batch), model)
+
+    def run(total_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The real loss, and the gradients of its total."""
+        with preserve_state(model):
+            loss = loss_fn(batch)
+            check_loss(loss, "`loss_fn(batch)`")
+            real, total = loss.detach().clone(), total_of(loss)
+            if total.requires_grad:
+                total.mean().backward()
+            return real, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    first_loss, without_dummy = run(lambda loss: loss)
+    second_loss, with_dummy = run(lambda loss: wrapper.total(loss, batch))
+    if describe_difference(first_loss, second_loss):
+        raise AssertionError(
+            "`loss_fn` must return the same loss for the same batch, random state and buffers, "
+            f"got {first_loss} and then {second_loss}. Make it deterministic."
+        )
     owners, inactive = _owners(wrapper), _inactive_ids(wrapper)
     problems = [
         f"{_label(name, parameter, owners)}: {difference}"
@@ -129,12 +133,6 @@ def assert_gradients_unchanged(
         and (difference := describe_difference(without_dummy[name], with_dummy[name]))
     ]
     _fail_if(problems, "gradients changed that the dummy term must not change")
-
-
-def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
-    if loss.requires_grad:
-        loss.mean().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def _last_report(wrapper: DummyLossWrapper) -> StepReport:
@@ -163,17 +161,11 @@ def _label(name: str, parameter: Tensor, owners: dict[int, list[str]]) -> str:
     return f"[{', '.join(keys)}] {name}" if keys else name
 
 
-def _cause(
-    parameter: Tensor,
-    owners: Container[int],
-    inactive: Container[int],
-    wrapper: DummyLossWrapper | None,
-) -> str:
-    if wrapper is None:
-        return ""
-    if id(parameter) not in owners:
+def _cause(wrapper: DummyLossWrapper, is_owned: bool, is_inactive: bool) -> str:
+    """The likely cause of a gradient that is missing."""
+    if not is_owned:
         return ". No modality owns it, and the loss does not depend on it."
-    if id(parameter) not in inactive:
+    if not is_inactive:
         return ". Its modality was active, but the loss does not depend on it."
     if wrapper.scale is None:
         return ". Its modality was inactive, and `scale=None` gives no gradient."
@@ -183,12 +175,9 @@ def _cause(
 def _largest_sums(wrapper: DummyLossWrapper, report: StepReport) -> str:
     """The inactive parameters that contribute most to the dummy term, one in each line."""
     owners = _owners(wrapper)
+    like = report.dummy.detach()
     sums = {
-        _label(owned.name, owned.parameter, owners): sum_all(
-            [term_input(owned)],
-            dtype=report.dummy.dtype,
-            device=report.dummy.device,
-        ).item()
+        _label(owned.name, owned.parameter, owners): term_input(owned).to(like).sum().item()
         for owned in wrapper.parameters.split(report.active).inactive_parameters
     }
     largest = sorted(sums, key=lambda label: -abs(sums[label]))[:_MAX_LISTED_SUMS]

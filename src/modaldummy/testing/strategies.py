@@ -135,19 +135,17 @@ def param_maps(
     paths = [*modules, *dict(model.named_parameters())]
     if not paths:
         raise ValueError(f"`model` must have parameters to map, got {describe(model)}.")
-    return _param_maps(model, paths, max_modalities)
-
-
-@st.composite
-def _param_maps(
-    draw: st.DrawFn, model: nn.Module, paths: Sequence[str], max_modalities: int
-) -> dict[ModalityKey, ParamSpec]:
     names = st.lists(st.sampled_from(_MODALITIES), min_size=1, max_size=max_modalities, unique=True)
-    keys: list[ModalityKey] = [*draw(names)]
-    if len(keys) > 1 and draw(st.booleans()):
-        keys.append((str(keys[0]), str(keys[1])))
     chosen = st.lists(st.sampled_from(paths), min_size=1, max_size=3, unique=True)
-    return {key: draw(_specs(model, draw(chosen))) for key in keys}
+
+    @st.composite
+    def maps(draw: st.DrawFn) -> dict[ModalityKey, ParamSpec]:
+        keys: list[ModalityKey] = [*draw(names)]
+        if len(keys) > 1 and draw(st.booleans()):
+            keys.append((str(keys[0]), str(keys[1])))
+        return {key: draw(_specs(model, draw(chosen))) for key in keys}
+
+    return maps()
 
 
 def _specs(model: nn.Module, paths: Sequence[str]) -> st.SearchStrategy[ParamSpec]:
