@@ -28,7 +28,7 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("mutants", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("mutants", max_examples=10, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

@@ -63,22 +63,20 @@ def main() -> None:
         run_suite(sdist, wheel, place, arguments.pytest)
 
 
-def build(source: Path, to: Path, *kinds: str, isolated: bool = True) -> tuple[Path, Path]:
+def build(source: Path, to: Path, *kinds: str) -> tuple[Path, Path]:
     """Build sdist and wheel of a source tree, each from the tree, and return their paths.
 
     Args:
         source: The tree, or an unpacked sdist.
         to: Folder for both, made if it is not there.
         *kinds: `--sdist` or `--wheel`; both by default.
-        isolated: Whether the backend is installed for this alone, as for a release.
     """
     options = list(kinds or ("--sdist", "--wheel"))
-    options += [] if isolated else ["--no-isolation"]
     run([sys.executable, "-m", "build", *options, "--outdir", str(to), str(source)], to.parent)
     return next(iter(to.glob("*.tar.gz")), to), next(iter(to.glob("*.whl")), to)
 
 
-def check_archives(sdist: Path, wheel: Path, place: Path, *, isolated: bool = True) -> None:
+def check_archives(sdist: Path, wheel: Path, place: Path) -> None:
     """The wheel is the package, the same from the sdist, and the sdist is what git knows.
 
     Raises:
@@ -97,7 +95,7 @@ def check_archives(sdist: Path, wheel: Path, place: Path, *, isolated: bool = Tr
     inside = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     known = {path.relative_to(ROOT).as_posix() for path in tracked(ROOT)}
     compare("the sdist", inside, known | {"PKG-INFO"})
-    _, again = build(unpacked, place / "again", "--wheel", isolated=isolated)
+    _, again = build(unpacked, place / "again", "--wheel")
     assert again.read_bytes() == wheel.read_bytes(), "the sdist makes another wheel than the tree"
     print(f"{wheel.name}: {size} bytes, {len(package)} files; {sdist.name}: {len(inside)} files")
 

@@ -7,15 +7,12 @@ import ast
 import io
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import modaldummy
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(modaldummy.__file__).parent
-# The one file that may read private attributes of other libraries.
-ENGINES = SOURCE / "_engines.py"
 _NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     tokenize.ENDMARKER,
@@ -43,29 +40,6 @@ def code_lines(folder: Path) -> Counter[str]:
     return Counter(dict(found.most_common()))
 
 
-def private_reads(path: Path) -> Iterator[str]:
-    """Private attributes of other objects that a file reads: `file:line name`.
-
-    Attributes of `self` and `cls` are its own. Those of named tuples have an underscore that is not
-    meant as a warning. `getattr` and `hasattr` with a literal name count too.
-    """
-    for node in ast.walk(ast.parse(path.read_text())):
-        name = ""
-        if isinstance(node, ast.Attribute) and not _is_own(node.value):
-            name = node.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
-            argument = node.args[1]
-            name = str(argument.value) if isinstance(argument, ast.Constant) else ""
-        private = name.startswith("_") and not name.endswith("__")
-        if private and name not in ("_fields", "_make", "_asdict"):
-            yield f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 0)} {name}"
-
-
-def _is_own(value: ast.expr) -> bool:
-    """Whether an expression is `self`, `cls`, or what `super()` returns."""
-    return ast.unparse(value) in ("self", "cls", "super()")
-
-
 def num_doc_words() -> int:
     """Words of all pages of documentation, with their code."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -84,9 +58,6 @@ def main() -> None:
         print(f"{number:10}   {name}")
     print(f"{sum(tests.values()):6} code lines in tests")
     print(f"{sum(tests.values()) / sum(source.values()):6.2f} test lines per source line")
-    reads = [read for p in SOURCE.rglob("*.py") if p != ENGINES for read in private_reads(p)]
-    print(f"{len(reads):6} reads of private attributes outside of {ENGINES.name}")
-    print(*(f"{'':10}   {read}" for read in reads), sep="\n", end="\n" if reads else "")
     print(f"{num_doc_words():6} words in the pages of documentation")
 
 

@@ -1,89 +1,65 @@
 """What keys and values of logged metrics mean, in any format, and which rows are kept."""
 
-import csv
-import io
-import json
+import itertools
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from modaldummy._diagnose.history import HistoryFile, Row
+from modaldummy import gradient_norms
+from modaldummy._diagnose.history import Row
 from modaldummy._diagnose.keys import role_of
 from modaldummy._diagnose.signals import Columns, Signals
+from tests.zoo import ZOO
 
 INF, NAN = math.inf, math.nan
+Numbers: TypeAlias = dict[str, float]
 
 
 def read(*rows: Row) -> Columns:
     return Signals().add(rows)
 
 
-def told(columns: Columns) -> dict[str, float]:
-    """What the first row says."""
-    return {name: float(values[0]) for name, values in columns.items() if not np.isnan(values[0])}
-
-
-def assert_same(found: Columns, expected: Columns) -> None:
-    """Quantities that nothing is said about may be left out."""
-    for name in found.keys() | expected.keys():
-        size = len(expected["step"])
-        nothing = np.full(size, NAN)
-        np.testing.assert_array_equal(found.get(name, nothing), expected.get(name, nothing), name)
+def told(row: Row) -> Numbers:
+    """What a single row says."""
+    return {name: float(value[0]) for name, value in read(row).items() if not np.isnan(value[0])}
 
 
 # --- keys ---------------------------------------------------------------------------------------
 
+ROLES = {
+    ("loss", "loss"): ["loss"],
+    ("loss", "train_loss"): ["train_loss"],
+    ("step", ""): ["step", "_step", "global_step", "Step"],
+    ("report", "num_elements"): ["modaldummy/num_elements"],
+    ("present", "T1"): ["modaldummy/active/T1"],
+    ("active", "T1"): ["active/T1"],
+    ("grad", "ratio"): ["grad_ratio"],
+    ("norm", "T1"): ["grad_norm/T1"],
+    ("norm", "site/T1-dMRI"): ["grad_norm/site/T1-dMRI"],
+    ("label", "T1"): ["grad/[T1]/tower.weight"],
+    ("whole", ""): ["grad/tower.weight"],
+    ("constant", "T1"): ["grad/T1/tower.weight"],
+    ("missing", "T1"): ["grad_missing/T1"],
+    ("overall", ""): ["grad_norm"],
+    # Among them the losses of evaluations, and extremes beside the values of a panel.
+    ("", ""): [
+        *("lr", "eval_loss", "eval/loss", "val/loss", "loss/ce", "losses", "my_step", "eval/step"),
+        *("grad/norm", "grad", "grad/", "grad_norm/", "active", "reactive/T1", "", "/", " - "),
+        *("modaldummy/other", "grad_norms/T1", "loss__MIN", "grad_norm/T1__MAX"),
+    ],
+}
+
 
 @pytest.mark.parametrize("before", ["", "train/", "brave-sun-12 - ", "a/b - c - ", "x - train/"])
-@pytest.mark.parametrize(
-    ("key", "role"),
-    [
-        ("loss", ("loss", "loss")),
-        ("train_loss", ("loss", "train_loss")),
-        ("step", ("step", "")),
-        ("_step", ("step", "")),
-        ("global_step", ("step", "")),
-        ("Step", ("step", "")),
-        ("modaldummy/real", ("report", "real")),
-        ("modaldummy/num_elements", ("report", "num_elements")),
-        ("modaldummy/active/T1", ("present", "T1")),
-        ("active/T1", ("active", "T1")),
-        ("grad_ratio", ("grad", "ratio")),
-        ("grad_ranks", ("grad", "ranks")),
-        ("grad_norm/T1", ("norm", "T1")),
-        ("grad_norm/T1-dMRI", ("norm", "T1-dMRI")),
-        ("grad_norm/site/T1", ("norm", "site/T1")),
-        ("grad/[T1]/tower.weight", ("label", "T1")),
-        ("grad/[inactive]/tower.weight", ("label", "inactive")),
-        ("grad/tower.weight", ("whole", "")),
-        ("grad/T1/tower.weight", ("constant", "T1")),
-        ("grad_missing/T1", ("missing", "T1")),
-        ("grad_norm", ("overall", "")),
-    ],
-)
+@pytest.mark.parametrize("role", ROLES)
 def test_a_key_means_the_same_behind_what_loggers_put_before_it(
-    key: str, role: tuple[str, str], before: str
+    role: tuple[str, str], before: str
 ) -> None:
-    assert role_of(before + key) == role
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("lr", "eval_loss", "eval/loss", "val/loss", "loss/ce", "losses", "my_step", "eval/step"),
-        *("grad/norm", "train/grad/norm", "grad", "grad/", "grad_norm/", "active", "reactive/T1"),
-        *("modaldummy/other", "grad_norms/T1", "", "/", " - "),
-        *("run - train/loss__MIN", "run - grad_norm/T1__MAX", "grad/tower.weight__MIN"),
-    ],
-)
-def test_a_key_that_means_nothing_here(key: str) -> None:
-    """Among them the losses of evaluations, and extremes beside the values of a panel."""
-    assert role_of(key) == ("", "")
+    for key in ROLES[role]:
+        assert role_of(before + key) == role
 
 
 def test_unknown_keys_are_ignored_and_remembered() -> None:
@@ -100,29 +76,27 @@ def test_unknown_keys_are_ignored_and_remembered() -> None:
     [
         ({"train_loss": 1.0, "total_loss": 2.0, "training_loss": 3.0, "loss": 4.0}, 4.0),
         ({"modaldummy/real": 1.0, "train_loss": 2.0, "total_loss": 3.0}, 3.0),
-        ({"modaldummy/real": 1.0, "train_loss": 2.0}, 2.0),
         ({"modaldummy/real": 1.0}, 1.0),
     ],
 )
 def test_the_loss_is_the_first_key_of_a_list(row: Row, loss: float) -> None:
-    assert told(read(row))["loss"] == loss
+    assert told(row)["loss"] == loss
 
 
 def test_the_loss_stays_the_same_key() -> None:
     """Hugging Face's Trainer writes `train_loss`, a mean of all, below the losses."""
     signals = Signals()
-    assert told(signals.add([{"loss": 3.0}]))["loss"] == 3
-    assert "loss" not in told(signals.add([{"train_loss": 1.0}]))
+    assert signals.add([{"loss": 3.0}])["loss"] == 3
+    assert np.isnan(signals.add([{"train_loss": 1.0}])["loss"])
 
 
 def test_two_keys_of_one_meaning_complete_each_other() -> None:
     """The first that says something counts."""
-    assert read({"loss": 1.0}, {"train/loss": 2.0}, {"loss": 3.0, "train/loss": 4.0})[
-        "loss"
-    ].tolist() == [1, 2, 3]
+    rows = ({"loss": 1.0}, {"train/loss": 2.0}, {"loss": 3.0, "train/loss": 4.0})
+    assert read(*rows)["loss"].tolist() == [1, 2, 3]
 
 
-# --- steps --------------------------------------------------------------------------------------
+# --- steps and values -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +106,6 @@ def test_two_keys_of_one_meaning_complete_each_other() -> None:
         ([None, None, None], [1, 2, 3]),
         ([10, None, None, 40, None], [10, 10, 10, 40, 40]),
         ([None, None, 30, None], [1, 2, 30, 30]),
-        ([5, 1, None], [5, 1, 1]),
         ([7, NAN, "NaN", "later"], [7, 7, 7, 7]),
     ],
 )
@@ -140,7 +113,7 @@ def test_two_keys_of_one_meaning_complete_each_other() -> None:
 def test_a_row_without_a_step_is_of_the_one_before(
     steps: list[Any], expected: list[float], size: int
 ) -> None:
-    """Rows are numbered from 1 until there is one, wherever a chunk ends."""
+    """Rows are numbered from 1 until there is one, however many are read at once."""
     rows = [{"loss": 1.0} | ({} if step is None else {"step": step}) for step in steps]
     signals = Signals()
     for start in range(0, len(rows), size):
@@ -148,10 +121,6 @@ def test_a_row_without_a_step_is_of_the_one_before(
     assert signals.sample()["step"].tolist() == expected
 
 
-# --- values -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("beside", [1.0, "text"], ids=["number", "text"])
 @pytest.mark.parametrize(
     ("value", "number"),
     [
@@ -161,121 +130,49 @@ def test_a_row_without_a_step_is_of_the_one_before(
         (torch.tensor(2.0, dtype=torch.bfloat16), 2),
         (torch.tensor(2.0, requires_grad=True), 2),
         *((NAN, INF), ("NaN", INF), ("nan", INF), (np.float32("nan"), INF)),
-        *((torch.tensor(NAN), INF), (torch.tensor([NAN]), INF)),
-        *((INF, INF), (-INF, INF), ("Infinity", INF), ("-Infinity", INF), ("inf", INF)),
+        *((INF, INF), (-INF, INF), ("Infinity", INF), ("-Infinity", INF), (torch.tensor(NAN), INF)),
         *((10**400, INF), ("1e400", INF)),
         *((None, NAN), ("", NAN), (" ", NAN), ("high", NAN), ({}, NAN), (1j, NAN), ([1.0], NAN)),
         *((torch.ones(2), NAN), (np.ones(2), NAN), (torch.ones((), device="meta"), NAN)),
     ],
 )
-def test_values(value: Any, number: float, beside: Any) -> None:
-    """What is not finite is infinity, what is no number is absent, whatever is beside it."""
-    columns = read({"loss": value}, {"loss": beside}, {})
-    np.testing.assert_array_equal(columns["loss"][0], number)
-    assert columns["loss"].shape == (3,)
-    np.testing.assert_array_equal(read({"loss": value}, {"loss": value})["loss"], [number] * 2)
+def test_values(value: Any, number: float) -> None:
+    """What is not finite is infinity. What is not a number is absent."""
+    found = read({"loss": value}, {"loss": 1.0}, {})["loss"]
+    np.testing.assert_array_equal(found, [number, 1.0, NAN])
 
 
-_VALUES = st.none() | st.floats(0, 1e300) | st.sampled_from([NAN, INF, -INF, 0, 1, 2])
-_KEYS = [
-    *("loss", "eval/loss", "modaldummy/fraction", "modaldummy/active/T1", "active/dMRI"),
-    *("grad_norm/T1", "grad_norm/T1-dMRI", "grad/[T1]/a", "grad/[T1]/b", "grad/[inactive]/c"),
-    *("grad/a", "grad/dMRI/c", "grad_ratio"),
-]
-
-
-@st.composite
-def histories(draw: st.DrawFn) -> list[dict[str, Any]]:
-    some = st.fixed_dictionaries({}, optional=dict.fromkeys(_KEYS, _VALUES))
-    return [{"step": n} | row for n, row in enumerate(draw(st.lists(some, min_size=1)))]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """As CSV."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [*dict.fromkeys(key for row in rows for key in row), "note"])
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def renamed(rows: list[dict[str, Any]], before: str, *ends: str) -> list[dict[str, Any]]:
-    return [
-        {f"{before}{key}{end}": value for key, value in row.items() for end in ("", *ends)}
-        for row in rows
-    ]
-
-
-@given(histories())
-def test_the_same_rows_in_any_format(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
-) -> None:
-    """As dicts, JSON of each kind, CSV, and as Weights & Biases exports runs and panels."""
-    expected = read(*rows)
-    contents = [
-        "".join(f"{json.dumps(row)}\n" for row in rows),
-        json.dumps(rows),
-        json.dumps({"log_history": rows}, indent=2),
-        table(rows),
-        table(renamed(rows, "train/")),
-        table(renamed(rows, "brave-sun-12 - train/", "__MIN", "__MAX")),
-    ]
-    path = tmp_path_factory.mktemp("formats") / "log"
-    for content in contents:
-        path.write_text(content, newline="")
-        assert_same(read(*HistoryFile(path)), expected)
-
-
-@given(histories(), st.integers(1, 5))
-def test_chunks_of_any_size(rows: list[dict[str, Any]], size: int) -> None:
-    """Where the first rows have the keys that there are, the rows mean the same."""
-    rows = [dict.fromkeys(_KEYS, 1.0), *rows]
-    whole, parts = Signals(), Signals()
-    expected = whole.add(rows)
-    found = [parts.add(rows[start : start + size]) for start in range(0, len(rows), size)]
-    sizes = [len(columns["step"]) for columns in found]
-    assert sum(sizes) == parts.num_rows == len(rows)
-    for name, values in expected.items():
-        pieces = [c.get(name, np.full(n, NAN)) for c, n in zip(found, sizes, strict=True)]
-        np.testing.assert_array_equal(np.concatenate(pieces), values, name)
-    assert_same(parts.sample(), whole.sample())
+def test_a_row_of_a_table_that_lacks_our_keys() -> None:
+    """It has NaN for them, also for flags, which are never NaN: it says nothing."""
+    row = {"loss": 1.0, "modaldummy/real": 1.0} | flags("modaldummy/active/") | NORMS
+    found = read(row, dict.fromkeys(row, NAN))
+    assert np.isnan(found["loss"]).tolist() == [False, True]
+    assert np.isnan(found["norm/T1"]).tolist() == [False, True]
 
 
 # --- the sample ---------------------------------------------------------------------------------
 
 
-def sampled(number: int, room: int, size: int) -> tuple[Columns, int]:
-    """The sample of so many rows whose modalities take turns, and the largest one on the way."""
-    signals, largest = Signals(room), 0
+def sampled(number: int, size: int) -> list[float]:
+    """The steps that are kept of so many rows, of at most 1,000, where so many are read at once."""
+    signals = Signals(1000)
     for start in range(0, number, size):
         steps = range(start, min(start + size, number))
-        signals.add([{"step": n, "active/T1": n % 2, "late": 1.0} for n in steps])
-        largest = max(largest, len(signals.sample()["step"]))
-    return signals.sample(), largest
+        signals.add([{"step": n, "active/T1": n % 2} for n in steps])
+        assert len(signals.sample()["step"]) <= 1000
+    sample = signals.sample()
+    np.testing.assert_array_equal(sample["held/T1"], sample["step"] % 2)
+    return sample["step"].tolist()
 
 
-def test_a_history_with_room_is_kept_as_a_whole() -> None:
-    assert sampled(1000, 1000, 300)[0]["step"].tolist() == list(range(1000))
-
-
-@pytest.mark.parametrize("size", [1000, 64])
-def test_of_a_longer_history_a_bounded_part_is_kept(size: int) -> None:
-    sample, largest = sampled(9001, 1000, size)
-    steps = sample["step"]
-    assert largest <= 1000
-    assert 300 < len(steps) <= 1000
-    assert (np.diff(steps) > 0).all()
-    np.testing.assert_array_equal(sample["held/T1"], steps % 2)
-
-
-def test_the_part_that_is_kept_is_drawn_at_random_and_always_the_same() -> None:
+def test_a_part_that_is_drawn_at_random_is_kept_of_a_long_history() -> None:
     """Not every other row: batches that take turns are both in it, and all parts of the run."""
-    steps = sampled(9001, 1000, 1000)[0]["step"]
-    assert 0.4 < (steps % 2).mean() < 0.6
-    assert len(set(np.diff(steps))) > 9
-    assert (np.histogram(steps, 9)[0] > len(steps) / 9 / 2).all()
-    for size in (1000, 77):
-        np.testing.assert_array_equal(sampled(9001, 1000, size)[0]["step"], steps)
+    assert sampled(1000, 300) == list(range(1000))
+    steps = sampled(9001, 1000)
+    assert sampled(9001, 77) == steps
+    assert steps == sorted(set(steps))
+    assert 0.4 < np.mean(np.array(steps) % 2) < 0.6
+    assert np.histogram(steps, 9)[0].min() > len(steps) / 9 / 2 > 15
 
 
 def test_what_was_not_said_before_is_absent_in_the_sample() -> None:
@@ -283,5 +180,166 @@ def test_what_was_not_said_before_is_absent_in_the_sample() -> None:
     signals.add([{"loss": 1.0}])
     signals.add([{"grad_ranks": 2.0}])
     np.testing.assert_array_equal(signals.sample()["grad/ranks"], [NAN, 2.0])
-    np.testing.assert_array_equal(signals.sample()["loss"], [1.0, NAN])
-    assert Signals().sample() == {}
+
+
+# --- modalities ---------------------------------------------------------------------------------
+
+ALL = ("T1", "rsfMRI", "dMRI")
+NORMS = {"grad_norm/T1": 3.0, "grad_norm/rsfMRI": 4e-7, "grad_norm/dMRI": 3e-7}
+LABELS = {
+    "grad/[T1]/T1.weight": 3.0,
+    "grad/[T1]/T1.bias": 4.0,
+    "grad/[inactive]/rsfMRI.weight": 4e-7,
+    "grad/[inactive]/dMRI.weight": 3e-7,
+}
+
+
+def flags(before: str, **values: float) -> Numbers:
+    active = {"T1": 1.0, "rsfMRI": 0.0, "dMRI": 0.0} | values
+    return {f"{before}{name}": value for name, value in active.items()}
+
+
+def of_all(kind: str, found: Numbers) -> list[float]:
+    return [found[f"{kind}/{name}"] for name in ALL]
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+@pytest.mark.parametrize(
+    ("row", "real"),
+    [
+        (LABELS | NORMS, 5.0),
+        ({"grad/T1/w": 3.0, "grad/dMRI/w": 3e-7} | NORMS | flags("active/"), 3.0),
+        (NORMS | flags("modaldummy/active/"), 3.0),
+    ],
+    ids=["labels", "constant keys", "norms and a report"],
+)
+def test_norms_of_real_and_dummy_gradients(row: Numbers, real: float, prefix: str) -> None:
+    found = told({prefix + key: value for key, value in row.items()})
+    assert found["real_norm"] == pytest.approx(real)
+    assert found["dummy_norm"] == pytest.approx(5e-7)
+    assert of_all("held", found) == of_all("taught", found) == [1, 0, 0]
+    assert found["due"] == 1
+
+
+def test_a_batch_with_everything_has_no_labels_and_no_dummy() -> None:
+    found = told({"grad/T1.weight": 3.0, "grad/dMRI.weight": 3.0} | NORMS)
+    assert of_all("held", found) == [1, 1, 1]
+    assert found["real_norm"] == pytest.approx(3.0)
+    assert found["due"] == 0
+    assert "dummy_norm" not in found
+
+
+def test_constant_keys_of_a_frozen_modality() -> None:
+    """Its norm is NaN and its parameters have no keys, whether it is active or not."""
+    constant = {"grad/dMRI/w": 3e-7, "grad/rsfMRI/w": 4e-7} | NORMS | {"grad_norm/T1": NAN}
+    found = told(constant | flags("active/"))
+    assert "real_norm" not in found
+    assert found["dummy_norm"] == pytest.approx(5e-7)
+    found = told(constant | flags("active/", T1=0.0, dMRI=1.0))
+    assert found["real_norm"] == pytest.approx(3e-7)
+    assert found["dummy_norm"] == pytest.approx(4e-7)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_labels_and_constant_keys_say_the_same(name: str) -> None:
+    """Of whatever is frozen, tied, shared or joint, for each batch that contains something."""
+    names = ZOO[name]().wrapper().modalities
+    for number in range(1, len(names) + 1):
+        for active in itertools.combinations(names, number):
+            case = ZOO[name]()
+            wrapper = case.wrapper()
+            wrapper.total(case.real({*active}), active).backward()
+            assert wrapper.last is not None
+            report = wrapper.last.as_dict()
+            labels = told(gradient_norms(wrapper) | report)
+            constant = told(gradient_norms(wrapper, label=False) | report)
+            for norm in ("real_norm", "dummy_norm"):
+                assert constant.get(norm) == pytest.approx(labels.get(norm)), (active, norm)
+
+
+def test_gradients_that_are_not_finite_or_large() -> None:
+    for value in (NAN, "NaN", INF):
+        assert told(LABELS | {"grad/[T1]/T1.bias": value})["real_norm"] == INF
+        assert told(LABELS | {"grad/[inactive]/x": value})["dummy_norm"] == INF
+    large = {"grad/[T1]/a": 3e200, "grad/[T1]/b": 4e200}
+    assert told(large)["real_norm"] == pytest.approx(5e200)
+
+
+def test_gradients_of_accumulation_and_the_report_of_its_last_batch() -> None:
+    """The gradients are of all batches, and the report is of the last one."""
+    labels = LABELS | {"grad/[dMRI]/dMRI.weight": 12.0}
+    found = told(labels | NORMS | flags("modaldummy/active/", T1=0.0, rsfMRI=1.0))
+    assert of_all("held", found) == [0, 1, 0]
+    assert of_all("taught", found) == [1, 0, 1]
+    assert found["real_norm"] == pytest.approx(13.0)
+    found = told(NORMS | flags("active/", dMRI=1.0) | flags("modaldummy/active/", T1=0.0))
+    assert of_all("held", found) == [0, 0, 0]
+    assert of_all("taught", found) == [1, 0, 1]
+    assert found["dummy_norm"] == pytest.approx(4e-7)
+
+
+def test_labels_that_name_no_modality() -> None:
+    """`[active]` and `[inactive]`, as dashboards from before this library have them."""
+    signals = Signals()
+    signals.add([{"grad/[active]/T1_embed": 3.0, "grad/[inactive]/dMRI_embed": 4e-7}])
+    assert signals.modalities == []
+    assert signals.sample()["real_norm"] == 3
+    assert signals.sample()["dummy_norm"] == pytest.approx(4e-7)
+    found = told({"grad/[active]/T1_embed": 3.0} | NORMS)
+    assert not found.keys() & {"held/T1", "taught/T1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "modalities", "fusions"),
+    [
+        (["T1-dMRI", "dMRI", "T1"], ["dMRI", "T1"], {"T1-dMRI": ["T1", "dMRI"]}),
+        (["T1", "rs-fMRI", "T1-rs-fMRI"], ["T1", "rs-fMRI"], {"T1-rs-fMRI": ["T1", "rs-fMRI"]}),
+        (["a-a", "a"], ["a"], {"a-a": ["a", "a"]}),
+        (["a-b-c", "a", "b", "c"], ["a", "b", "c"], {"a-b-c": ["a", "b", "c"]}),
+        (["a", "a-b", "b-c", "a-b-c"], ["a", "a-b", "b-c"], {"a-b-c": ["a", "b-c"]}),
+        (["a", "b-c", "a-b-cd"], ["a", "b-c", "a-b-cd"], {}),
+    ],
+)
+def test_fusions_are_names_of_modalities_joined_by_hyphens(
+    names: list[str], modalities: list[str], fusions: dict[str, list[str]]
+) -> None:
+    """A flag names a modality, whatever the name is."""
+    norms, flagged = Signals(), Signals()
+    norms.add([{f"grad_norm/{name}": 1.0 for name in names}])
+    assert (norms.modalities, norms.fusions) == (modalities, fusions)
+    flagged.add([{f"modaldummy/active/{name}": 1.0 for name in names}])
+    assert (flagged.modalities, flagged.fusions) == (names, {})
+
+
+@pytest.mark.parametrize("second", [1.0, 0.0])
+def test_a_fusion_is_taught_where_all_its_modalities_are(second: float) -> None:
+    """It is not a modality of its own."""
+    norms = {"grad_norm/T1": 3.0, "grad_norm/dMRI": 4.0, "grad_norm/T1-dMRI": 12.0}
+    found = told(norms | {"active/T1": 1.0, "active/dMRI": second})
+    assert found["taught/T1-dMRI"] == second
+    assert found["real_norm"] == (13 if second else 3)
+    assert found.get("dummy_norm") == (None if second else pytest.approx(math.hypot(4, 12)))
+    assert "held/T1-dMRI" not in found
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_fusion_without_its_label_was_in_no_batch(known: bool) -> None:
+    """Its modalities may have been in different ones. Where it never has one nobody can tell."""
+    apart = {"grad/[T1]/a": 3.0, "grad/[dMRI]/b": 3.0, "grad/[inactive]/c": 1e-7}
+    norms = {"grad_norm/T1": 3.0, "grad_norm/dMRI": 3.0, "grad_norm/T1-dMRI": 1e-7}
+    together = {"grad/[T1-dMRI]/c": 3.0, "grad/[inactive]/d": 1e-7} if known else {}
+    found = read(apart | norms, together | norms)
+    assert found["taught/T1-dMRI"][0] == (0 if known else 1)
+
+
+@pytest.mark.parametrize("row", [LABELS | flags("modaldummy/active/"), NORMS | flags("active/")])
+def test_keys_of_others_name_no_modality(row: Numbers) -> None:
+    """Where flags or labels say which ones there are."""
+    found = told(row | {"grad_norm/total": 9.0, "grad/norm": 8.0})
+    assert found == told(row) | {"norm/total": 9.0}
+
+
+def test_a_norm_of_all_gradients_stands_for_the_real_ones() -> None:
+    """As trainers log it, where nothing better is there."""
+    assert told({"loss": 1.0, "grad_norm": 2.0})["real_norm"] == 2
+    assert told({"loss": 1.0, "grad_norm": 2.0} | LABELS)["real_norm"] != 2

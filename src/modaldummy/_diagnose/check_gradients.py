@@ -139,18 +139,11 @@ def real(evidence: Evidence) -> Outcome:
 
 def reached(evidence: Evidence) -> Outcome:
     """MD217: a modality that has no gradient, or a zero one, whenever it is active."""
-    names = evidence.signals.modalities
-    told = {name: evidence.tally(f"silent/{name}") for name in names}
-    told = {name: tally for name, tally in told.items() if tally.seen >= evidence.limits.early}
+    tallies = {name: evidence.tally(f"silent/{name}") for name in evidence.signals.modalities}
+    told = {name: t for name, t in tallies.items() if t.seen >= evidence.limits.early}
     if not told:
         return Unchecked(_NO_NORMS)
-    # A frozen one has none while it is inactive either.
-    silent = {
-        name: tally
-        for name, tally in told.items()
-        if tally.share == 1
-        and (evidence.tally(f"zero/{name}").hits or evidence.tally(f"trainable/{name}").hits)
-    }
+    silent = {n: t for n, t in told.items() if t.share == 1 and not _is_frozen(evidence, n)}
     if not silent:
         return Sign(f"those of {', '.join(told)}, where not frozen", {"modalities": list(told)})
     return Finding(
@@ -165,6 +158,11 @@ def reached(evidence: Evidence) -> Outcome:
         "Look for `.detach()`, `torch.no_grad()` or a weight of 0 between the tower and the loss, "
         "and for a forward that leaves the tower out.",
     )
+
+
+def _is_frozen(evidence: Evidence, name: str) -> bool:
+    """Whether a modality without a gradient has none while it is inactive either."""
+    return not evidence.tally(f"zero/{name}").hits and not evidence.tally(f"trainable/{name}").hits
 
 
 def small(evidence: Evidence) -> Outcome:

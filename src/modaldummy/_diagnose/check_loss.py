@@ -92,12 +92,13 @@ def decreasing(evidence: Evidence) -> Outcome:
     visible = min((_CERTAIN * error / abs(first) for first, _, error in falls if first), default=0)
     if visible > _VISIBLE:
         return Unchecked(f"too noisy: a fall by less than {visible:.0%} would not show")
-    whole = np.concatenate(series)
+    numbers["median"] = float(np.median(np.concatenate(series)))
+    numbers["first_step"] = float(_steps(evidence)[0])
     return Finding(
         "MD204",
         "warning",
         "The loss does not decrease.",
-        numbers | {"median": float(np.median(whole)), "first_step": _first_step(evidence)},
+        numbers,
         "Look whether the loss has a graph to the model, whether the optimizer has the parameters "
         "(`preflight(wrapper, optimizer, loss=total)` tells), and at the learning rate; of a run "
         "that starts where another has converged, nothing else can be expected.",
@@ -110,7 +111,7 @@ def steady(evidence: Evidence) -> Outcome:
         return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
     if reason := _unfit(evidence):
         return Unchecked(reason)
-    steps = evidence.column("step")[np.isfinite(evidence.column("loss"))]
+    steps = _steps(evidence)
     start, level, jump = _unrest(_together(evidence))
     numbers = {"jump": jump, "level": level, "first_losses": start}
     if jump <= evidence.limits.unrest * level or jump <= _TINY * start:
@@ -177,16 +178,15 @@ def _falls(losses: Column) -> list[tuple[float, float, float]]:
     """Medians of beginnings of several lengths, of the last quarter, and the error of their gap."""
     size = len(losses)
     end = losses[-max(3, size // 4) :]
-    noise = _noise(losses) if size > 2 else math.inf
-    return [
-        (
-            float(np.median(losses[:length])),
-            float(np.median(end)),
-            1.25 * noise * math.sqrt(1 / length + 1 / len(end)),
-        )
-        for length in {3, max(3, size // 20), max(3, size // 10), max(3, size // 4)}
-    ]
+    last, noise = float(np.median(end)), _noise(losses) if size > 2 else math.inf
+    errors = {
+        length: 1.25 * noise * math.sqrt(1 / length + 1 / len(end))
+        for length in (3, max(3, size // 20), max(3, size // 10), max(3, size // 4))
+    }
+    return [(float(np.median(losses[:n])), last, error) for n, error in errors.items()]
 
 
-def _first_step(evidence: Evidence) -> float:
-    return float(evidence.column("step")[np.isfinite(evidence.column("loss"))][0])
+def _steps(evidence: Evidence) -> Column:
+    """Steps of the finite losses."""
+    steps: Column = evidence.column("step")[np.isfinite(evidence.column("loss"))]
+    return steps

@@ -95,8 +95,9 @@ def diagnose(
     Raises:
         OSError: The file cannot be opened.
         HistoryError: A line of it cannot be read, there are no rows, or none says anything.
-        TypeError: ``history`` or a row of it is of another kind, or a threshold is unknown.
-        ValueError: ``scale`` or a threshold is no number that it can be.
+        TypeError: ``history`` is neither rows nor a path, or a row is not a mapping. ``scale`` or a
+            threshold is not a number, or there is no threshold of that name.
+        ValueError: ``scale`` is negative or not finite, or a threshold is not finite and above 0.
     """
     return examine(history, scale=scale, thresholds=thresholds).findings
 
@@ -116,6 +117,9 @@ def examine(
     if not isinstance(history, Iterable):
         raise TypeError(f"`history` must be rows or a path, got {describe(history)}.")
     evidence = Evidence(history, scale, limits)
+    notes = list(getattr(history, "notes", []))
+    if evidence.signals.is_cut:
+        notes.append(f"More than {MOST} quantities of modalities; those beyond are left out.")
     if not evidence.signals.num_rows:
         raise HistoryError("The history has no rows; log at least one step.")
     with np.errstate(all="ignore"):
@@ -131,36 +135,24 @@ def examine(
         findings=_causes(by_severity(findings)),
         signs={name: o for name, o in outcomes.items() if isinstance(o, Sign)},
         unchecked={name: o.reason for name, o in outcomes.items() if isinstance(o, Unchecked)},
-        notes=_notes(history, evidence),
+        notes=notes,
         evidence=evidence,
     )
 
 
-def _notes(history: Iterable[Row], evidence: Evidence) -> list[str]:
-    notes = list(getattr(history, "notes", []))
-    if evidence.signals.is_cut:
-        notes.append(f"More than {MOST} quantities of modalities; those beyond are left out.")
-    return notes
-
-
 def _causes(findings: list[Finding]) -> list[Finding]:
     """Findings without those that follow from others, which these then name."""
-    by_code = {finding.code: finding for finding in findings}
-    followers: dict[str, list[str]] = {}
+    starts = {f.code: float(f.evidence.get("first_step", math.inf)) for f in findings}
+    cause_of = {
+        code: cause
+        for code, start in starts.items()
+        for cause in reversed(_FOLLOWS.get(code, ()))  # of several, the first
+        if cause in starts and starts[cause] <= start
+    }
+    kept = []
     for finding in findings:
-        for cause in _FOLLOWS.get(finding.code, ()):
-            if cause in by_code and _start(by_code[cause]) <= _start(finding):
-                followers.setdefault(cause, []).append(finding.code)
-                break
-    hidden = {code for codes in followers.values() for code in codes}
-    return [
-        replace(finding, evidence={**finding.evidence, "followed_by": followers[finding.code]})
-        if finding.code in followers
-        else finding
-        for finding in findings
-        if finding.code not in hidden
-    ]
-
-
-def _start(finding: Finding) -> float:
-    return float(finding.evidence.get("first_step", math.inf))
+        followers = [code for code, cause in cause_of.items() if cause == finding.code]
+        named = {"followed_by": followers} if followers else {}
+        if finding.code not in cause_of:
+            kept.append(replace(finding, evidence={**finding.evidence, **named}))
+    return kept

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any, TextIO
 
 from modaldummy._diagnose.diagnose import CHECKS, Diagnosis, examine
-from modaldummy._errors import HistoryError, first_few
+from modaldummy._errors import first_few
 
 _IGNORED = 5  # names of columns that are shown
 
@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw the run, and when what was found")
     parser.add_argument(
-        "--scale", type=_scale, default=1e-7, help="that of the wrapper, or none (default: 1e-7)"
+        "--scale", type=scale, default=1e-7, help="that of the wrapper, or none (default: 1e-7)"
     )
     parser.add_argument(
         "--threshold",
-        type=_threshold,
+        type=threshold,
         action="append",
         default=[],
         metavar="NAME=NUMBER",
@@ -46,29 +46,23 @@ def run(arguments: argparse.Namespace) -> int:
         diagnosis = examine(
             arguments.path, scale=arguments.scale, thresholds=dict(arguments.threshold)
         )
-        if arguments.plot:
-            _draw(diagnosis, arguments)
-    except HistoryError as error:
-        return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename or arguments.path}: {error.strerror or error}.")
     except (TypeError, ValueError) as error:
         return _fail(str(error))
+    if arguments.plot:
+        from modaldummy._diagnose.picture import draw
+
+        try:
+            draw(diagnosis, str(arguments.path), arguments.plot)
+        except (OSError, ArithmeticError, ValueError) as error:  # numbers near the ends, too
+            return _fail(f"The run cannot be drawn: {error}.")
     if arguments.json:
         print(json.dumps(_for_json(_content(arguments.path, diagnosis)), indent=2))
     else:
         lines = report(arguments.path, diagnosis)
         print(*(_printable(line, sys.stdout) for line in lines), sep="\n")
     return 0 if diagnosis.is_healthy else 1
-
-
-def _draw(diagnosis: Diagnosis, arguments: argparse.Namespace) -> None:
-    from modaldummy._diagnose.picture import draw
-
-    try:
-        draw(diagnosis, str(arguments.path), arguments.plot)
-    except (ArithmeticError, ValueError) as error:  # of numbers near the ends of what there are
-        raise HistoryError(f"The run cannot be drawn: {error}.") from error
 
 
 def report(path: object, diagnosis: Diagnosis) -> Iterator[str]:
@@ -138,19 +132,12 @@ def _printable(text: str, file: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _scale(text: str) -> float | None:
-    return None if text.lower() == "none" else _number(text)
+def scale(text: str) -> float | None:
+    """The value of `--scale`."""
+    return None if text.lower() == "none" else float(text)
 
 
-def _threshold(text: str) -> tuple[str, float]:
-    name, equals, number = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER such as unrest=3, got {text!r}")
-    return name, _number(number)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
+def threshold(text: str) -> tuple[str, float]:
+    """The value of `--threshold`."""
+    name, number = text.split("=")
+    return name, float(number)

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from modaldummy._diagnose.history import Row, in_chunks
+from modaldummy._diagnose.history import Row, join_parts
 from modaldummy._diagnose.signals import Column, Columns, Signals
 from modaldummy._errors import close_match
 from modaldummy._findings import Finding
@@ -127,7 +128,8 @@ class Evidence:
         self.scale = scale
         self.signals = Signals()
         self._tallies: dict[str, Tally] = {}
-        for chunk in in_chunks(rows, _CHUNK):
+        whole = join_parts(rows)
+        while chunk := list(islice(whole, _CHUNK)):
             with np.errstate(all="ignore"):  # numbers of a log may be of any size
                 self._count(self.signals.add(chunk))
         self.sample: Columns = self.signals.sample()

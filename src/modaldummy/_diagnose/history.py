@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, repeat
+from itertools import chain
 from os import PathLike
 from typing import IO, Any, TypeAlias
 
@@ -15,7 +15,6 @@ Row: TypeAlias = Mapping[str, Any]
 
 _DELIMITERS = ",;\t"
 _LONGEST = 2**24  # characters of a row's line; that of /dev/zero, for one, never ends
-_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
 
 
 class HistoryFile:
@@ -39,151 +38,133 @@ class HistoryFile:
         self.notes: list[str] = []
 
     def __iter__(self) -> Iterator[Row]:
+        cut: HistoryError | None = None
         with open(self.path, encoding="utf-8-sig", newline="") as file:
             try:
-                yield from self._rows(file)
+                for row in self._rows(file):
+                    if cut:
+                        raise cut
+                    if isinstance(row, HistoryError):
+                        cut = row
+                    else:
+                        yield row
             except UnicodeDecodeError as error:
                 raise HistoryError(f"{self.path} is no UTF-8 text: {error}.") from error
+        if cut:
+            self.notes.append(f"The last line was cut off and is left out: {cut}")
 
-    def _rows(self, file: IO[str]) -> Iterator[Row]:
-        blank = 0
-        while (start := file.readline(_LONGEST)).isspace():
-            blank += 1
-        if not start:
+    def _rows(self, file: IO[str]) -> Iterator[Row | HistoryError]:
+        """The rows; for a line that is no row, unless it is the last one, an error."""
+        read = [file.readline(_LONGEST)]
+        while read[-1].isspace():
+            read.append(file.readline(_LONGEST))
+        if not read[-1]:
             raise HistoryError(f"{self.path} is empty.")
+        is_json = read[-1].lstrip()[0] in "[{"
+        if is_json and _is_whole(read[-1]):
+            return self._json("".join(read) + file.read())
         # What was read is not read again: a pipe has it only once.
-        lines = chain(repeat("\n", blank), self._lines(file, start, blank + 1))
-        if start.lstrip()[0] not in "[{":
-            return self._csv(lines, start)
-        try:
-            first = json.loads(start)
-        except json.JSONDecodeError:
-            # A whole file, over several lines; or a single line that was cut off.
-            return self._json(start + file.read(), blank)
-        except (ValueError, RecursionError) as error:
-            raise self._error(blank + 1, _reason(error)) from error
-        whole = isinstance(first, list) or (isinstance(first, dict) and "log_history" in first)
-        return self._json(start + file.read(), blank) if whole else self._json_lines(lines)
+        lines = self._lines(chain(read, iter(lambda: file.readline(_LONGEST), "")))
+        return self._json_lines(lines) if is_json else self._csv(lines, read[-1])
 
-    def _lines(self, file: IO[str], line: str, number: int) -> Iterator[str]:
-        """The lines from this one on, which has that number."""
-        while line:
+    def _lines(self, lines: Iterable[str]) -> Iterator[str]:
+        """The same, none of which is too long."""
+        for number, line in enumerate(lines, start=1):
             if len(line) == _LONGEST:
                 raise self._error(number, f"more than {_LONGEST:,} characters")
             yield line
-            line = file.readline(_LONGEST)
-            number += 1
 
-    def _json(self, text: str, blank: int) -> Iterator[Row]:
+    def _json(self, text: str) -> Iterator[Row]:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise self._error(blank + error.lineno, _reason(error)) from error
+            raise self._error(error.lineno, _reason(error)) from error
         except (ValueError, RecursionError) as error:
             raise HistoryError(f"{self.path}: {_reason(error)}.") from error
         rows = content.get("log_history") if isinstance(content, dict) else content
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise HistoryError(
-                f"{self.path} holds neither a list of objects nor an object with such a list at "
+                f"{self.path} contains neither a list of objects nor an object with such a list at "
                 "`log_history`; write one JSON object a line, with a number for each metric."
             )
         yield from rows
 
-    def _json_lines(self, lines: Iterable[str]) -> Iterator[Row]:
-        broken: HistoryError | None = None
+    def _json_lines(self, lines: Iterable[str]) -> Iterator[Row | HistoryError]:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
-            if broken:
-                raise broken
             try:
-                row = _decode(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
-                broken = self._error(number, _reason(error))
+                yield self._error(number, _reason(error))
                 continue
             except (ValueError, RecursionError) as error:
                 raise self._error(number, _reason(error)) from error
             if not isinstance(row, dict):
                 raise self._error(number, f"expected an object, got {line.strip()[:40]!r}")
             yield row
-        if broken:
-            self.notes.append(f"The last line was cut off and is left out: {broken}")
 
-    def _csv(self, lines: Iterable[str], header: str) -> Iterator[Row]:
-        # Names of runs, which stand in quotes, may hold anything.
+    def _csv(self, lines: Iterable[str], header: str) -> Iterator[Row | HistoryError]:
+        # Names of runs, which stand in quotes, may contain anything.
         delimiter = max(_DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
         names: list[str] = []
-        broken: HistoryError | None = None
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if len(row) < 2 and not "".join(row).strip():
                     continue
-                if broken:
-                    raise broken
                 if not names and len(row) < 2:
                     reason = "neither JSON nor a CSV header of several columns"
                     raise self._error(reader.line_num, f"{reason}: {row[0].strip()[:40]!r}")
-                if names and len(row) != len(names):
-                    reason = f"{len(row)} values under {len(names)} columns"
-                    broken = self._error(reader.line_num, reason)
-                    if len(row) > len(names):
-                        raise broken
-                elif names:
+                if not names:
+                    names = row
+                elif len(row) == len(names):
                     yield {name: value or None for name, value in zip(names, row, strict=True)}
                 else:
-                    names = row
+                    reason = f"{len(row)} values under {len(names)} columns"
+                    wrong = self._error(reader.line_num, reason)
+                    if len(row) > len(names):  # not cut off
+                        raise wrong
+                    yield wrong
         except csv.Error as error:
             raise self._error(reader.line_num, str(error)) from error
-        if broken:
-            self.notes.append(f"The last line was cut off and is left out: {broken}")
 
     def _error(self, line: int, reason: str) -> HistoryError:
         return HistoryError(f"{self.path}, line {line}: {reason}.")
 
 
-def in_chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of up to `size` rows, of which those that are parts of one are joined.
+def join_parts(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, where those that are parts of one are joined.
 
     Raises:
-        TypeError: A row is no mapping.
+        TypeError: A row is not a mapping.
     """
-    chunk: list[Row] = []
-    whole: dict[str, Any] | None = None  # the last row, where it has been joined
+    last: dict[str, Any] | None = None
     for row in rows:
-        if type(row) is not dict and not isinstance(row, Mapping):
+        if not isinstance(row, Mapping):
             raise TypeError(f"A row of `history` must be a mapping of metrics, got {row!r}.")
-        if chunk and (more := _parts(chunk[-1], row)) is not None:
-            if whole is None:
-                chunk[-1] = whole = {**chunk[-1]}
-            whole |= more
+        if last is not None and _are_parts(last, row):
+            last |= {key: value for key, value in row.items() if _says_something(value)}
             continue
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-        whole = None
-        chunk.append(row)
-    if chunk:
-        yield chunk
+        if last is not None:
+            yield last
+        last = dict(row)
+    if last is not None:
+        yield last
 
 
-def _parts(last: Row, row: Row) -> dict[str, Any] | None:
-    """What `row` adds to the last one if both are parts of one row; None if they are not.
+def _are_parts(last: Row, row: Row) -> bool:
+    """Whether both are parts of one row: of the same step, and no known quantity is in both.
 
-    They are of the same step, and no known quantity is in both. Lightning writes a row of its own
-    beside that of each callback.
+    Lightning writes a row of its own beside that of each callback.
     """
     step = next((key for key in STEPS if _says_something(row.get(key))), None)
     if step is None or last.get(step) != row[step]:
-        return None
-    told = {key: value for key, value in row.items() if _says_something(value)}
-    both = (key for key in told if _says_something(last.get(key)))
-    if any(role_of(str(key))[0] not in ("", "step") for key in both):
-        return None
+        return False
+    both = (key for key in row if _says_something(row[key]) and _says_something(last.get(key)))
+    repeated = any(role_of(str(key))[0] not in ("", "step") for key in both)
     # Labels differ from batch to batch, and so from rank to rank.
-    if _has_gradients(told) and _has_gradients(last):
-        return None
-    return told
+    return not repeated and not (_has_gradients(row) and _has_gradients(last))
 
 
 def _has_gradients(row: Row) -> bool:
@@ -195,13 +176,13 @@ def _says_something(value: Any) -> bool:
     return value is not None and not (isinstance(value, str) and not value)
 
 
-def _decode(line: str) -> Any:
-    """As `json.loads`, which makes three calls more for each line."""
+def _is_whole(line: str) -> bool:
+    """Whether a file whose first line this is, is JSON as a whole, and not an object a line."""
     try:
-        value, end = _scan(line, 0)
-    except StopIteration:
-        return json.loads(line)
-    return value if end == len(line) or line[end:].isspace() else json.loads(line)
+        first = json.loads(line)
+    except (ValueError, RecursionError):  # it goes on; or it is a single line that was cut off
+        return True
+    return isinstance(first, list) or "log_history" in first
 
 
 def _reason(error: ValueError | RecursionError) -> str:

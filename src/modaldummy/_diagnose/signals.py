@@ -1,6 +1,6 @@
 """What rows of logged metrics say, whatever wrote them: one column for each quantity."""
 
-import operator
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -104,7 +104,7 @@ class Signals:
                     self.is_cut = True
                     continue
                 self._named.add(full)
-            values = _column(rows, key)
+            values = np.array([_number(row.get(key)) for row in rows])
             if role == "constant":  # each parameter once, while norms share some
                 total, finite = columns.get("total"), np.where(np.isinf(values), np.nan, values)
                 columns["total"] = finite if total is None else _hypot([total, finite], len(rows))
@@ -173,7 +173,6 @@ class Signals:
                 np.where(labelled, _hypot(labels.values(), size), of_active), column("overall")
             ),
             "dummy_norm": np.where(labelled, inactive, of_inactive),
-            "labelled": labelled.astype(float),
             "due": (idle & logged).astype(float),
         }
 
@@ -216,38 +215,15 @@ def _norms(column: Callable[[str], Column], names: Sequence[str]) -> Columns:
     return norms
 
 
-def _column(rows: Sequence[Row], key: str) -> Column:
-    try:
-        return _numbers(list(map(operator.itemgetter(key), rows)))  # the usual case, and quick
-    except KeyError:
-        places = [place for place, row in enumerate(rows) if key in row]
-        column = _nothing(len(rows))
-        column[places] = _numbers([rows[place][key] for place in places])
-        return column
-
-
-def _numbers(values: list[Any]) -> Column:
-    """Numbers as they are, NaN where there is none, infinity for what is not finite."""
-    try:
-        numbers: Column = np.array(values, dtype=np.float64)
-    except (ValueError, TypeError, RuntimeError, OverflowError):
-        return np.array([_number(value) for value in values])
-    if numbers.ndim > 1:  # lists or arrays, all of one length
-        return np.array([_number(value) for value in values])
-    for index in np.flatnonzero(~np.isfinite(numbers)):
-        if values[index] is not None:
-            numbers[index] = np.inf
-    return numbers
-
-
 def _number(value: Any) -> float:
+    """A number as it is, NaN where there is none, infinity for one that is not finite."""
     try:
         number = float(value.item() if hasattr(value, "item") else value)
     except OverflowError:  # a whole number of more than 308 digits
-        return np.inf
+        return math.inf
     except (ValueError, TypeError, RuntimeError):  # the last is of tensors
-        return np.nan
-    return number if np.isfinite(number) else np.inf
+        return math.nan
+    return number if math.isfinite(number) else math.inf
 
 
 def _split(name: str, words: Sequence[str]) -> list[str]:

@@ -89,9 +89,11 @@ def gradient_norms(
         if not label or any(i in norms for i in ids):
             log[f"{prefix}_norm/{text_of(key)}"] = _joint_norm(norms, ids)
     active_ids = {i for key in active_keys for i in table.ids[key]}
-    dummy_norm = _joint_norm(norms, norms.keys() - active_ids)
+    # In map order, because a sum in the order of a set of ids differs from run to run.
+    real_norm = _joint_norm(norms, [i for i in norms if i in active_ids])
+    dummy_norm = _joint_norm(norms, [i for i in norms if i not in active_ids])
     # NaN if either norm is missing or the dummy gradients are zero.
-    ratio = _joint_norm(norms, active_ids) / (dummy_norm or math.nan)
+    ratio = real_norm / (dummy_norm or math.nan)
     if not label or not math.isnan(ratio):
         log[f"{prefix}_ratio"] = ratio
     if not label:
