@@ -25,7 +25,7 @@ from modaldummy import (
     gradient_norms,
 )
 from modaldummy._core.parameter_map import ModalityKey
-from modaldummy._monitor.gradients import _loss_factor, table_of
+from modaldummy._monitor.gradients import table_of
 from tests.distributed.engines import needs_averages
 from tests.fleet import Fleet
 from tests.holding import NAMES, Towers
@@ -264,15 +264,6 @@ def test_a_factor_may_be_small_and_become_zero() -> None:
     found = gradient_norms(wrapper, scaler=Collapsed())
     assert found["grad_norm/T1"] == math.inf
     assert math.isnan(found["grad_norm/dMRI"])
-
-
-@pytest.mark.parametrize("scaler", [None, 2.0])
-def test_numbers_are_joined_where_the_first_parameter_is(scaler: float | None) -> None:
-    model = nn.ModuleDict({"a": nn.Linear(1, 1, device="meta"), "b": nn.Linear(1, 1)})
-    for first, second, device in (("a", "b", "meta"), ("b", "a", "cpu")):
-        wrapper = DummyLossWrapper(model, {first: first, second: second})
-        norms = table_of(wrapper)._local_norms({})
-        assert norms.device.type == _loss_factor(scaler, norms.device).device.type == device
 
 
 def test_a_scaler_that_has_unscaled_is_refused_until_its_update() -> None:

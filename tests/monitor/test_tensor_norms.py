@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modaldummy._core.reduce import accumulation_dtype, by_spec
+from modaldummy._core.reduce import accumulation_dtype
 from modaldummy._monitor.tensor_norms import tensor_norms
 from tests.oracles import naive_norm
 from tests.strategies import parameters
@@ -37,23 +37,6 @@ def test_norms_keep_their_order_whatever_the_layouts() -> None:
     tensors = [torch.full((size,), float(index)) for index, size in enumerate(sizes)]
     expected = [index * size**0.5 for index, size in enumerate(sizes)]
     assert tensor_norms(tensors, device=CPU).tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_groups_of_other_tensors_give_the_same_or_raise() -> None:
-    """As where a model was cast or its parameters were emptied since they were made."""
-    sizes = [(3,), (3,), (2, 2), (9000,), (0,)]
-    old = by_spec([torch.ones(size) for size in sizes])
-    narrow = [torch.ones(size, dtype=torch.float16) for size in sizes]
-    assert (
-        tensor_norms(narrow, old, device=CPU).tolist() == tensor_norms(narrow, device=CPU).tolist()
-    )
-    for place, size in ((0, (5,)), (2, (5,)), (4, (1,))):
-        other = [torch.ones(size) for size in sizes]
-        other[place] = torch.ones(size)
-        with pytest.raises(RuntimeError):
-            tensor_norms(other, old, device=CPU)
-    with pytest.raises(RuntimeError):
-        tensor_norms([torch.ones(size, dtype=F64) for size in sizes], old, device=CPU)
 
 
 def test_norms_of_conjugates() -> None:

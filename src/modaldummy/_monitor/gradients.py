@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, ParameterMap, text_of
 from modaldummy._core.paths import strip_wrappers
-from modaldummy._core.reduce import Groups, by_spec
 from modaldummy._engines import has_unscaled, local_shard
 from modaldummy._errors import UnsupportedEngineError
 from modaldummy._monitor.tensor_norms import tensor_norms
@@ -42,8 +41,6 @@ class ParameterTable:
         self.names = {i: strip_wrappers(name) for i, (name, _, _) in owned.items()}
         log_keys = functools.partial(_log_keys, self.names, self.ids)
         self.log_keys = functools.lru_cache(maxsize=32)(log_keys)
-        self._measured_ids: list[int] = []
-        self._layouts: Groups = {}
 
     def measure(self, scaler: Any = None, *, full: bool = False) -> dict[int, float]:
         """The norm of each gradient that exists now, by the `id` of its parameter.
@@ -54,7 +51,8 @@ class ParameterTable:
         """
         all_gradients = {i: parameter.grad for i, parameter in self.parameters.items()}
         gradients = {i: gradient for i, gradient in all_gradients.items() if gradient is not None}
-        norms = self._local_norms(gradients)
+        device = next(iter(self.parameters.values())).device
+        norms = tensor_norms(list(map(local_elements, gradients.values())), device=device)
         if full:
             norms = _norms_over_ranks(self.parameters, gradients, norms)
         factor = _loss_factor(scaler, norms.device).to(norms.dtype)
@@ -63,18 +61,6 @@ class ParameterTable:
         with np.errstate(divide="ignore", invalid="ignore"):  # a GradScaler may fall to 0
             numbers = numbers[:-1] / numbers[-1]
         return dict(zip(gradients, numbers.tolist(), strict=True))
-
-    def _local_norms(self, gradients: Mapping[int, Tensor]) -> Tensor:
-        """The norm of what this rank stores of each gradient, on the device of one parameter."""
-        device = next(iter(self.parameters.values())).device
-        elements = list(map(local_elements, gradients.values()))
-        if list(gradients) == self._measured_ids:
-            try:
-                return tensor_norms(elements, self._layouts, device=device)
-            except RuntimeError:  # the gradients have new dtypes, shapes or devices
-                pass
-        self._measured_ids, self._layouts = list(gradients), by_spec(elements)
-        return tensor_norms(elements, self._layouts, device=device)
 
 
 _TABLES: weakref.WeakKeyDictionary[DummyLossWrapper, ParameterTable] = weakref.WeakKeyDictionary()

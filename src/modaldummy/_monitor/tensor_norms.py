@@ -5,13 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modaldummy._core.reduce import (
-    Groups,
-    accumulation_dtype,
-    by_spec,
-    chunk_elements,
-    chunks,
-)
+from modaldummy._core.reduce import accumulation_dtype, by_spec, chunk_elements, chunks
 from modaldummy._engines import PLAIN_TENSORS, foreach_norm, without_tensor_subclasses
 
 # Largest number of elements for which stacking tensors of one shape costs less than `foreach_norm`.
@@ -19,9 +13,7 @@ MAX_STACKED_ELEMENTS = 2048
 
 
 @torch.no_grad()
-def tensor_norms(
-    tensors: Sequence[Tensor], groups: Groups | None = None, *, device: torch.device
-) -> Tensor:
+def tensor_norms(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
     r"""Euclidean norm of each of the `tensors`, as one tensor of shape `[n]` on `device`.
 
     .. math:: n_k = \sqrt{\sum_i |x_{k,i}|^2}
@@ -32,14 +24,12 @@ def tensor_norms(
 
     Args:
         tensors: Strided tensors of any shapes, floating or complex dtypes and devices.
-        groups: `by_spec(tensors)`, if the caller has it. The groups of tensors with other
-            layouts give the same result or a RuntimeError.
         device: Device of the result.
     """
     order: list[int] = []
     parts: list[Tensor] = []
     with without_tensor_subclasses():
-        groups = by_spec(tensors) if groups is None else groups
+        groups = by_spec(tensors)
         dtype = accumulation_dtype(tensor_dtype for _, tensor_dtype, _ in groups)
         if any(tensor_dtype.is_complex for _, tensor_dtype, _ in groups):
             tensors = [
