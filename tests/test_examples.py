@@ -132,7 +132,9 @@ def test_one_process(
 # --- two ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [[], ["--find-unused"]])
+@pytest.mark.parametrize(
+    "option", [[], pytest.param(["--find-unused"], marks=pytest.mark.long)], ids=str
+)
 def test_ddp(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shown = on_two_ranks("ddp.py", *option)
     assert "Findings of preflight: 0\n" in shown
@@ -140,6 +142,7 @@ def test_ddp(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert errors_in("ddp-output/metrics.jsonl", capsys) == set()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("example", "option", "message"),
     [
@@ -154,7 +157,7 @@ def test_a_run_that_cannot_go_on_says_so_once(example: str, option: str, message
     assert f'{example}", line' not in shown
 
 
-@pytest.mark.parametrize("option", [[], ["--whole"]])
+@pytest.mark.parametrize("option", [pytest.param([], marks=pytest.mark.long), ["--whole"]], ids=str)
 def test_fsdp2(option: list[str]) -> None:
     """Ranks have different modalities only if the model is sharded as a whole."""
     shown = on_two_ranks("fsdp2.py", *option)
