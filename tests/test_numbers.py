@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from modaldummy._numbers import check_bool, check_int, check_number, is_number
+from modaldummy._numbers import (
+    check_bool,
+    check_int,
+    check_number,
+    check_number_or_none,
+    is_number,
+)
 
 NUMBERS = [0, 1, 1e-7, 5e-324, Fraction(1, 4), np.float32(0.5), np.float64(2), np.int64(3)]
 # Of the right type, but outside of every range that is asked for.
@@ -22,7 +28,7 @@ REFUSED: dict[str, tuple[Callable[[str, Any], object], list[Any], type[Exception
     "no number": (check_number, NO_NUMBERS, TypeError, "a finite number >= 0, got "),
     "out of range": (check_number, OUT_OF_RANGE, ValueError, "a finite number >= 0, got "),
     "zero": (
-        partial(check_number, positive=True, alternative=" or None"),
+        partial(check_number_or_none, positive=True),
         [0, 0.0, -0.0],
         ValueError,
         "a finite number above 0 or None, got ",
@@ -39,6 +45,11 @@ def test_a_number_becomes_a_float(value: Any) -> None:
     number = check_number("x", value)
     assert type(number) is float
     assert number == value
+    assert check_number_or_none("x", value) == value
+
+
+def test_none_is_a_number_only_where_it_is_accepted() -> None:
+    assert check_number_or_none("x", None) is None
 
 
 def test_an_int_or_a_bool_is_returned_as_it_is() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from modaldummy._core.reduce import fused_kernels, kernels_for
+from modaldummy._core.reduce import kernels_for
 from modaldummy._diagnose import doctor
 
 _DEMO_PACKAGES = ("nibabel", "dipy", "matplotlib", "rich")
@@ -51,17 +51,14 @@ def _info() -> Iterator[str]:
     for package in ("modaldummy", "torch", "numpy", "triton"):
         yield f"{package:12}{_version(package)}"
     yield f"{'python':12}{platform.python_version()}"
-    kernels = "cannot be used here" if fused_kernels() is None else "can be used on CUDA"
-    yield f"The fused kernels {kernels}. Set MODALDUMMY_REDUCTIONS=triton to use them."
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
-        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         try:
             reduction = "plain torch" if kernels_for(device) is None else "fused Triton kernels"
         except ValueError as error:
             reduction = str(error)
-        yield f"{device!s:12}{reduction}{name}"
+        yield f"{device!s:12}{reduction}"
 
 
 def _version(package: str) -> str:

@@ -7,6 +7,7 @@ use internally. When a new release of one of them breaks something, the repair b
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -323,64 +324,68 @@ def lightning_logged_step(trainer: Any) -> int:
 
 # --- DistributedDataParallel --------------------------------------------------------------------
 
-DDP_MARKS_TWICE = (
+
+@dataclass(frozen=True)
+class EngineConflict:
+    """Why an engine, as it is set up, does not go together with what is asked of it.
+
+    Attributes:
+        message: What the engine does, and what the user sees.
+        remedy: What to do about it.
+    """
+
+    message: str
+    remedy: str
+
+
+DDP_MARKS_TWICE = EngineConflict(
     "DDP with find_unused_parameters=True marks the parameters of inactive modalities as ready "
     "after forward. The dummy term is added outside of DDP's forward and marks them again, so that "
-    "DDP stops with 'Expected to mark a variable ready only once'."
-)
-DDP_MARKS_TWICE_REMEDY = (
+    "DDP stops with 'Expected to mark a variable ready only once'.",
     "Pass find_unused_parameters=False, which the dummy term makes unnecessary; or "
     "static_graph=True, with a scale that is not None; or compute the loss inside of the module "
     "that DDP wraps, with the wrapper as an attribute of it; or make the wrapper with the module "
-    "inside, `ddp.module`, and call `attach_to_outputs(wrapper, ddp)`."
+    "inside, `ddp.module`, and call `attach_to_outputs(wrapper, ddp)`.",
 )
-DDP_NEVER_REDUCES = (
+DDP_NEVER_REDUCES = EngineConflict(
     "With scale=None, DDP with static_graph=True never reduces the gradients of a modality that "
-    "was inactive on every rank at the first step, so that ranks silently train different weights."
+    "was inactive on every rank at the first step, so that ranks silently train different weights.",
+    "Use scale=0.0.",
 )
-DDP_NEVER_REDUCES_REMEDY = "Use scale=0.0."
 
 
 def ddps_around(
     modules: Iterable[nn.Module], parameter_ids: Iterable[int]
-) -> Iterator[DistributedDataParallel]:
+) -> list[DistributedDataParallel]:
     """Those of `modules` that are DDP around a parameter whose `id` is in `parameter_ids`."""
     wanted = set(parameter_ids)
-    for module in modules:
-        if isinstance(module, DistributedDataParallel) and not wanted.isdisjoint(
-            map(id, module.parameters())
-        ):
-            yield module
+    ddps = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    return [ddp for ddp in ddps if not wanted.isdisjoint(map(id, ddp.parameters()))]
 
 
-def ddp_marks_twice(ddp: DistributedDataParallel) -> bool:
-    """Whether DDP stops at a dummy term that is added outside of its forward."""
-    return bool(ddp.find_unused_parameters and not ddp.static_graph)
+def ddp_conflict(
+    ddp: DistributedDataParallel, scale: float | None, *, dummy_inside: bool
+) -> EngineConflict | None:
+    """Why DDP does not support the dummy term, or None.
 
-
-def ddp_never_reduces(ddp: DistributedDataParallel, scale: float | None) -> bool:
-    """Whether DDP leaves gradients of inactive modalities unreduced, silently."""
-    return bool(ddp.static_graph and scale is None)
-
-
-def check_ddp_reduces(ddp: DistributedDataParallel, scale: float | None) -> None:
-    """Refuse DDP that silently leaves gradients unreduced.
-
-    Raises:
-        UnsupportedEngineError: DDP has a static graph and the scale is None.
+    Args:
+        ddp: DDP around a parameter of the map.
+        scale: The scale of the wrapper.
+        dummy_inside: Whether the graph of DDP's output contains the parameters of all modalities.
     """
-    if ddp_never_reduces(ddp, scale):
-        raise UnsupportedEngineError(f"{DDP_NEVER_REDUCES} {DDP_NEVER_REDUCES_REMEDY}")
+    if ddp.static_graph:
+        return DDP_NEVER_REDUCES if scale is None else None
+    return DDP_MARKS_TWICE if ddp.find_unused_parameters and not dummy_inside else None
 
 
-def check_ddps(ddps: Iterable[DistributedDataParallel], scale: float | None) -> None:
-    """Refuse DDP that stops at a dummy term outside of its forward, or silently goes wrong.
+def check_ddps(
+    ddps: list[DistributedDataParallel], scale: float | None, *, dummy_inside: bool = False
+) -> None:
+    """Refuse DDP that does not support the dummy term; the arguments are as for `ddp_conflict`.
 
     Raises:
-        UnsupportedEngineError: DDP looks for unused parameters, or it has a static graph and the
-            scale is None.
+        UnsupportedEngineError: One of `ddps` does not.
     """
     for ddp in ddps:
-        if ddp_marks_twice(ddp):
-            raise UnsupportedEngineError(f"{DDP_MARKS_TWICE} {DDP_MARKS_TWICE_REMEDY}")
-        check_ddp_reduces(ddp, scale)
+        if (conflict := ddp_conflict(ddp, scale, dummy_inside=dummy_inside)) is not None:
+            raise UnsupportedEngineError(f"{conflict.message} {conflict.remedy}")

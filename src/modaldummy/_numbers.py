@@ -39,6 +39,13 @@ def check_number(
     return number
 
 
+def check_number_or_none(name: str, value: object, *, positive: bool = False) -> float | None:
+    """None if `value` is None, otherwise what `check_number` returns."""
+    if value is None:
+        return None
+    return check_number(name, value, positive=positive, alternative=" or None")
+
+
 def check_int(name: str, value: object, minimum: int) -> int:
     """`value` itself, if it is an int of at least `minimum`.
 

@@ -14,7 +14,7 @@ from modaldummy._core.report import StepReport, report_of
 from modaldummy._core.term import dummy_term, term_inputs
 from modaldummy._engines import check_ddps, ddps_around
 from modaldummy._errors import describe
-from modaldummy._numbers import check_bool, check_number
+from modaldummy._numbers import check_bool, check_number_or_none
 
 Observer: TypeAlias = Callable[[Step, Tensor], None]
 
@@ -84,8 +84,8 @@ class DummyLossWrapper:
     ) -> None:
         self.parameters: ParameterMap = ParameterMap(model, modality_param_map)
         self.reader: BatchReader = BatchReader(self.parameters.modalities, resolver)
-        self._scale = _number_or_none("scale", scale)
-        self._max_fraction = _number_or_none("max_fraction", max_fraction)
+        self._scale = check_number_or_none("scale", scale)
+        self._max_fraction = check_number_or_none("max_fraction", max_fraction)
         self._gradient_only = check_bool("gradient_only", gradient_only)
         check_ddps(ddps_around(model.modules(), self.parameters.all()), self._scale)
         self.last: StepReport | None = None
@@ -286,7 +286,3 @@ class DummyLossWrapper:
         """Device of a dummy term without a real loss."""
         parameter = inactive[0][1] if inactive else next(self.parameters.model.parameters())
         return parameter.device
-
-
-def _number_or_none(name: str, value: object) -> float | None:
-    return None if value is None else check_number(name, value, alternative=" or None")

@@ -9,11 +9,8 @@ from modaldummy._arguments import wrappers_in
 from modaldummy._core.parameter import is_sparse_table
 from modaldummy._engines import (
     DDP_MARKS_TWICE,
-    DDP_MARKS_TWICE_REMEDY,
-    DDP_NEVER_REDUCES,
-    DDP_NEVER_REDUCES_REMEDY,
-    ddp_marks_twice,
-    ddp_never_reduces,
+    EngineConflict,
+    ddp_conflict,
     is_compiled,
     recompile_limit,
     zero_stage,
@@ -22,9 +19,8 @@ from modaldummy._findings import Finding, Severity
 from modaldummy._preflight.setup import Setup
 from modaldummy._ranks import conflicts
 from modaldummy._ranks.attach import is_attached
-from modaldummy._ranks.conflicts import find_conflicts
 
-_CODES: dict[conflicts.EngineConflict, tuple[str, Severity]] = {
+_CODES: dict[EngineConflict, tuple[str, Severity]] = {
     conflicts.FSDP2_TOWER_UNIT: ("MD104", "warning"),
     conflicts.FSDP2_RESHARDED: ("MD104", "warning"),
     conflicts.FSDP2_SCALE_NONE: ("MD104", "warning"),
@@ -45,17 +41,17 @@ def check_engine(setup: Setup) -> Iterator[Finding]:
 
 
 def _check_ddp(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
-    name, scale = type(ddp.module).__name__, setup.wrapper.scale
-    dummy_inside = setup.wrapper in wrappers_in(ddp)
-    if ddp_marks_twice(ddp) and not dummy_inside and not is_attached(setup.wrapper, ddp.module):
+    wrapper, scale, name = setup.wrapper, setup.wrapper.scale, type(ddp.module).__name__
+    dummy_inside = wrapper in wrappers_in(ddp) or is_attached(wrapper, ddp.module)
+    conflict = ddp_conflict(ddp, scale, dummy_inside=dummy_inside)
+    if conflict is DDP_MARKS_TWICE:
         evidence: dict[str, Any] = {"model": name, "find_unused_parameters": True}
-        yield Finding("MD101", "error", DDP_MARKS_TWICE, evidence, DDP_MARKS_TWICE_REMEDY)
-    if ddp_never_reduces(ddp, scale):
+        yield Finding("MD101", "error", conflict.message, evidence, conflict.remedy)
+    elif conflict is not None:
         evidence = {"model": name, "static_graph": True, "scale": None}
-        yield Finding("MD102", "error", DDP_NEVER_REDUCES, evidence, DDP_NEVER_REDUCES_REMEDY)
-    sparse = {i: owned for i, owned in setup.modality_parameters.items() if is_sparse_table(owned)}
-    ddp_ids = set(map(id, ddp.parameters()))
-    names = [owned.name for i, owned in sparse.items() if i in ddp_ids]
+        yield Finding("MD102", "error", conflict.message, evidence, conflict.remedy)
+    tables = {i for i, owned in setup.modality_parameters.items() if is_sparse_table(owned)}
+    names = setup.names_of(tables.intersection(map(id, ddp.parameters())))
     if names and scale is None:
         yield Finding(
             "MD103",
@@ -68,7 +64,7 @@ def _check_ddp(setup: Setup, ddp: DistributedDataParallel) -> Iterator[Finding]:
 
 
 def _check_sharding(setup: Setup) -> Iterator[Finding]:
-    for conflicting in find_conflicts(setup.wrapper, setup.model):
+    for conflicting in conflicts.find_conflicts(setup.wrapper, setup.model):
         conflict, engine = conflicting.conflict, conflicting.engine
         if conflict not in _CODES:
             continue

@@ -14,7 +14,7 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._core.loss_function import check_loss
 from modaldummy._errors import describe
 from modaldummy._findings import Finding, by_severity
-from modaldummy._numbers import check_int, check_number
+from modaldummy._numbers import check_int, check_number, check_number_or_none
 from modaldummy._preflight.check_engine import check_engine
 from modaldummy._preflight.check_graph import check_graph
 from modaldummy._preflight.check_optimizer import check_optimizers
@@ -73,13 +73,18 @@ def preflight(
     check_model(model)
     if loss is not None:
         check_loss(loss, "`loss`")
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        alternative = ", a torch.amp.GradScaler or None"
+        scaler = check_number("scaler", scaler, positive=True, alternative=alternative)
+    if max_norm == math.inf:  # This clips nothing.
+        max_norm = None
     setup = Setup(
         wrapper=wrapper,
         model=called_model(wrapper, model),
         optimizers=_check_optimizers(optimizer),
         loss=loss,
-        scaler=_check_scaler(scaler),
-        max_norm=_check_max_norm(max_norm),
+        scaler=scaler,
+        max_norm=check_number_or_none("max_norm", max_norm, positive=True),
         accumulation_steps=check_int("accumulation_steps", accumulation_steps, 1),
     )
     # A trial of an optimizer may draw random numbers.
@@ -102,17 +107,3 @@ def _check_optimizers(optimizer: Any) -> tuple[Optimizer, ...] | None:
     if not optimizers:
         raise ValueError("`optimizer` is empty. Leave it out if there is no optimizer yet.")
     return optimizers
-
-
-def _check_scaler(scaler: Any) -> GradScaler | float | None:
-    if scaler is None or isinstance(scaler, GradScaler):
-        return scaler
-    alternative = ", a torch.amp.GradScaler or None"
-    return check_number("scaler", scaler, positive=True, alternative=alternative)
-
-
-def _check_max_norm(max_norm: Any) -> float | None:
-    """The norm to which gradients are clipped; infinity clips none, as None."""
-    if max_norm is None or max_norm == math.inf:
-        return None
-    return check_number("max_norm", max_norm, positive=True, alternative=" or None")

@@ -77,7 +77,7 @@ class Setup:
     @cached_property
     def ddps(self) -> list[DistributedDataParallel]:
         """DDP modules that contain a modality parameter."""
-        return list(ddps_around(self.modules, self.modality_parameters))
+        return ddps_around(self.modules, self.modality_parameters)
 
     def inactive_ids(self, active: Collection[str]) -> set[int]:
         """`id` of each modality parameter that is inactive in a batch of these modalities."""

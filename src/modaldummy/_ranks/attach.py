@@ -11,7 +11,7 @@ from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.graph import reached_leaves
 from modaldummy._core.loss_function import with_item
-from modaldummy._engines import check_ddp_reduces, ddps_around, forward_hooks, is_sharded
+from modaldummy._engines import check_ddps, ddps_around, forward_hooks, is_sharded
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._handles import Handle
 
@@ -63,9 +63,8 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
             f"{', '.join(map(repr, wrapper.modalities))}. Pass the model that the wrapper was made "
             "with, or the DDP around it."
         )
-    ddps = list(ddps_around(model.modules(), owned))
-    for ddp in ddps:
-        check_ddp_reduces(ddp, wrapper.scale)
+    ddps = ddps_around(model.modules(), owned)
+    check_ddps(ddps, wrapper.scale, dummy_inside=True)
     if len(ddps) > 1:
         raise ValueError(
             f"`model` ({type(model).__name__}) contains {len(ddps)} DDP modules around parameters "

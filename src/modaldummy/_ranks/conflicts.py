@@ -12,6 +12,7 @@ from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._engines import (
     ZERO3_REMEDY,
+    EngineConflict,
     child_modules,
     fsdp2_reduces_unused,
     fsdp2_reshards,
@@ -24,19 +25,6 @@ from modaldummy._engines import (
     zero_reduces_once,
     zero_stage,
 )
-
-
-@dataclass(frozen=True)
-class EngineConflict:
-    """Why ranks with different modalities and a sharding engine do not go together.
-
-    Attributes:
-        message: What the engine does, and what the user sees.
-        remedy: What to do about it.
-    """
-
-    message: str
-    remedy: str
 
 
 def _one_of(*remedies: str) -> str:

@@ -1,6 +1,7 @@
 """For Lightning: findings before training, gradient norms for the loggers, and the hold."""
 
 import logging
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch.optim import Optimizer
 from modaldummy._arguments import called_model, check_wrapper, wrappers_in
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._engines import (
-    check_ddp_reduces,
+    check_ddps,
     ddps_around,
     lightning_logged_step,
     lightning_logs_this_step,
     unscales_in_step,
 )
 from modaldummy._findings import Finding, log_findings
-from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._hold import hold_inactive
 from modaldummy._monitor import gradient_norms
 from modaldummy._optimizers import parameter_ids_of, parameters_of
 from modaldummy._preflight import preflight
@@ -77,15 +78,7 @@ class DummyLossCallback(Callback):
         self.metrics: dict[str, float] = {}
         self._given, self._hold = wrapper, hold
         self._options: dict[str, Any] = {"label": label, "prefix": prefix}
-        self._wrapper: DummyLossWrapper | None = None
-        self._handles: list[HoldHandle] = []
-        # Of all losses since the last step of each optimizer that has a parameter of the map, by
-        # its `id`. They are collected after backward, where no code is compiled.
-        self._reports: dict[int, list[StepReport]] = {}
-        self._last: StepReport | None = None  # the newest report, collected or from before
-        self._wrapper_used = False  # whether this training has collected a report
-        self._wrapper_bypassed = False  # whether an optimizer stepped without any report
-        self._measured: dict[str, float] = {}  # in this batch, for the loggers
+        self._holds = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the wrapper, hold the optimizers, and log the findings of ``preflight``."""
@@ -93,23 +86,28 @@ class DummyLossCallback(Callback):
         called_model(wrapper, pl_module)
         model = trainer.strategy.model or pl_module
         owned = wrapper.parameters.all().keys()
-        for ddp in ddps_around(model.modules(), owned):
-            check_ddp_reduces(ddp, wrapper.scale)
-        self._wrapper, self._last = wrapper, wrapper.last
-        self._wrapper_used, self._wrapper_bypassed, self._measured = False, False, {}
+        # Lightning calls `training_step` inside of DDP's forward.
+        check_ddps(ddps_around(model.modules(), owned), wrapper.scale, dummy_inside=True)
         optimizers = [o for o in trainer.optimizers if not owned.isdisjoint(parameter_ids_of(o))]
-        self._reports = {id(optimizer): [] for optimizer in optimizers}
+        self._wrapper = wrapper
+        # Of all losses since the last step of each optimizer that has a parameter of the map, by
+        # its `id`. They are collected after backward, where no code is compiled.
+        self._reports: dict[int, list[StepReport]] = {id(o): [] for o in optimizers}
+        self._last = wrapper.last  # the newest report, collected or from before
+        self._wrapper_used = False  # whether this training has collected a report
+        self._wrapper_bypassed = False  # whether an optimizer stepped without any report
+        self._measured: dict[str, float] = {}  # in this batch, for the loggers
         if self._hold:
             # If no optimizer has a parameter of the map, `hold_inactive` raises and says so.
             for optimizer in optimizers or trainer.optimizers[:1]:
-                self._handles.append(hold_inactive(wrapper, optimizer))
+                self._holds.enter_context(hold_inactive(wrapper, optimizer))
         self.findings = _findings(trainer, wrapper, model)
         if trainer.is_global_zero:
             log_findings(self.findings, _logger)
 
     def on_after_backward(self, *_: Any) -> None:
         """Collect the report of the loss."""
-        last = None if self._wrapper is None else self._wrapper.last
+        last = self._wrapper.last
         if last is not None and last is not self._last:
             self._last, self._wrapper_used = last, True
             for reports in self._reports.values():
@@ -119,22 +117,22 @@ class DummyLossCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the gradients if the Trainer logs this step."""
-        wrapper, reports = self._wrapper, self._reports.get(id(optimizer))
-        if wrapper is None or reports is None:
+        reports = self._reports.get(id(optimizer))
+        if reports is None:
             return
         if not reports:  # such as after a `training_step` that returned None
-            has_gradients = any(p.grad is not None for p in parameters_of(optimizer))
-            self._wrapper_bypassed |= has_gradients
+            self._wrapper_bypassed |= any(p.grad is not None for p in parameters_of(optimizer))
             return
         self._reports[id(optimizer)] = []
         if not lightning_logs_this_step(trainer):
             return
         batches = [WeightedReport(report, 1 / len(reports)) for report in reports]
-        scale = _remaining_loss_scale(trainer, optimizer)
-        norms = gradient_norms(wrapper, active=reports, scaler=scale, **self._options)
+        # Other optimizers have unscaled gradients by now.
+        scaler = _scaler_of(trainer) if unscales_in_step(optimizer) else None
+        norms = gradient_norms(self._wrapper, active=reports, scaler=scaler, **self._options)
         # Several optimizers may step in one batch, each with its own gradients. Later metrics then
         # replace earlier ones of the same name.
-        self._measured |= accumulated_report(wrapper, batches) | norms
+        self._measured |= accumulated_report(self._wrapper, batches) | norms
         self.metrics = self._measured
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -154,15 +152,12 @@ class DummyLossCallback(Callback):
                 logger.log_metrics(self.metrics, step=lightning_logged_step(trainer))
 
     def on_train_end(self, *_: Any) -> None:
-        """Release the wrapper and the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._wrapper = None
+        """Release the optimizers."""
+        self._holds.close()
 
     def on_exception(self, *_: Any) -> None:
-        """Release the wrapper and the optimizers."""
-        self.on_train_end()
+        """Release the optimizers."""
+        self._holds.close()
 
 
 def _wrapper_in(module: LightningModule) -> DummyLossWrapper:
@@ -184,7 +179,7 @@ def _wrapper_in(module: LightningModule) -> DummyLossWrapper:
 
 def _findings(trainer: Trainer, wrapper: DummyLossWrapper, model: nn.Module) -> list[Finding]:
     """The findings of `preflight` for a Trainer that has set everything up."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = _scaler_of(trainer)
     clips_norm = trainer.gradient_clip_algorithm in (None, "norm")
     findings = preflight(
         wrapper,
@@ -198,9 +193,6 @@ def _findings(trainer: Trainer, wrapper: DummyLossWrapper, model: nn.Module) -> 
     return [finding for finding in findings if finding.code != "MD101"]
 
 
-def _remaining_loss_scale(trainer: Trainer, optimizer: Optimizer) -> float | None:
-    """The factor in the gradients of an optimizer that unscales them only in its own step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not unscales_in_step(optimizer):
-        return None
-    return float(scaler.get_scale())
+def _scaler_of(trainer: Trainer) -> Any:
+    """What scales the loss, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)

@@ -17,7 +17,7 @@ from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.batch import EXPLICIT_KEYS
 from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import Step
-from modaldummy._engines import check_ddp_reduces, ddp_marks_twice, ddps_around
+from modaldummy._engines import ddp_conflict, ddps_around
 from modaldummy._errors import BatchMetadataError, describe
 from modaldummy._findings import log_findings
 from modaldummy._hold import hold_inactive
@@ -306,8 +306,8 @@ class DummyLossMixin(_TrainerMethods):
         Raises:
             UnsupportedEngineError: DDP silently leaves gradients unreduced.
         """
-        owned = self.wrapper.parameters.all()
-        for ddp in ddps_around(model.modules(), owned):
-            check_ddp_reduces(ddp, self.wrapper.scale)
-            if ddp_marks_twice(ddp) and not is_attached(self.wrapper, ddp.module):
-                attach_to_outputs(self.wrapper, ddp)
+        wrapper = self.wrapper
+        for ddp in ddps_around(model.modules(), wrapper.parameters.all()):
+            attached = is_attached(wrapper, ddp.module)
+            if ddp_conflict(ddp, wrapper.scale, dummy_inside=attached) is not None:
+                attach_to_outputs(wrapper, ddp)
