@@ -1,11 +1,8 @@
 """Checks of gradients, of the dummy beside the loss, and of what the batches held."""
 
-from typing import Any
-
 import numpy as np
 
-from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Unchecked
-from modaldummy._diagnose.signals import Column
+from modaldummy._diagnose.evidence import Evidence, Outcome, Sign
 from modaldummy._findings import Finding
 
 _NO_NORMS = "gradient norms are not logged: `gradient_norms(wrapper)`"
@@ -15,11 +12,11 @@ _CONSTANT = 0.02  # distance of binary logarithms from whole numbers
 
 def there(evidence: Evidence) -> Outcome:
     """MD211, MD212 and MD213: dummy gradients that are zero, or missing."""
-    missing, zero = evidence.tally("dummy missing"), evidence.tally("dummy zero")
+    missing, zero = evidence.tallies["dummy missing"], evidence.tallies["dummy zero"]
     if not missing.seen:
-        return Unchecked(f"no step with an inactive modality, or {_NO_NORMS}")
+        return f"no step with an inactive modality, or {_NO_NORMS}"
     if evidence.scale is None:
-        return Unchecked("with `scale=None` inactive modalities get no gradient of their own")
+        return "with `scale=None` inactive modalities get no gradient of their own"
     if missing.hits == missing.seen:
         return Finding(
             "MD212",
@@ -51,21 +48,16 @@ def there(evidence: Evidence) -> Outcome:
     return Sign(f"there at all {missing.seen:,} steps", {"steps": missing.seen})
 
 
-def _averaged(evidence: Evidence) -> bool:
-    """Whether what is inactive on the rank of the labels may have real gradients of others."""
-    return bool((evidence.column("grad/ranks") > 1).any())
-
-
 def sized(evidence: Evidence) -> Outcome:
     """MD214, MD215 and MD216: dummy gradients that are not `scale * sqrt(elements)`."""
     if not evidence.scale:
-        return Unchecked("the scale is 0 or None")
-    if _averaged(evidence):
-        return Unchecked(_AVERAGED)
+        return "the scale is 0 or None"
+    if (evidence.column("grad/ranks") > 1).any():
+        return _AVERAGED
     norms, elements = evidence.column("dummy_norm"), evidence.column("report/num_elements")
     told = np.isfinite(norms) & (norms > 0) & (elements > 0)
     if not told.any():
-        return Unchecked(f"no inactive gradient beside `modaldummy/num_elements`, or {_NO_NORMS}")
+        return f"no inactive gradient beside `modaldummy/num_elements`, or {_NO_NORMS}"
     factors = norms[told] / (evidence.scale * np.sqrt(elements[told]))
     low, middle, high = (float(q) for q in np.quantile(factors, (0.25, 0.5, 0.75)))
     limit, steps = evidence.limits.factor, evidence.column("step")[told]
@@ -73,12 +65,6 @@ def sized(evidence: Evidence) -> Outcome:
     numbers = {"times_expected": middle, "quartiles": [low, high], "steps": len(factors)}
     if wrong.any():
         numbers["first_step"] = float(steps[wrong][0])
-    return _size(evidence, factors, numbers)
-
-
-def _size(evidence: Evidence, factors: Column, numbers: dict[str, Any]) -> Outcome:
-    """What it means that dummy gradients are `factors` times what they should be."""
-    limit, middle = evidence.limits.factor, numbers["times_expected"]
     # A GradScaler doubles or halves its factor now and then.
     powers = np.log2(factors / middle)
     constant = float(np.quantile(np.abs(powers - np.round(powers)), 0.95)) < _CONSTANT
@@ -117,9 +103,9 @@ def _size(evidence: Evidence, factors: Column, numbers: dict[str, Any]) -> Outco
 
 def real(evidence: Evidence) -> Outcome:
     """MD221: gradients of active modalities are not finite."""
-    broken = evidence.tally("real_norm broken")
+    broken = evidence.tallies["real_norm broken"]
     if not broken.seen:
-        return Unchecked(_NO_NORMS)
+        return _NO_NORMS
     # A GradScaler starts too large, and then tries a larger factor now and then.
     later = (broken.hits - broken.lead) / max(broken.seen - broken.lead, 1)
     some = broken.hits < broken.seen
@@ -139,11 +125,12 @@ def real(evidence: Evidence) -> Outcome:
 
 def reached(evidence: Evidence) -> Outcome:
     """MD217: a modality that has no gradient, or a zero one, whenever it is active."""
-    tallies = {name: evidence.tally(f"silent/{name}") for name in evidence.signals.modalities}
+    tallies = {name: evidence.tallies[f"silent/{name}"] for name in evidence.signals.modalities}
     told = {name: t for name, t in tallies.items() if t.seen >= evidence.limits.early}
     if not told:
-        return Unchecked(_NO_NORMS)
-    silent = {n: t for n, t in told.items() if t.share == 1 and not _is_frozen(evidence, n)}
+        return _NO_NORMS
+    trainable = [name for name in told if evidence.tallies[f"trainable/{name}"].hits]
+    silent = {name: told[name] for name in trainable if told[name].share == 1}
     if not silent:
         return Sign(f"those of {', '.join(told)}, where not frozen", {"modalities": list(told)})
     return Finding(
@@ -160,34 +147,27 @@ def reached(evidence: Evidence) -> Outcome:
     )
 
 
-def _is_frozen(evidence: Evidence, name: str) -> bool:
-    """Whether a modality without a gradient has none while it is inactive either."""
-    return not evidence.tally(f"zero/{name}").hits and not evidence.tally(f"trainable/{name}").hits
-
-
 def small(evidence: Evidence) -> Outcome:
     """MD222 and MD223: the dummy is large beside the loss."""
-    seen, above = evidence.tally("fraction"), evidence.tally("fraction above")
-    if not seen.seen:
-        return Unchecked("no finite `modaldummy/fraction` is logged: `wrapper.last.as_dict()`")
+    above, largest = evidence.tallies["fraction above"], evidence.largest
+    if not above.seen:
+        return "no finite `modaldummy/fraction` is logged: `wrapper.last.as_dict()`"
     limits = evidence.limits
     if not above.hits:
-        largest = max(seen.largest, 0.0)
         return Sign(f"at most {largest:.2g} of the loss", {"largest": largest})
-    numbers = {
-        "first_step": above.first,
-        "largest": above.largest,
-        "largest_step": above.largest_step,
-        "steps_above": above.hits,
-        "steps": above.seen,
-    }
-    large = above.largest > limits.large_fraction
+    large = largest > limits.large_fraction
     limit = limits.large_fraction if large else limits.fraction
     return Finding(
         "MD223" if large else "MD222",
         "error" if large else "warning",
-        f"The dummy is up to {above.largest:.2g} of the loss, above {limit:g}.",
-        numbers,
+        f"The dummy is up to {largest:.2g} of the loss, above {limit:g}.",
+        {
+            "first_step": above.first,
+            "largest": largest,
+            "largest_step": evidence.largest_step,
+            "steps_above": above.hits,
+            "steps": above.seen,
+        },
         "Leave `max_fraction` at 1e-4 and the scale at 1e-7; add the dummy by "
         "`wrapper.total(loss, batch)`, since `wrapper.dummy(batch)` has no bound.",
     )
@@ -195,12 +175,12 @@ def small(evidence: Evidence) -> Outcome:
 
 def ratio(evidence: Evidence) -> Outcome:
     """MD224: real gradients are not much larger than dummy ones."""
-    if _averaged(evidence):
-        return Unchecked(_AVERAGED)
+    if (evidence.column("grad/ranks") > 1).any():
+        return _AVERAGED
     reals, dummies = evidence.column("real_norm"), evidence.column("dummy_norm")
     told = np.isfinite(reals) & np.isfinite(dummies) & (dummies > 0)
     if not told.any():
-        return Unchecked(f"no step with real and dummy gradients, or {_NO_NORMS}")
+        return f"no step with real and dummy gradients, or {_NO_NORMS}"
     ratios = reals[told] / dummies[told]
     middle = float(np.median(ratios))
     numbers = {
@@ -223,13 +203,13 @@ def ratio(evidence: Evidence) -> Outcome:
 
 def occurring(evidence: Evidence) -> Outcome:
     """MD225: a modality that no batch held."""
-    tallies = {name: evidence.tally(f"held/{name}") for name in evidence.signals.modalities}
+    tallies = {name: evidence.tallies[f"held/{name}"] for name in evidence.signals.modalities}
     shares = {name: tally.share for name, tally in tallies.items() if tally.seen}
     if not shares:
-        return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
+        return "which modalities were active is not logged: `wrapper.last.as_dict()`"
     rows = max(tally.seen for tally in tallies.values())
     if rows < evidence.limits.least:
-        return Unchecked(f"{rows} batches are too few; {evidence.limits.least} are needed")
+        return f"{rows} batches are too few; {evidence.limits.least} are needed"
     never = [name for name, share in shares.items() if share == 0]
     if not never:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
@@ -246,9 +226,9 @@ def occurring(evidence: Evidence) -> Outcome:
 
 def mixed(evidence: Evidence) -> Outcome:
     """MD226: nearly all batches hold a single modality."""
-    single = evidence.tally("single")
+    single = evidence.tallies["single"]
     if len(evidence.signals.modalities) < 2 or not single.seen:
-        return Unchecked("which modalities were active is not logged: `wrapper.last.as_dict()`")
+        return "which modalities were active is not logged: `wrapper.last.as_dict()`"
     numbers = {"share": single.share, "steps": single.seen}
     if single.share <= evidence.limits.single:
         return Sign(f"{single.share:.0%} of batches hold a single modality", numbers)

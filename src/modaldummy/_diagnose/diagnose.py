@@ -10,7 +10,7 @@ import numpy as np
 
 from modaldummy._diagnose import check_gradients as gradients
 from modaldummy._diagnose import check_loss as loss
-from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Thresholds, Unchecked
+from modaldummy._diagnose.evidence import Evidence, Outcome, Sign, Thresholds
 from modaldummy._diagnose.history import HistoryFile, Row
 from modaldummy._diagnose.signals import MOST
 from modaldummy._errors import HistoryError, describe
@@ -111,12 +111,11 @@ def examine(
     """As `diagnose`, with what was healthy and what could not be checked."""
     if scale is not None:
         scale = check_number("scale", scale, alternative=" or None")
-    limits = Thresholds.of(thresholds or {})
     if isinstance(history, (str, PathLike)):
         history = HistoryFile(history)
     if not isinstance(history, Iterable):
         raise TypeError(f"`history` must be rows or a path, got {describe(history)}.")
-    evidence = Evidence(history, scale, limits)
+    evidence = Evidence(history, scale, Thresholds.of(thresholds or {}))
     notes = list(getattr(history, "notes", []))
     if evidence.signals.is_cut:
         notes.append(f"More than {MOST} quantities of modalities; those beyond are left out.")
@@ -124,17 +123,17 @@ def examine(
         raise HistoryError("The history has no rows; log at least one step.")
     with np.errstate(all="ignore"):
         outcomes = {name: check(evidence) for name, check in CHECKS.items()}
-    if all(isinstance(outcome, Unchecked) for outcome in outcomes.values()):
-        ignored = list(evidence.signals.ignored)
+    if all(isinstance(outcome, str) for outcome in outcomes.values()):
+        keys = list(evidence.signals.ignored)[:10]
         raise HistoryError(
-            f"Nothing in the history has a meaning here; its keys are {ignored[:10]}. Log a "
+            f"Nothing in the history has a meaning here; its keys are {keys}. Log a "
             "`loss`, `wrapper.last.as_dict()` and `gradient_norms(wrapper)`."
         )
     findings = [outcome for outcome in outcomes.values() if isinstance(outcome, Finding)]
     return Diagnosis(
         findings=_causes(by_severity(findings)),
         signs={name: o for name, o in outcomes.items() if isinstance(o, Sign)},
-        unchecked={name: o.reason for name, o in outcomes.items() if isinstance(o, Unchecked)},
+        unchecked={name: o for name, o in outcomes.items() if isinstance(o, str)},
         notes=notes,
         evidence=evidence,
     )
@@ -149,10 +148,8 @@ def _causes(findings: list[Finding]) -> list[Finding]:
         for cause in reversed(_FOLLOWS.get(code, ()))  # of several, the first
         if cause in starts and starts[cause] <= start
     }
-    kept = []
-    for finding in findings:
-        followers = [code for code, cause in cause_of.items() if cause == finding.code]
-        named = {"followed_by": followers} if followers else {}
-        if finding.code not in cause_of:
-            kept.append(replace(finding, evidence={**finding.evidence, **named}))
-    return kept
+    kept = {finding.code: finding for finding in findings if finding.code not in cause_of}
+    for code in kept.keys() & cause_of.values():
+        followers = [other for other, cause in cause_of.items() if cause == code]
+        kept[code] = replace(kept[code], evidence={**kept[code].evidence, "followed_by": followers})
+    return list(kept.values())

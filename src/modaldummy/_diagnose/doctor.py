@@ -80,8 +80,7 @@ def report(path: object, diagnosis: Diagnosis) -> Iterator[str]:
         if lines:
             yield from ("", title, *(f"  {name}: {text}" for name, text in lines.items()))
     if signals.ignored:
-        names = first_few(signals.ignored, _IGNORED)
-        yield f"\nColumns without a meaning here: {names}"
+        yield f"\nColumns without a meaning here: {first_few(signals.ignored, _IGNORED)}"
     yield f"\n{verdict(diagnosis)}"
 
 

@@ -1,6 +1,7 @@
 """What a history of training shows, gathered in one pass and bounded memory."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import numpy as np
 
 from modaldummy._diagnose.history import Row, join_parts
-from modaldummy._diagnose.signals import Column, Columns, Signals
+from modaldummy._diagnose.signals import Column, Columns, Flags, Signals
 from modaldummy._errors import close_match
 from modaldummy._findings import Finding
 from modaldummy._numbers import check_number
@@ -75,8 +76,7 @@ class Tally:
         seen: Rows that tell.
         hits: Rows of these where it was so.
         first: Step of the first hit; `place` is how many rows had told before.
-        lead: Hits at the start, and `run` at the end, without a row between that tells otherwise.
-        largest: Largest finite value at a hit, and its step.
+        lead: Hits before the first row that tells otherwise; `run`: those after the last one.
     """
 
     seen: int = 0
@@ -85,32 +85,23 @@ class Tally:
     place: int = 0
     lead: int = 0
     run: int = 0
-    largest: float = -math.inf
-    largest_step: float = math.nan
 
     @property
     def share(self) -> float:
         """Hits of what was seen."""
         return self.hits / self.seen if self.seen else 0.0
 
-    def add(self, steps: Column, value: Column, hit: Any, seen: Any = None) -> None:
-        """Count rows where `value` is there, or where they were `seen`."""
-        told = ~np.isnan(value) if seen is None else seen
-        where = np.flatnonzero(hit & told)
-        if len(where) and not self.hits:
-            self.first = float(steps[where[0]])
-            self.place = self.seen + int(told[: where[0]].sum())
-        others = np.flatnonzero(told & ~hit)
-        tail = where if not len(others) else where[where > others[-1]]
-        self.run = len(tail) + (0 if len(others) else self.run)
+    def add(self, steps: Column, hit: Flags, seen: Flags) -> None:
+        """Count the rows of a chunk that were `seen`."""
+        hit, steps = hit[seen], steps[seen]
+        hits, others = np.flatnonzero(hit), np.flatnonzero(~hit)
+        if len(hits) and not self.hits:
+            self.first, self.place = float(steps[hits[0]]), self.seen + int(hits[0])
         if self.lead == self.seen:
-            self.lead += len(where) if not len(others) else int((where < others[0]).sum())
-        self.seen += int(told.sum())
-        self.hits += len(where)
-        finite = where[np.isfinite(value[where])]
-        if len(finite) and (peak := float(value[finite].max())) > self.largest:
-            self.largest = peak
-            self.largest_step = float(steps[finite[value[finite].argmax()]])
+            self.lead += int(others[0]) if len(others) else len(hit)
+        self.run = len(hit) - 1 - int(others[-1]) if len(others) else self.run + len(hit)
+        self.seen += len(hit)
+        self.hits += len(hits)
 
 
 class Evidence:
@@ -120,6 +111,8 @@ class Evidence:
         limits: What the tallies and checks go by.
         scale: The scale of the wrapper.
         signals: What the rows said; knows the modalities.
+        tallies: Counts of all rows, by name.
+        largest: Largest finite `fraction` of all rows, and its step, `largest_step`.
         sample: The quantities of up to 20,000 rows, all of them where there are fewer.
     """
 
@@ -127,50 +120,48 @@ class Evidence:
         self.limits = limits
         self.scale = scale
         self.signals = Signals()
-        self._tallies: dict[str, Tally] = {}
+        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self.largest, self.largest_step = 0.0, math.nan
         whole = join_parts(rows)
         while chunk := list(islice(whole, _CHUNK)):
             with np.errstate(all="ignore"):  # numbers of a log may be of any size
                 self._count(self.signals.add(chunk))
         self.sample: Columns = self.signals.sample()
 
-    def tally(self, name: str) -> Tally:
-        """The count of that name; one that has seen nothing if there is none."""
-        return self._tallies.get(name, Tally())
-
     def column(self, name: str) -> Column:
         """A quantity of the sample."""
-        size = len(self.sample.get("step", ()))
-        return self.sample.get(name, np.full(size, np.nan))
+        return self.sample.get(name, np.full_like(self.sample["step"], np.nan))
 
     def _count(self, columns: Columns) -> None:
         steps, nothing = columns["step"], np.full(len(columns["step"]), np.nan)
 
-        def count(name: str, value: Column, hit: Any, seen: Any = None) -> None:
-            self._tallies.setdefault(name, Tally()).add(steps, value, hit, seen)
+        def count(name: str, hit: Flags, seen: Flags) -> None:
+            self.tallies[name].add(steps, hit, seen)
 
         for name in ("loss", "report/uncapped", "real_norm"):
             values = columns.get(name, nothing)
-            count(f"{name} broken", values, np.isinf(values))
-        fraction = columns["fraction"]
-        count("fraction", fraction, fraction > 0, np.isfinite(fraction))
-        above = fraction > self.limits.fraction * (1 + 1e-6)
-        count("fraction above", fraction, above, np.isfinite(fraction))
+            count(f"{name} broken", np.isinf(values), ~np.isnan(values))
+        fraction, finite = columns["fraction"], np.isfinite(columns["fraction"])
+        count("fraction above", fraction > self.limits.fraction * (1 + 1e-6), finite)
+        top = np.where(finite, fraction, 0.0).argmax()
+        if finite[top] and fraction[top] > self.largest:
+            self.largest, self.largest_step = float(fraction[top]), float(steps[top])
         dummy = columns["dummy_norm"]
         due = (columns["due"] > 0) & ~(columns.get("report/num_params", nothing) == 0)
-        count("dummy missing", dummy, np.isnan(dummy), due)
+        count("dummy missing", np.isnan(dummy), due)
         empty = columns.get("report/num_elements", nothing) == 0  # as of sparse embeddings alone
-        count("dummy zero", dummy, dummy == 0, due & np.isfinite(dummy) & ~empty)
+        count("dummy zero", dummy == 0, due & np.isfinite(dummy) & ~empty)
         flags = [columns[f"held/{name}"] for name in self.signals.modalities]
         sizes = [columns[f"size/{name}"] for name in self.signals.modalities]
-        logged = ~np.isnan([nothing, *sizes]).all(axis=0)
+        logged: Flags = np.any([~np.isnan(size) for size in [nothing, *sizes]], axis=0)
         for name, flag, size in zip(self.signals.modalities, flags, sizes, strict=True):
-            count(f"held/{name}", flag, flag == 1)
-            count(f"silent/{name}", size, np.isnan(size) | (size == 0), (flag == 1) & logged)
-            count(f"zero/{name}", size, size == 0, (flag == 1) & logged)
-            count(f"trainable/{name}", size, size > 0, (flag == 0) & logged)
+            count(f"held/{name}", flag == 1, ~np.isnan(flag))
+            count(f"silent/{name}", np.isnan(size) | (size == 0), (flag == 1) & logged)
+            # Frozen parameters have neither: a zero gradient is one that was computed.
+            trainable = (flag == 1) & (size == 0) | (flag == 0) & (size > 0)
+            count(f"trainable/{name}", trainable, logged)
         number = np.sum(flags or [nothing], axis=0)
-        count("single", number, number == 1)
+        count("single", number == 1, ~np.isnan(number))
 
 
 class Sign(NamedTuple):
@@ -185,14 +176,5 @@ class Sign(NamedTuple):
     numbers: dict[str, Any]
 
 
-class Unchecked(NamedTuple):
-    """A check that could not be made.
-
-    Attributes:
-        reason: What the history lacks.
-    """
-
-    reason: str
-
-
-Outcome: TypeAlias = Finding | Sign | Unchecked
+# Of a check that could not be made, what the history lacks.
+Outcome: TypeAlias = Finding | Sign | str

@@ -64,7 +64,10 @@ class Signals:
         columns["step"] = self._steps(columns.get("step", _nothing(len(rows))))
         self.num_rows += len(rows)
         columns |= self._conclude(columns, len(rows))
-        self._keep(self._random.random(len(rows)), columns)
+        self._kept.append(_below(self._share, self._random.random(len(rows)), columns))
+        while sum(len(draws) for draws, _ in self._kept) > self._room:
+            self._share /= 2
+            self._kept = [_below(self._share, *chunk) for chunk in self._kept]
         return columns
 
     def sample(self) -> Columns:
@@ -74,12 +77,6 @@ class Signals:
             name: np.concatenate([c.get(name, _nothing(len(draws))) for draws, c in self._kept])
             for name in names
         }
-
-    def _keep(self, draws: Column, columns: Columns) -> None:
-        self._kept.append(_below(self._share, draws, columns))
-        while sum(len(draws) for draws, _ in self._kept) > self._room:
-            self._share /= 2
-            self._kept = [_below(self._share, *chunk) for chunk in self._kept]
 
     def _steps(self, steps: Column) -> Column:
         """Where a row names no step that of the row before; numbers of rows before the first."""
@@ -91,6 +88,7 @@ class Signals:
     def _read(self, rows: Sequence[Row]) -> Columns:
         """One column for each role and modality that a key of the rows stands for."""
         columns: Columns = {}
+        nothing = _nothing(len(rows))
         # Few rows differ in their keys.
         for key in dict.fromkeys(key for keys in dict.fromkeys(map(tuple, rows)) for key in keys):
             role, name = role_of(str(key))
@@ -106,14 +104,12 @@ class Signals:
                 self._named.add(full)
             values = np.array([_number(row.get(key)) for row in rows])
             if role == "constant":  # each parameter once, while norms share some
-                total, finite = columns.get("total"), np.where(np.isinf(values), np.nan, values)
-                columns["total"] = finite if total is None else _hypot([total, finite], len(rows))
-            if full not in columns:
-                columns[full] = values
-            elif role == "label":
-                columns[full] = _hypot([columns[full], values], len(rows))
+                finite = np.where(np.isinf(values), np.nan, values)
+                columns["total"] = _hypot([columns.get("total", nothing), finite], len(rows))
+            if role == "label":
+                columns[full] = _hypot([columns.get(full, nothing), values], len(rows))
             else:
-                columns[full] = np.where(np.isnan(columns[full]), values, columns[full])
+                columns[full] = _first(columns.get(full, nothing), values)
             if role in ("present", "active", "norm", "label") and name not in _UNNAMED:
                 self._met.setdefault(name, set()).add(role)
         # Of a table, a row that lacks our keys has NaN for them; we never log that for a flag.
@@ -142,15 +138,15 @@ class Signals:
         def column(name: str) -> Column:
             return columns.get(name, _nothing(size))
 
-        losses = [name for name in LOSSES if f"loss/{name}" in columns]
         # One loss for the whole history, not now this and now that.
-        self._loss = self._loss or (losses[0] if losses else None)
+        self._loss = self._loss or next((n for n in LOSSES if f"loss/{n}" in columns), None)
         names = [*self.modalities, *self.fusions]
         inactive, active = column("label/inactive"), column("label/active")
         labels = {name: column(f"label/{name}") for name in names} | {"active": active}
         labelled = _known([inactive, *labels.values()])
         held, taught = self._flags(column, labels, labelled)
-        norms = _norms(column, names)
+        constants = {name: column(f"constant/{name}") for name in names}
+        norms = _norms(column, constants)
         of_active, of_inactive = (
             _hypot([np.where(taught[name] == flag, norms[name], np.nan) for name in names], size)
             for flag in (1, 0)
@@ -159,8 +155,7 @@ class Signals:
         ratio = column("grad/ratio")
         dummy = column("total") / np.hypot(1.0, np.where(np.isinf(ratio), np.nan, ratio))
         of_active, of_inactive = _first(dummy * ratio, of_active), _first(dummy, of_inactive)
-        constant = [column(f"constant/{name}") for name in names]
-        logged = labelled | _known([column("whole"), *constant, *norms.values()])
+        logged = labelled | _known([column("whole"), *constants.values(), *norms.values()])
         idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in taught.values())])
         bits = [held[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
         return {
@@ -203,13 +198,12 @@ class Signals:
         return held, taught
 
 
-def _norms(column: Callable[[str], Column], names: Sequence[str]) -> Columns:
+def _norms(column: Callable[[str], Column], constants: Columns) -> Columns:
     """Norm of each modality; nothing where constant keys say NaN since there is no gradient."""
-    constants = {name: column(f"constant/{name}") for name in names}
     constant = _known([column("step") * np.nan, *constants.values()])
     norms = {}
-    for name in names:
-        norm, frozen = column(f"norm/{name}"), constant & np.isnan(constants[name])
+    for name, values in constants.items():
+        norm, frozen = column(f"norm/{name}"), constant & np.isnan(values)
         missing = column(f"missing/{name}") > 0
         norms[name] = np.where(np.isinf(norm) & (frozen | missing), np.nan, norm)
     return norms
