@@ -2,14 +2,8 @@
 
 import math
 from numbers import Real
-from typing import TypeGuard
 
 from modaldummy._errors import describe
-
-
-def is_number(value: object) -> TypeGuard[Real]:
-    """Whether a value is a real number; True and False are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_number(
@@ -28,7 +22,7 @@ def check_number(
         ValueError: It is a number outside of this range.
     """
     expected = f"`{name}` must be a finite number {'above' if positive else '>='} 0{alternative}"
-    if not is_number(value):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{expected}, got {describe(value)}.")
     try:
         number = float(value)

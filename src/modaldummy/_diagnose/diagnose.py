@@ -15,7 +15,7 @@ from modaldummy._diagnose.history import HistoryFile, Row
 from modaldummy._diagnose.signals import MOST
 from modaldummy._errors import HistoryError, describe
 from modaldummy._findings import Finding, by_severity
-from modaldummy._numbers import check_number
+from modaldummy._numbers import check_number_or_none
 
 CHECKS: dict[str, Callable[[Evidence], Outcome]] = {
     "loss is finite": loss.finite,
@@ -109,8 +109,7 @@ def examine(
     thresholds: dict[str, Any] | None = None,
 ) -> Diagnosis:
     """As `diagnose`, with what was healthy and what could not be checked."""
-    if scale is not None:
-        scale = check_number("scale", scale, alternative=" or None")
+    scale = check_number_or_none("scale", scale)
     if isinstance(history, (str, PathLike)):
         history = HistoryFile(history)
     if not isinstance(history, Iterable):

@@ -142,8 +142,9 @@ def _draw_fraction(axes: Axes, evidence: Evidence) -> None:
     own, limit = _positive(fractions), evidence.limits.fraction
     axes.set_yscale("log")
     axes.scatter(steps[own], fractions[own], s=6, color="black", lw=0)
-    axes.axhline(limit, color="grey", lw=1, ls=":", label=f"bound {limit:g}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    axes.axhline(limit, color="grey", lw=1, ls=":")
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+    axes.text(1, limit, f"bound {limit:g} ", fontsize=8, color="dimgrey", **place)
     axes.set_ylabel("|dummy| / |real|")
 
 

@@ -114,7 +114,8 @@ def _check_loss_factor(setup: Setup, scale: float) -> Iterator[Finding]:
 
 
 def _check_average_over_ranks(setup: Setup, scale: float) -> Iterator[Finding]:
-    ranks, steps = _num_ranks(setup), setup.accumulation_steps
+    ranks = int(setup.ddps[0].process_group.size()) if setup.ddps else num_ranks(None)
+    steps = setup.accumulation_steps
     gradients = _dummy_gradients(setup, scale, _loss_factor(setup) / steps)
     # DDP multiplies by the inverse, in the dtype of the gradient.
     zeroed = [name for name, gradient in gradients.items() if not gradient * (1 / ranks)]
@@ -143,13 +144,6 @@ def _loss_factor(setup: Setup) -> float:
     if isinstance(setup.scaler, torch.amp.GradScaler):
         return setup.scaler.get_scale()
     return setup.scaler or 1.0
-
-
-def _num_ranks(setup: Setup) -> int:
-    """The number of ranks that average gradients."""
-    if setup.ddps:
-        return int(setup.ddps[0].process_group.size())
-    return num_ranks(None)
 
 
 def _dummy_gradients(setup: Setup, scale: float, upstream: float) -> dict[str, Tensor]:
