@@ -17,14 +17,14 @@ RUNS: dict[str, tuple[str, str]] = {
     "bench_ddp.py": ("--ranks 2 --shapes tiny --rounds 2", "2 ranks, gloo, tiny"),
     "bench_import.py": ("--rounds 1", "modaldummy"),
     "show_alternatives.py": ("--device cpu --width 8 --batch 2 --rounds 1", "fake, one sample"),
-    # Waits for the timeouts of ranks that hang.
     "show_silent_mixing.py": ("--engines 'FSDP2, the whole'", "FSDP2, the whole"),
 }
-LONG = {"show_silent_mixing.py"}
+# The others take 10 to 100 s each: `make test-integrations` runs them.
+SHORT = ("bench_sum.py", "bench_monitor.py")
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in RUNS]
+    "script", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in RUNS]
 )
 def test_a_benchmark_runs(script: str, tmp_path: Path) -> None:
     options, line = RUNS[script]
