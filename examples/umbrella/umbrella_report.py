@@ -29,13 +29,13 @@ def judge(trainer: UmbrellaTrainer, config: Config) -> bool:
     rows = [row for row in trainer.state.log_history if "loss" in row]
     moved = _moved(model, config)
     findings = diagnose(trainer.state.log_history, scale=config.scale)
-    taught = {name for row in rows for name in config.towers if row[f"modaldummy/active/{name}"]}
+    trained = {name for row in rows for name in config.towers if row[f"modaldummy/active/{name}"]}
     own = {
         "steps": len(rows),
         "missing": sum(row["missing_gradients"] for row in rows),
         "fraction": max(row["modaldummy/fraction"] for row in rows),
         "losses": _ends([row["loss"] for row in rows]),
-        "taught": taught,
+        "trained": trained,
         "errors": sum(finding.severity == "error" for finding in findings),
         "parameters": nn.utils.parameters_to_vector(model.parameters()).detach().cpu(),
     }
@@ -56,7 +56,7 @@ def _promises(
     num_missing = sum(int(own["missing"]) for own in ranks)
     fraction = max(own["fraction"] for own in ranks)
     first, last = ranks[0]["losses"]
-    never = [n for n in config.towers if not any(n in own["taught"] for own in ranks)]
+    never = [n for n in config.towers if not any(n in own["trained"] for own in ranks)]
     whole = all(own["steps"] == config.steps for own in ranks)
     promises = {
         f"{num_missing} gradients were missing at {config.steps} steps": not num_missing and whole,
@@ -66,7 +66,7 @@ def _promises(
     }
     if config.hold and never:
         still = all(moved[name] == 0 for name in never)
-        promises[f"{' and '.join(never)}, which no batch taught, did not move"] = still
+        promises[f"{' and '.join(never)}, which no batch trained, did not move"] = still
     if len(ranks) > 1:
         same = all(torch.equal(own["parameters"], ranks[0]["parameters"]) for own in ranks)
         promises["all ranks end with the same parameters"] = same

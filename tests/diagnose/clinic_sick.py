@@ -24,7 +24,7 @@ def run_with(
 
     Args:
         run: What is trained.
-        total: What is backwarded in place of the wrapper's total.
+        total: What goes through backward in place of the wrapper's total.
         before: Done before each step.
         after: Done after backward, before anything is logged.
         used: What forward uses in place of what the batch is said to hold.
@@ -34,11 +34,11 @@ def run_with(
         if before:
             before(run, step)
         loss = run.loss(used(active))
-        backwarded = (total or wrapped)(run, loss, active, step)
-        backwarded.backward()
+        target = (total or wrapped)(run, loss, active, step)
+        target.backward()
         if after:
             after(run)
-        yield run.record(step, backwarded, active=active)
+        yield run.record(step, target, active=active)
         run.step()
 
 
@@ -101,7 +101,7 @@ def shuffled(run: Run) -> Iterable[Record]:
 
 
 def real_alone(run: Run, loss: Tensor, active: list[str], _: int) -> Tensor:
-    """The total is computed, and the loss is backwarded."""
+    """The total is computed, and the loss is target."""
     run.wrapper.total(loss, active)
     return loss
 
@@ -236,7 +236,7 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
     "scale 0 by mistake": ({"MD211"}, lambda: (plain(Run(scale=0.0)), {})),
     "a dummy times 0": ({"MD211"}, lambda: (run_with(Run(), total=zeroed), {})),
     "float16 that rounds to 0": ({"MD211"}, lambda: (run_with(Run(), after=halved), {})),
-    "the loss backwarded in place of the total": (
+    "the loss target in place of the total": (
         {"MD212"},
         lambda: (run_with(Run(), total=real_alone), {}),
     ),

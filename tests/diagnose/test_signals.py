@@ -161,7 +161,7 @@ def sampled(number: int, size: int) -> list[float]:
         signals.add([{"step": n, "active/T1": n % 2} for n in steps])
         assert len(signals.sample()["step"]) <= 1000
     sample = signals.sample()
-    np.testing.assert_array_equal(sample["held/T1"], sample["step"] % 2)
+    np.testing.assert_array_equal(sample["contains/T1"], sample["step"] % 2)
     return sample["step"].tolist()
 
 
@@ -217,13 +217,13 @@ def test_norms_of_real_and_dummy_gradients(row: Numbers, real: float, prefix: st
     found = told({prefix + key: value for key, value in row.items()})
     assert found["real_norm"] == pytest.approx(real)
     assert found["dummy_norm"] == pytest.approx(5e-7)
-    assert of_all("held", found) == of_all("taught", found) == [1, 0, 0]
+    assert of_all("contains", found) == of_all("trained", found) == [1, 0, 0]
     assert found["due"] == 1
 
 
 def test_a_batch_with_everything_has_no_labels_and_no_dummy() -> None:
     found = told({"grad/T1.weight": 3.0, "grad/dMRI.weight": 3.0} | NORMS)
-    assert of_all("held", found) == [1, 1, 1]
+    assert of_all("contains", found) == [1, 1, 1]
     assert found["real_norm"] == pytest.approx(3.0)
     assert found["due"] == 0
     assert "dummy_norm" not in found
@@ -269,12 +269,12 @@ def test_gradients_of_accumulation_and_the_report_of_its_last_batch() -> None:
     """The gradients are of all batches, and the report is of the last one."""
     labels = LABELS | {"grad/[dMRI]/dMRI.weight": 12.0}
     found = told(labels | NORMS | flags("modaldummy/active/", T1=0.0, rsfMRI=1.0))
-    assert of_all("held", found) == [0, 1, 0]
-    assert of_all("taught", found) == [1, 0, 1]
+    assert of_all("contains", found) == [0, 1, 0]
+    assert of_all("trained", found) == [1, 0, 1]
     assert found["real_norm"] == pytest.approx(13.0)
     found = told(NORMS | flags("active/", dMRI=1.0) | flags("modaldummy/active/", T1=0.0))
-    assert of_all("held", found) == [0, 0, 0]
-    assert of_all("taught", found) == [1, 0, 1]
+    assert of_all("contains", found) == [0, 0, 0]
+    assert of_all("trained", found) == [1, 0, 1]
     assert found["dummy_norm"] == pytest.approx(4e-7)
 
 
@@ -286,7 +286,7 @@ def test_labels_that_name_no_modality() -> None:
     assert signals.sample()["real_norm"] == 3
     assert signals.sample()["dummy_norm"] == pytest.approx(4e-7)
     found = told({"grad/[active]/T1_embed": 3.0} | NORMS)
-    assert not found.keys() & {"held/T1", "taught/T1"}
+    assert not found.keys() & {"contains/T1", "trained/T1"}
 
 
 @pytest.mark.parametrize(
@@ -312,14 +312,14 @@ def test_fusions_are_names_of_modalities_joined_by_hyphens(
 
 
 @pytest.mark.parametrize("second", [1.0, 0.0])
-def test_a_fusion_is_taught_where_all_its_modalities_are(second: float) -> None:
+def test_a_fusion_is_trained_where_all_its_modalities_are(second: float) -> None:
     """It is not a modality of its own."""
     norms = {"grad_norm/T1": 3.0, "grad_norm/dMRI": 4.0, "grad_norm/T1-dMRI": 12.0}
     found = told(norms | {"active/T1": 1.0, "active/dMRI": second})
-    assert found["taught/T1-dMRI"] == second
+    assert found["trained/T1-dMRI"] == second
     assert found["real_norm"] == (13 if second else 3)
     assert found.get("dummy_norm") == (None if second else pytest.approx(math.hypot(4, 12)))
-    assert "held/T1-dMRI" not in found
+    assert "contains/T1-dMRI" not in found
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -329,7 +329,7 @@ def test_a_fusion_without_its_label_was_in_no_batch(known: bool) -> None:
     norms = {"grad_norm/T1": 3.0, "grad_norm/dMRI": 3.0, "grad_norm/T1-dMRI": 1e-7}
     together = {"grad/[T1-dMRI]/c": 3.0, "grad/[inactive]/d": 1e-7} if known else {}
     found = read(apart | norms, together | norms)
-    assert found["taught/T1-dMRI"][0] == (0 if known else 1)
+    assert found["trained/T1-dMRI"][0] == (0 if known else 1)
 
 
 @pytest.mark.parametrize("row", [LABELS | flags("modaldummy/active/"), NORMS | flags("active/")])

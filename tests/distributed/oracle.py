@@ -70,7 +70,7 @@ class Run:
     Attributes:
         call: What forward calls.
         bare: The model itself, as the engine has left it.
-        wrapper: Of which the total is backwarded.
+        wrapper: Its total goes through backward.
         dtype: Of parameters and data.
         relative: By what part of its size, as of `Expected`, a gradient may be wrong.
         absolute: By how much more.

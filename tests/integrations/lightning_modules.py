@@ -29,7 +29,7 @@ class Module(LightningModule):
     """Towers, with or without the wrapper.
 
     Attributes:
-        backwarded: Gradients after backward of each batch.
+        gradients_by_batch: Gradients after backward of each batch.
         stepped: Gradients after the step, clipped, of each batch.
     """
 
@@ -40,7 +40,7 @@ class Module(LightningModule):
         if wrapped:
             self.wrapper = DummyLossWrapper(self, spec, **options)
         self.wrapped = wrapped
-        self.backwarded: list[Gradients] = []
+        self.gradients_by_batch: list[Gradients] = []
         self.stepped: list[Gradients] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -49,7 +49,7 @@ class Module(LightningModule):
         return self.wrapper.total(loss, batch) if self.wrapped else loss
 
     def on_after_backward(self) -> None:
-        self.backwarded.append(gradients(self))
+        self.gradients_by_batch.append(gradients(self))
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.stepped.append(gradients(self))

@@ -76,7 +76,7 @@ def test_without_a_callback_accumulated_batches_share_one_dummy_term() -> None:
     ours, bare = Module(), Module(wrapped=False)
     for module in (ours, bare):
         fit(module, [["T1"], ["T1"], ["T1"], ["rsfMRI"]], accumulate_grad_batches=2, max_steps=1)
-    assert_dummies_added(ours.backwarded[1], bare.backwarded[1])
+    assert_dummies_added(ours.gradients_by_batch[1], bare.gradients_by_batch[1])
 
 
 def test_the_optimizer_moves_what_any_accumulated_batch_trained() -> None:

@@ -65,6 +65,8 @@ def test_parameters_of_every_kind_are_checked(name: str) -> None:
 
 def test_tensors_with_operators_of_their_own_are_left_alone() -> None:
     class Packed(torch.Tensor):
+        """Of a library whose tensors support no operator of torch."""
+
         @classmethod
         def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
             raise NotImplementedError(function)

@@ -1,4 +1,4 @@
-"""Checks of gradients, of the dummy beside the loss, and of what the batches held."""
+"""Checks of gradients, of the dummy beside the loss, and of what the batches contain."""
 
 import numpy as np
 
@@ -21,9 +21,9 @@ def there(evidence: Evidence) -> Outcome:
         return Finding(
             "MD212",
             "error",
-            "Inactive modalities never had a gradient: no dummy was in what was backwarded.",
+            "Inactive modalities never had a gradient: backward ran on a loss without dummy term.",
             {"first_step": missing.first, "steps": missing.seen},
-            "Backward what `wrapper.total(loss, batch)` or the wrapped loss function returns; "
+            "Call `backward()` on what `wrapper.total` or the wrapped loss function returns; "
             "`missing_gradients(wrapper, strict=True)` after `backward()` names the parameters.",
         )
     if missing.hits:
@@ -202,8 +202,8 @@ def ratio(evidence: Evidence) -> Outcome:
 
 
 def occurring(evidence: Evidence) -> Outcome:
-    """MD225: a modality that no batch held."""
-    tallies = {name: evidence.tallies[f"held/{name}"] for name in evidence.signals.modalities}
+    """MD225: a modality that no batch contains."""
+    tallies = {name: evidence.tallies[f"contains/{name}"] for name in evidence.signals.modalities}
     shares = {name: tally.share for name, tally in tallies.items() if tally.seen}
     if not shares:
         return "which modalities were active is not logged: `wrapper.last.as_dict()`"
@@ -217,7 +217,7 @@ def occurring(evidence: Evidence) -> Outcome:
     return Finding(
         "MD225",
         "warning",
-        f"No batch held {', '.join(never)}.",
+        f"No batch contains {', '.join(never)}.",
         {"never": never, "steps": tallies[never[0]].seen},
         "Look at the names in the metadata and at the sampler; nothing is learned for a modality "
         "that never occurs, and without `hold_inactive` some optimizers move it.",
@@ -225,7 +225,7 @@ def occurring(evidence: Evidence) -> Outcome:
 
 
 def mixed(evidence: Evidence) -> Outcome:
-    """MD226: nearly all batches hold a single modality."""
+    """MD226: nearly all batches contain a single modality."""
     single = evidence.tallies["single"]
     if len(evidence.signals.modalities) < 2 or not single.seen:
         return "which modalities were active is not logged: `wrapper.last.as_dict()`"

@@ -47,7 +47,7 @@ def finite(evidence: Evidence) -> Outcome:
         "error",
         f"The loss becomes NaN or infinite at step {losses.first:g}{grown}.",
         found,
-        "Lower the learning rate or clip gradients; look at what the batch at that step held.",
+        "Lower the learning rate or clip gradients; look at the batch of that step.",
     )
 
 

@@ -27,7 +27,7 @@ class Thresholds:
         least: Fewer losses than this say nothing about their course.
         decrease: The loss has to fall by this share of its first values.
         unrest: It is not steady where, in its second half, a quarter of the steps between means of
-            16 batches are this multiple of the means, what the batches held being equal.
+            16 batches are this multiple of the means, what the batches contain being equal.
         factor: Norms of dummy gradients may be so many times too large or too small.
         clipped: Below this share of what they should be, they have been clipped away.
         broken: This share of steps, but for those at the start, may have a real gradient that is
@@ -151,11 +151,11 @@ class Evidence:
         count("dummy missing", np.isnan(dummy), due)
         empty = columns.get("report/num_elements", nothing) == 0  # as of sparse embeddings alone
         count("dummy zero", dummy == 0, due & np.isfinite(dummy) & ~empty)
-        flags = [columns[f"held/{name}"] for name in self.signals.modalities]
+        flags = [columns[f"contains/{name}"] for name in self.signals.modalities]
         sizes = [columns[f"size/{name}"] for name in self.signals.modalities]
         logged: Flags = np.any([~np.isnan(size) for size in [nothing, *sizes]], axis=0)
         for name, flag, size in zip(self.signals.modalities, flags, sizes, strict=True):
-            count(f"held/{name}", flag == 1, ~np.isnan(flag))
+            count(f"contains/{name}", flag == 1, ~np.isnan(flag))
             count(f"silent/{name}", np.isnan(size) | (size == 0), (flag == 1) & logged)
             # Frozen parameters have neither: a zero gradient is one that was computed.
             trainable = (flag == 1) & (size == 0) | (flag == 0) & (size > 0)

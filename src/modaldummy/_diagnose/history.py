@@ -22,8 +22,8 @@ class HistoryFile:
 
     The content tells the format: one JSON object a line, or a header and comma-separated values
     below it (semicolons and tabs work too), or JSON as a whole: a list of objects, or an object
-    with such a list at `log_history`. Only the last is held in memory. A last line that was cut
-    off, as where a run was killed, is left out.
+    with such a list at `log_history`. Only the last is read into memory as a
+    whole. A last line that was cut off, as where a run was killed, is left out.
 
     Attributes:
         notes: What a reader should be told, once the rows have been read.

@@ -92,10 +92,10 @@ def _styles(evidence: Evidence) -> dict[str, dict[str, Any]]:
 def _draw_loss(axes: Axes, evidence: Evidence) -> None:
     """Losses in the colour of the only modality of their batch, grey if there were several."""
     steps, losses, styles = evidence.column("step"), evidence.column("loss"), _styles(evidence)
-    held = {name: evidence.column(f"held/{name}") == 1 for name in styles}
-    number = sum(held.values(), np.zeros(len(steps)))
+    contained = {name: evidence.column(f"contains/{name}") == 1 for name in styles}
+    number = sum(contained.values(), np.zeros(len(steps)))
     grey: dict[str, Any] = {"color": "grey", "marker": "o"}
-    curves = [(name, held[name] & (number == 1), 2.0, styles[name]) for name in styles]
+    curves = [(name, contained[name] & (number == 1), 2.0, styles[name]) for name in styles]
     curves.append(("several" if number.any() else "loss", number != 1, 1.5, grey))
     for name, group, width, style in curves:
         own = group & np.isfinite(losses)
@@ -118,13 +118,13 @@ def _draw_norms(axes: Axes, evidence: Evidence) -> None:
     steps, dummy = evidence.column("step"), evidence.column("dummy_norm")
     rest = _positive(dummy)  # of no modality in particular, as of labels
     for name, style in _styles(evidence).items():
-        norms, taught = evidence.column(f"size/{name}"), evidence.column(f"taught/{name}")
+        norms, trained = evidence.column(f"size/{name}"), evidence.column(f"trained/{name}")
         for active, face in ((1, style["color"]), (0, "none")):
-            own = (taught == active) & _positive(norms)
+            own = (trained == active) & _positive(norms)
             if own.any():
                 label = f"{_literal(name)} {'active' if active else 'inactive'}"
                 axes.scatter(steps[own], norms[own], s=16, facecolors=face, label=label, **style)
-        rest &= ~((taught == 0) & _positive(norms))
+        rest &= ~((trained == 0) & _positive(norms))
     if rest.any():
         axes.scatter(steps[rest], dummy[rest], s=16, fc="none", color="grey", label="inactive")
     axes.set_yscale("log")

@@ -28,10 +28,10 @@ class Signals:
 
     The quantities, a column each: `step`, `loss`; `report/<key>` of a `StepReport`; `grad/ranks`
     and `grad/ratio`; `total`, of all gradients under constant keys; for each modality `norm/<m>`,
-    and 1 or 0 for whether the batch held it, `held/<m>`, and whether the gradients are of it,
-    `taught/<m>`; and what follows from these: `set`, a number for each set of modalities held;
-    `real_norm` and `dummy_norm`, of all that was taught and of all that was not; `due`, 1 where a
-    dummy gradient should be among what was logged.
+    and 1 or 0 for whether the batch contains it, `contains/<m>`, and whether the gradients are of
+    it, `trained/<m>`; and what follows from these: `set`, a number for each set of active
+    modalities; `real_norm` and `dummy_norm`, of all that was trained and of all that was not;
+    `due`, 1 where a dummy gradient should be among what was logged.
 
     Attributes:
         num_rows: How many rows there were.
@@ -144,11 +144,11 @@ class Signals:
         inactive, active = column("label/inactive"), column("label/active")
         labels = {name: column(f"label/{name}") for name in names} | {"active": active}
         labelled = _known([inactive, *labels.values()])
-        held, taught = self._flags(column, labels, labelled)
+        contained, trained = self._flags(column, labels, labelled)
         constants = {name: column(f"constant/{name}") for name in names}
         norms = _norms(column, constants)
         of_active, of_inactive = (
-            _hypot([np.where(taught[name] == flag, norms[name], np.nan) for name in names], size)
+            _hypot([np.where(trained[name] == flag, norms[name], np.nan) for name in names], size)
             for flag in (1, 0)
         )
         # Constant keys count a shared parameter once, norms of modalities more than that.
@@ -156,12 +156,12 @@ class Signals:
         dummy = column("total") / np.hypot(1.0, np.where(np.isinf(ratio), np.nan, ratio))
         of_active, of_inactive = _first(dummy * ratio, of_active), _first(dummy, of_inactive)
         logged = labelled | _known([column("whole"), *constants.values(), *norms.values()])
-        idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in taught.values())])
-        bits = [held[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
+        idle = _known([inactive, *(np.where(flag == 0, 0, np.nan) for flag in trained.values())])
+        bits = [contained[name] * 2.0**bit for bit, name in enumerate(self.modalities)]
         return {
             **self._losses(column),
-            **{f"held/{name}": flag for name, flag in held.items()},
-            **{f"taught/{name}": flag for name, flag in taught.items()},
+            **{f"contains/{name}": flag for name, flag in contained.items()},
+            **{f"trained/{name}": flag for name, flag in trained.items()},
             **{f"size/{name}": _first(norms[name], labels[name]) for name in names},
             "set": np.sum(bits, axis=0) if bits else _nothing(size),
             "real_norm": _first(
@@ -183,19 +183,19 @@ class Signals:
     def _flags(
         self, column: Callable[[str], Column], labels: Columns, labelled: Flags
     ) -> tuple[Columns, Columns]:
-        """What the batch held, and what gradients are of: with accumulation, of more batches."""
-        held, taught = {}, {}
+        """What the batch contains, and what the gradients are of: maybe of more batches."""
+        contained, trained = {}, {}
         for name in self.modalities:
             label = np.where(labelled & np.isnan(labels["active"]), ~np.isnan(labels[name]), np.nan)
             label = np.where(~np.isnan(column("whole")), 1.0, label)
-            held[name] = _first(column(f"present/{name}"), column(f"active/{name}"), label)
-            taught[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
+            contained[name] = _first(column(f"present/{name}"), column(f"active/{name}"), label)
+            trained[name] = _first(label, column(f"active/{name}"), column(f"present/{name}"))
         for name, parts in self.fusions.items():
-            taught[name] = np.min([taught[part] for part in parts], axis=0)
+            trained[name] = np.min([trained[part] for part in parts], axis=0)
             if "label" in self._met[name]:  # its parts may have been in different batches
                 alone = labelled & np.isnan(labels[name]) & np.isnan(labels["active"])
-                taught[name] = np.where(alone, 0.0, taught[name])
-        return held, taught
+                trained[name] = np.where(alone, 0.0, trained[name])
+        return contained, trained
 
 
 def _norms(column: Callable[[str], Column], constants: Columns) -> Columns:

@@ -54,9 +54,9 @@ def table(summaries: Sequence[ModalitySummary], title: str) -> Table:
     result = Table(Column("modality", no_wrap=True), *columns, title=title, caption=_CAPTION)
     result.box, result.pad_edge, result.collapse_padding = SIMPLE_HEAD, False, True
     for row in summaries:
-        steps = [f"{row.num_elements:,}", str(len(row.active)), str(row.num_inactive)]
+        counts = [f"{row.num_elements:,}", str(len(row.active)), str(row.num_inactive)]
         missed = f"{len(row.missed)} of {row.num_params}"
-        result.add_row(row.name, *steps, _range(row.active), _range(row.inactive), missed)
+        result.add_row(row.name, *counts, _range(row.active), _range(row.inactive), missed)
     return result
 
 
