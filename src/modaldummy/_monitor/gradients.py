@@ -49,8 +49,8 @@ class ParameterTable:
             scaler: What the gradients were multiplied by; see `gradient_norms`.
             full: Whether to measure whole DTensors rather than the shards of this rank.
         """
-        all_gradients = {i: parameter.grad for i, parameter in self.parameters.items()}
-        gradients = {i: gradient for i, gradient in all_gradients.items() if gradient is not None}
+        parameters = self.parameters.items()
+        gradients = {i: g for i, parameter in parameters if (g := parameter.grad) is not None}
         device = next(iter(self.parameters.values())).device
         norms = tensor_norms(list(map(local_elements, gradients.values())), device=device)
         if full:

@@ -128,4 +128,4 @@ def _active_keys(wrapper: DummyLossWrapper, batches: list[Collection[str]]) -> K
 def _joint_norm(norms: Mapping[int, float], parameter_ids: Iterable[int]) -> float:
     """Norm of the gradients of these parameters taken together, NaN if there are none."""
     measured = [norms[i] for i in parameter_ids if i in norms]
-    return math.sqrt(sum(norm * norm for norm in measured)) if measured else math.nan
+    return math.hypot(*measured) if measured else math.nan
