@@ -236,7 +236,7 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
     "scale 0 by mistake": ({"MD211"}, lambda: (plain(Run(scale=0.0)), {})),
     "a dummy times 0": ({"MD211"}, lambda: (run_with(Run(), total=zeroed), {})),
     "float16 that rounds to 0": ({"MD211"}, lambda: (run_with(Run(), after=halved), {})),
-    "the loss target in place of the total": (
+    "backward on the loss in place of the total": (
         {"MD212"},
         lambda: (run_with(Run(), total=real_alone), {}),
     ),
