@@ -1,4 +1,4 @@
-"""Facts about the libraries around a model: torch, DDP, FSDP2, DTensor, DeepSpeed, PEFT, Lightning.
+"""Facts about the libraries around a model: torch, DDP, FSDP, DTensor, DeepSpeed, PEFT, Lightning.
 
 This is the only file that reads private attributes of other libraries or knows the names that they
 use internally. When a new release of one of them breaks something, the repair belongs here.
@@ -174,7 +174,7 @@ def renamed_parameters(module: nn.Module, name: str) -> Iterator[tuple[str, nn.P
                 yield name + ending, parameter
 
 
-# --- DTensor and FSDP2 --------------------------------------------------------------------------
+# --- DTensor, FSDP1 and FSDP2 -------------------------------------------------------------------
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -189,10 +189,38 @@ def local_shard(tensor: Any) -> Tensor:
     return shard
 
 
+FSDP1_FLAT = (
+    "FSDP1 has put parameters of the model into a flat parameter, which no modality owns alone. "
+    "Pass `use_orig_params=True` to `FullyShardedDataParallel`."
+)
+
+
+def is_fsdp1_unit(module: nn.Module) -> bool:
+    """Whether the module is a `FullyShardedDataParallel`."""
+    return _is_of_fsdp(module, "FullyShardedDataParallel")
+
+
+def is_fsdp1_parameter(parameter: Tensor) -> bool:
+    """Whether it is a parameter that FSDP1 shards, as the shard of this rank.
+
+    In forward, FSDP1 puts a whole tensor in its place, for which the answer is False.
+    """
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def is_flat_parameter(parameter: Tensor) -> bool:
+    """Whether FSDP1 with `use_orig_params=False` put it in place of the parameters of a unit."""
+    return getattr(parameter, "_is_flat_param", False)
+
+
 def is_fsdp2_unit(module: nn.Module) -> bool:
     """Whether FSDP2's `fully_shard` was called on the module."""
+    return _is_of_fsdp(module, "FSDPModule")
+
+
+def _is_of_fsdp(module: nn.Module, class_name: str) -> bool:
     # Code that shards has imported the class; importing it here would be slow.
-    unit_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    unit_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), class_name, ())
     return isinstance(module, unit_class)
 
 

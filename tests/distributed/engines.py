@@ -9,12 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from modaldummy import DummyLossWrapper, attach_to_outputs
+from modaldummy._core.paths import strip_wrappers
 from tests.distributed.oracle import (
     MAP,
     NAMES,
@@ -108,6 +115,30 @@ class EveryTowerRuns(ShardedDummies):
         return NAMES
 
 
+class FSDP1(Exact):
+    def syncing(self, last: bool) -> AbstractContextManager[Any]:
+        model: Any = self.bare
+        return nullcontext() if last else model.no_sync()
+
+    def values(self) -> dict[str, Tensor]:
+        return self.whole(lambda parameter: parameter.detach().double().clone())
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        return self.whole(lambda p: None if p.grad is None else p.grad.clone(), with_grads=True)
+
+    def whole(self, read: Callable[[Tensor], Any], *, with_grads: bool = False) -> dict[str, Any]:
+        """What `read` finds in each parameter, while it is whole."""
+        model: Any = self.bare
+        with model.summon_full_params(model, writeback=False, with_grads=with_grads):
+            return {strip_wrappers(name): read(p) for name, p in model.named_parameters()}
+
+
+class FSDP1WithoutDummies(FSDP1):
+    """FSDP1 itself gives inactive parameters gradients, of zero."""
+
+    absolute = 1.01e-7
+
+
 class RoughFSDP(FSDP):
     """Forward and backward run in bfloat16."""
 
@@ -186,6 +217,25 @@ def bf16_hook(
     return future
 
 
+def fsdp1(
+    *parts: str, early: bool = False, kind: type[Run] = FSDP1WithoutDummies, **options: Any
+) -> Make:
+    """`FullyShardedDataParallel` around parts, one by one, and the whole; see `fsdp`."""
+
+    def make(scale: float | None) -> Run:
+        bare: nn.Module = Model().to(kind.dtype)
+        wrapper = DummyLossWrapper(bare, MAP, scale) if early else None
+        options["device_id"] = torch.device("cpu")
+        for part in parts:
+            unit = FullyShardedDataParallel(bare.get_submodule(part), **options)
+            bare.set_submodule(part, unit)
+        engine = FullyShardedDataParallel(bare, **options)
+        return kind(engine, engine, wrapper or DummyLossWrapper(engine, MAP, scale))
+
+    options.setdefault("use_orig_params", True)
+    return make
+
+
 TOWERS = [f"towers.{name}" for name in NAMES]
 NARROW = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
@@ -214,6 +264,12 @@ DDPS: dict[str, Make] = {
     ),
 }
 FSDPS: dict[str, Make] = {
+    "FSDP1, root": fsdp1(),
+    "FSDP1, root, wrapped early": fsdp1(early=True),
+    "FSDP1, root, no sharding": fsdp1(sharding_strategy=ShardingStrategy.NO_SHARD),
+    "FSDP1, root, whole after forward": fsdp1(
+        kind=FSDP1, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP
+    ),
     "FSDP2, root": fsdp(),
     "FSDP2, root, wrapped early": fsdp(early=True),
     "FSDP2, root, zeros": fsdp(zeros=True),
@@ -232,6 +288,8 @@ AGREEING: dict[str, Make] = {
     "FSDP2, towers, wrapped early": fsdp(*TOWERS, early=True),
     "FSDP2, towers, zeros": fsdp(*TOWERS, zeros=True),
 }
+# FSDP1 gives the parameters of a tower that did not run no gradient.
+WITHOUT_GRADIENTS: dict[str, Make] = {"FSDP1, towers": fsdp1(*TOWERS, "fusion")}
 # These do not support the dummy term.
 REFUSED: dict[str, Make] = {
     "DDP, unused": ddp(find_unused_parameters=True),
@@ -240,7 +298,7 @@ REFUSED: dict[str, Make] = {
         lambda: Checkpointed(True), attached=True, find_unused_parameters=True
     ),
 }
-ENGINES = DDPS | FSDPS | AGREEING | REFUSED
+ENGINES = DDPS | FSDPS | AGREEING | WITHOUT_GRADIENTS | REFUSED
 
 
 def outcome(

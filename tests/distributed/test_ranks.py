@@ -9,8 +9,9 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW
 
-from modaldummy import DummyLossWrapper, ModalDummyError, check_ranks
+from modaldummy import DummyLossWrapper, ModalDummyError, check_ranks, hold_inactive
 from tests.fleet import Fleet, RankError
 from tests.holding import NAMES
 from tests.preflight.models import Model, mapped
@@ -50,7 +51,7 @@ def test_all_ranks_raise_the_same_or_nothing(fleet: Fleet) -> None:
     even, odd = ("rank 0", "rank 1") if size == 2 else ("ranks 0, 2", "ranks 1, 3")
     assert first[1] == first[2] == ""
     assert f"{even}: T1; {odd}: rsfMRI. These parameters are in their own FSDP2 unit." in first[0]
-    assert "This concerns rsfMRI (towers.rsfMRI.weight, towers.rsfMRI.bias)." in first[0]
+    assert "This concerns rsfMRI (towers.rsfMRI.bias, towers.rsfMRI.weight)." in first[0]
     assert f"{even}: T1; {odd}: T1, dMRI. These parameters are in their own FSDP2 unit." in first[3]
 
 
@@ -86,8 +87,9 @@ def counted(rank: int) -> list[tuple[int, int]]:
 
 
 def test_a_call_takes_one_gather_of_a_few_bytes(fleet: Fleet) -> None:
+    """The first call also compares a digest of the maps."""
     for sizes in fleet.ask(counted):
-        assert sizes == [(fleet.num_ranks, len(NAMES) + 1)] * 2
+        assert sizes == [(fleet.num_ranks, 16), *[(fleet.num_ranks, len(NAMES) + 1)] * 2]
 
 
 def in_pairs(rank: int) -> tuple[str, str]:
@@ -108,6 +110,77 @@ def test_a_group_agrees_without_the_others(fleets: Callable[[int], Fleet]) -> No
         assert first == ""
         active = "rank 0: T1; rank 1: rsfMRI" if rank < 2 else "rank 2: rsfMRI; rank 3: T1"
         assert f": {active}. These parameters are in their own FSDP2 unit." in second
+
+
+# --- ranks with other maps -----------------------------------------------------------------------
+
+# The map of each rank, with which calls go on or stop.
+PATHS: dict[Any, Any] = {
+    "T1": ["towers.T1.weight", "towers.T1.bias"],
+    "rsfMRI": "towers.rsfMRI",
+    "dMRI": "towers.dMRI",
+    ("T1", "dMRI"): "trunk",
+}
+SAME: dict[str, dict[Any, Any]] = {
+    "backwards": dict(reversed(PATHS.items())),
+    "a tuple backwards": {("dMRI", "T1"): "trunk"} | {n: PATHS[n] for n in NAMES},
+    "paths backwards": PATHS | {"T1": ["towers.T1.bias", "towers.T1.weight"]},
+}
+OTHER: dict[str, tuple[dict[Any, Any], str]] = {
+    "another key": (
+        {"PET" if key == "T1" else key: path for key, path in PATHS.items()},
+        "in PET, T1. The paths of PET are on rank 0: nothing; rank 1: towers.T1.bias, towers.",
+    ),
+    "fewer keys": (
+        {name: PATHS[name] for name in ("T1", "rsfMRI")},
+        "in T1-dMRI, dMRI. The paths of T1-dMRI are on rank 0: trunk; rank 1: nothing. Give",
+    ),
+    "another path": (
+        PATHS | {"T1": "towers.dMRI"},
+        "in T1. The paths of T1 are on rank 0: towers.T1.bias, towers.T1.weight; rank 1: towers.dM",
+    ),
+}
+
+
+def with_other_maps(rank: int, others: dict[Any, Any]) -> list[str]:
+    """`check_ranks` on batches that differ, that agree, and a step with a hold."""
+    model = Model()
+    for tower in model.towers.values():
+        fully_shard(tower)
+    wrapper = DummyLossWrapper(model, others if rank else PATHS)
+    texts = [outcome(wrapper, batch) for batch in (NAMES[rank % 2], "T1")]
+    model = Model()
+    wrapper = DummyLossWrapper(model, others if rank else PATHS)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = hold_inactive(wrapper, optimizer)
+    model.total(wrapper, NAMES[rank % 2]).backward()
+    try:
+        optimizer.step()
+    except ModalDummyError as error:
+        return [*texts, str(error)]
+    return [*texts, str(sorted(handle.held))]
+
+
+@pytest.mark.parametrize("others", SAME.values(), ids=SAME)
+def test_the_order_of_a_map_does_not_matter(fleet: Fleet, others: dict[Any, Any]) -> None:
+    """A map that is made from a set has another order in each process."""
+    answers = fleet.ask(with_other_maps, others)
+    for differing, agreeing, held in answers:
+        assert "Ranks have different modalities" in differing
+        assert differing == answers[0][0]
+        assert agreeing == ""
+        assert held == "['towers.dMRI.bias', 'towers.dMRI.weight', 'trunk.bias', 'trunk.weight']"
+
+
+@pytest.mark.parametrize(("others", "text"), OTHER.values(), ids=OTHER)
+def test_ranks_with_other_keys_or_paths_are_refused(
+    two: Fleet, others: dict[Any, Any], text: str
+) -> None:
+    """Each time, and on all ranks in the same words."""
+    answers = two.ask(with_other_maps, others)
+    for first, second, step in answers:
+        assert f"`modality_param_map` differs among ranks {text}" in first
+        assert first == second == f"RankDisagreementError: {step}" == answers[0][0]
 
 
 # --- ranks that do not come ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from modaldummy import DummyLossWrapper, ParameterMapError, UnsupportedEngineError, hold_inactive
+from modaldummy._hold import holder
 from tests.holding import NAMES, Towers, Training, assert_same_training, towers, train
 from tests.test_host_sync import CountSyncs
 
@@ -199,9 +200,9 @@ def test_an_optimizer_that_lost_all_parameters_of_the_map_is_refused() -> None:
 @pytest.mark.parametrize(
     ("active", "other_rank", "held"),
     [
-        (["T1"], [1, 1, 2], {"rsfMRI"}),
+        (["T1"], [1, 2, 1], {"rsfMRI"}),
         (["T1"], [0, 0, 0], {"rsfMRI", "dMRI"}),
-        (None, [1, 2, 1], {"T1", "dMRI"}),
+        (None, [1, 1, 2], {"T1", "dMRI"}),
         (None, [0, 0, 0], set()),
     ],
     ids=["both train", "this rank trains", "the other rank trains", "no rank trains"],
@@ -212,7 +213,10 @@ def test_a_key_is_trained_if_any_rank_has_trained_it(
     held: set[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The largest number counts: 0 without a backward pass, 1 for untrained, 2 for trained."""
+    """The largest number counts: 0 without a backward pass, 1 for untrained, 2 for trained.
+
+    The keys are in alphabetical order.
+    """
     operators = []
 
     def all_reduce(tensor: Tensor, op: object, group: object) -> None:
@@ -221,6 +225,7 @@ def test_a_key_is_trained_if_any_rank_has_trained_it(
 
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(holder, "check_same_map", lambda *_: None)
     training = Training()
     if active:
         training.backward(*active)

@@ -191,7 +191,7 @@ def test_only_keys_with_sharded_parameters_have_to_agree() -> None:
     check(wrapper, ["T1", "dMRI"], ["dMRI"])
     text = refusal(wrapper, ["T1"], ["dMRI"])
     assert "rank 0: T1; rank 1: dMRI." in text
-    assert "This concerns dMRI (towers.dMRI.weight, towers.dMRI.bias)." in text
+    assert "This concerns dMRI (towers.dMRI.bias, towers.dMRI.weight)." in text
 
 
 @pytest.mark.usefixtures("process_group")

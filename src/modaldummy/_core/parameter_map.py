@@ -19,6 +19,7 @@ from modaldummy._core.parameter import (
     is_sparse_table,
 )
 from modaldummy._core.paths import find_parameters, strip_wrappers
+from modaldummy._engines import FSDP1_FLAT, is_flat_parameter
 from modaldummy._errors import ParameterMapError, describe, unknown_modality
 
 ModalityKey: TypeAlias = str | tuple[str, ...]
@@ -91,6 +92,8 @@ class ParameterMap:
                 )
             self.paths[key] = paths
             trainable = [entry for entry in self._entries_of(key) if entry[1].requires_grad]
+            if any(is_flat_parameter(parameter) for _, parameter, _ in trainable):
+                raise ParameterMapError(f"{where}: {FSDP1_FLAT}")
             check_connectable([entry for entry in trainable if not is_lazy(entry[1])], where)
         members = (name for key in self.paths for name in _members(key))
         self.modalities: tuple[str, ...] = tuple(dict.fromkeys(members))
@@ -173,7 +176,7 @@ class ParameterMap:
                 raise ParameterMapError(
                     f"{_where(key)}: {path!r} was found when the wrapper was made but matches no "
                     f"parameter of {type(self.model).__name__} any more. Make a new wrapper after "
-                    "you change the structure of the model."
+                    f"you change the structure of the model.{_flat_hint(self.model)}"
                 )
             everything += entries
         return everything
@@ -258,7 +261,12 @@ def _match(spec: str, model: nn.Module, where: str) -> list[str]:
         f"{where}: {spec!r} matches no parameter of {type(model).__name__}"
         f"{_suggestion(spec, model)} A path names one parameter or one module, segment by "
         "segment. A glob such as 'encoder.T1.*' is compared with full parameter names."
+        f"{_flat_hint(model)}"
     )
+
+
+def _flat_hint(model: nn.Module) -> str:
+    return f" {FSDP1_FLAT}" if any(map(is_flat_parameter, model.parameters())) else ""
 
 
 def _suggestion(spec: str, model: nn.Module) -> str:

@@ -16,6 +16,7 @@ from modaldummy._engines import (
     apply_function,
     has_zero3_elements,
     is_batched,
+    is_fsdp1_parameter,
     is_transformed,
     local_shard,
 )
@@ -133,6 +134,8 @@ def term_inputs(
 ) -> list[Tensor]:
     """The tensors that the dummy term sums and gives gradients to, one for each parameter.
 
+    Parameters that FSDP1 has resharded are left out.
+
     Args:
         entries: The inactive parameters.
         scale: As for `dummy_term`; with None the tensors are the parameters themselves.
@@ -143,7 +146,9 @@ def term_inputs(
         ParameterMapError: A parameter is on the meta device and has no values to read.
         UnsupportedEngineError: ZeRO-3 has released a parameter, so that no gradient can fit it.
     """
-    for name, parameter, _ in entries:
+    tensors = []
+    for entry in entries:
+        name, parameter, _ = entry
         if not parameter.numel() and has_zero3_elements(parameter):
             raise UnsupportedEngineError(
                 f"ZeRO-3 has released the parameter {name!r} of an inactive modality, so that no "
@@ -155,9 +160,11 @@ def term_inputs(
                 f"values for a dummy term on {device}. Load the model before training, or pass "
                 "`gradient_only=True`, which reads no values."
             )
-    if scale is None:
-        return [parameter for _, parameter, _ in entries]
-    return list(map(term_input, entries))
+        # FSDP1 gives every parameter of a unit that ran a gradient. A second gradient, which does
+        # not go through its flat parameter, makes the sum wrong when gradients are accumulated.
+        if not is_fsdp1_parameter(parameter):
+            tensors.append(parameter if scale is None else term_input(entry))
+    return tensors
 
 
 def term_input(entry: ParameterEntry) -> Tensor:

@@ -24,6 +24,7 @@ from modaldummy._hold.dummy_gradients import HeldGradientCheck, may_be_dummy_gra
 from modaldummy._hold.trained_keys import TrainedKeys, check_not_capturing
 from modaldummy._optimizers import parameters_of
 from modaldummy._ownership import shared_with_trunk
+from modaldummy._ranks.agreement import check_same_map, keys_in_order
 
 
 class WrapperHold:
@@ -75,14 +76,16 @@ class WrapperHold:
             # A training loop may have put gradients aside and brought them back.
             put_aside = self.trained_keys.before_cleared - trained
             trained |= {key for key in put_aside if self._has_training_gradient(key, trained)}
-        keys = self._parameters.paths
+        keys = keys_in_order(self._parameters.paths)
         # 0 without a backward pass, 1 for an untrained key, 2 for a trained one.
         states = [0 if trained is None else 1 + (key in trained) for key in keys]
         if num_ranks(self._group) > 1:
+            check_same_map(self.wrapper, self._group, "`optimizer.step()` with a hold")
             tensor = torch.tensor(states, device=tensor_device(self._group, device))
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
             states = tensor.tolist()
-        return {key: state == 2 for key, state in zip(keys, states, strict=True) if state}
+        state_of = dict(zip(keys, states, strict=True))
+        return {key: state_of[key] == 2 for key in self._parameters.paths if state_of[key]}
 
     def used_by(self, keys: Iterable[ModalityKey]) -> set[int]:
         """`id` of each parameter of the map that one of the keys owns or that the trunk shares."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, ParameterMap, text_of
 from modaldummy._core.paths import strip_wrappers
-from modaldummy._engines import has_unscaled, local_shard
+from modaldummy._engines import has_unscaled, is_fsdp1_parameter, local_shard
 from modaldummy._errors import UnsupportedEngineError
 from modaldummy._monitor.tensor_norms import tensor_norms
 from modaldummy._numbers import check_number
@@ -156,6 +156,12 @@ def _sharded_rows(parameters: Iterable[Any]) -> dict[tuple[Any, tuple[int, ...]]
     """Device mesh, and dimensions of it over which a DTensor is sharded, to rows of parameters."""
     sharded: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for row, parameter in enumerate(parameters):
+        if is_fsdp1_parameter(parameter):
+            raise UnsupportedEngineError(
+                "`full=True` cannot measure parameters that FSDP1 shards. Leave it out, and call "
+                "`gradient_norms` inside `with FullyShardedDataParallel.summon_full_params(model, "
+                "with_grads=True):`."
+            )
         placements = getattr(parameter, "placements", ())
         if any(placement.is_partial() for placement in placements):
             raise UnsupportedEngineError(

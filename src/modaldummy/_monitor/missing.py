@@ -9,7 +9,7 @@ from torch import nn
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import text_of
-from modaldummy._engines import is_zero_parameter
+from modaldummy._engines import is_fsdp1_parameter, is_zero_parameter
 from modaldummy._errors import MissingGradientError, first_few
 from modaldummy._monitor.gradients import ParameterTable, local_elements, table_of
 
@@ -133,6 +133,8 @@ def _problem_of(parameter: nn.Parameter, is_active: bool, scale: float | None) -
     """What is wrong with the gradient of a parameter; None if it is as the scale asks for."""
     if not parameter.requires_grad or not parameter.numel():
         return None
+    if is_fsdp1_parameter(parameter):  # It gets no dummy gradient.
+        scale = None
     if parameter.grad is None:
         return Problem(_NONE, is_active) if is_active or scale is not None else None
     elements = local_elements(parameter.grad)

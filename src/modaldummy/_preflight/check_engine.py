@@ -1,4 +1,4 @@
-"""Checks of the engines around the model: DDP, FSDP2, DeepSpeed and torch.compile."""
+"""Checks of the engines around the model: DDP, FSDP, DeepSpeed and torch.compile."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +21,7 @@ from modaldummy._ranks import conflicts
 from modaldummy._ranks.attach import is_attached
 
 _CODES: dict[EngineConflict, tuple[str, Severity]] = {
+    conflicts.FSDP1_TOWER_UNIT: ("MD104", "warning"),
     conflicts.FSDP2_TOWER_UNIT: ("MD104", "warning"),
     conflicts.FSDP2_RESHARDED: ("MD104", "warning"),
     conflicts.FSDP2_SCALE_NONE: ("MD104", "warning"),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from modaldummy._core.graph import leaves_of, reached_leaves, reached_nodes
 from modaldummy._core.parameter_map import text_of
-from modaldummy._engines import function_of, is_sharded
+from modaldummy._engines import function_of, is_fsdp1_parameter, is_sharded
 from modaldummy._findings import Finding, Severity
 from modaldummy._ownership import shared_with_trunk
 from modaldummy._preflight.setup import Setup
@@ -24,8 +24,10 @@ def check_graph(setup: Setup) -> Iterator[Finding]:
     unreached = {
         id(parameter): name
         for parameter, name in trainable.items()
-        # The graph ends at the gathered copy of a sharded parameter, which is another tensor.
-        if id(parameter) not in reached_ids and not is_sharded(parameter)
+        # The graph ends at what FSDP gathers from a sharded parameter, which is another tensor.
+        if id(parameter) not in reached_ids
+        and parameter.is_leaf
+        and not (is_sharded(parameter) or is_fsdp1_parameter(parameter))
     }
     if len(unreached) < len(trainable):
         yield from _check_trunk_reached(setup, unreached)

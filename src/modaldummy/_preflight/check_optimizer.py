@@ -29,7 +29,7 @@ def check_optimizers(setup: Setup) -> Iterator[Finding]:
             "MD142",
             "info",
             "Preflight cannot check the optimizers now, because they have the shards of parameters "
-            "that FSDP2 has gathered, as it does between forward and backward.",
+            "that FSDP has gathered, as it does between forward and backward.",
             {"optimizers": [type(optimizer).__name__ for optimizer in setup.optimizers]},
             "Call `preflight` again, without `loss`, before the first forward pass.",
         )
@@ -41,7 +41,9 @@ def check_optimizers(setup: Setup) -> Iterator[Finding]:
 
 
 def _has_shards_of_gathered(setup: Setup, optimizer: Optimizer) -> bool:
-    """Whether an optimizer has shards of parameters that FSDP2 has gathered in the model."""
+    """Whether an optimizer has shards of parameters that FSDP has gathered in the model."""
+    if any(not parameter.is_leaf for parameter in setup.names):  # FSDP1 makes views of a flat one.
+        return True
     units = filter(is_fsdp2_unit, setup.modules)
     parameters = (parameter for unit in units for parameter in unit.parameters())
     return any(not is_sharded(parameter) for parameter in parameters) and any(

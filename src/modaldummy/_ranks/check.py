@@ -2,10 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -13,14 +12,20 @@ from modaldummy._arguments import called_model, check_model, check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._errors import RankDisagreementError, UnsupportedEngineError, first_few
-from modaldummy._group import check_group, num_ranks, tensor_device
+from modaldummy._group import check_group, num_ranks
+from modaldummy._ranks.agreement import (
+    check_same_map,
+    gather,
+    keys_in_order,
+    text_by_rank,
+    text_of_ranks,
+)
 from modaldummy._ranks.conflicts import ZERO2_SCALE_NONE, find_conflicts
 
 # The first byte that a rank sends. The others say which keys of the map are active.
 _UNREADABLE, _READABLE = range(2)
 
-# Rank to the keys that are active in its batch, in map order.
-_ActiveKeys: TypeAlias = Mapping[int, tuple[ModalityKey, ...]]
+_CALLER = "`check_ranks`"
 
 
 def check_ranks(
@@ -49,13 +54,13 @@ def check_ranks(
         model: The module that training calls, if it is not the model of the wrapper: a DeepSpeed
             engine, or a larger model that FSDP2 shards.
         group: The ranks that have to agree; all ranks by default. A call gathers one byte per key
-            of the map, and one more, from each rank. The host waits for it. A single rank only
-            reads its batch.
+            of the map, and one more, from each rank. The host waits for it. The first call with a
+            wrapper and a group also compares the maps. A single rank only reads its batch.
 
     Raises:
         RankDisagreementError: On every rank, with the same text: ranks have different modalities
-            under an engine that does not support it. Or another rank could not read its batch, or
-            did not call ``check_ranks`` before the timeout of ``group``.
+            under an engine that does not support it, or maps with different keys or paths. Or
+            another rank could not read its batch, or did not call ``check_ranks`` in time.
         BatchMetadataError: The batch of this rank does not say which modalities it contains.
         UnknownModalityError: The batch of this rank names a modality that is not in the map.
         UnsupportedEngineError: The scale is None and a modality is inactive on all ranks. ZeRO-2,
@@ -69,53 +74,36 @@ def check_ranks(
     if num_ranks(group) == 1:
         wrapper.reader.read(batch)
         return
-    keys = list(wrapper.parameters.paths)
+    check_same_map(wrapper, group, _CALLER)
+    keys = keys_in_order(wrapper.parameters.paths)
     try:
         active = wrapper.parameters.active_keys(wrapper.reader.read(batch))
     except Exception:
         # The error of this rank says more than that another rank did not answer.
         with contextlib.suppress(RankDisagreementError):
-            _gather(wrapper, [_UNREADABLE] + [0] * len(keys), group)
+            gather(wrapper, [_UNREADABLE] + [0] * len(keys), group, _CALLER)
         raise
-    rows = _gather(wrapper, [_READABLE] + [int(key in active) for key in keys], group)
+    rows = gather(wrapper, [_READABLE] + [int(key in active) for key in keys], group, _CALLER)
     if failed := [rank for rank, row in rows.items() if row[0] == _UNREADABLE]:
         raise RankDisagreementError(
-            f"The batch could not be read on {_text_of_ranks(failed)}. Look at the error there: it "
+            f"The batch could not be read on {text_of_ranks(failed)}. Look at the error there: it "
             "gives the reason."
         )
-    active_keys = {rank: tuple(itertools.compress(keys, row[1:])) for rank, row in rows.items()}
+    active_keys = {rank: list(itertools.compress(keys, row[1:])) for rank, row in rows.items()}
     _check_conflicts(wrapper, model, active_keys)
 
 
-def _gather(
-    wrapper: DummyLossWrapper, row: list[int], group: "dist.ProcessGroup | None"
-) -> dict[int, list[int]]:
-    """The row of bytes that each rank of `group` sends, by rank."""
-    parameter = next(wrapper.parameters.model.parameters())
-    device = tensor_device(group, parameter.device)
-    sent = torch.tensor(row, dtype=torch.uint8, device=device)
-    received = sent.new_empty(num_ranks(group), len(row))
-    try:
-        dist.all_gather(list(received), sent, group=group)
-        rows: list[list[int]] = received.tolist()
-    except RuntimeError as error:
-        raise RankDisagreementError(
-            "Not all ranks called `check_ranks` before the timeout of their group. A rank has "
-            "ended, hangs, or runs another part of the program. Look at what each rank printed "
-            "last, and let all ranks call `check_ranks` equally often, before forward."
-        ) from error
-    return dict(zip(dist.get_process_group_ranks(group), rows, strict=True))
-
-
 def _check_conflicts(
-    wrapper: DummyLossWrapper, model: nn.Module | None, active_keys: _ActiveKeys
+    wrapper: DummyLossWrapper,
+    model: nn.Module | None,
+    active_keys: Mapping[int, Collection[ModalityKey]],
 ) -> None:
     """Raise if the engine does not support which keys are active on which ranks."""
     parameters = wrapper.parameters
     somewhere = set().union(*active_keys.values())
     everywhere = somewhere.intersection(*active_keys.values())
-    inactive = [key for key in parameters.paths if key not in somewhere]
-    differing = [key for key in parameters.paths if key in somewhere - everywhere]
+    inactive = parameters.paths.keys() - somewhere
+    differing = keys_in_order(somewhere - everywhere)
     if inactive and wrapper.scale is None:
         conflicts = find_conflicts(wrapper, called_model(wrapper, model), inactive)
         if any(one.conflict is ZERO2_SCALE_NONE for one in conflicts):
@@ -126,32 +114,11 @@ def _check_conflicts(
     for one in find_conflicts(wrapper, called_model(wrapper, model), differing):
         ids = {id(owned.parameter) for owned in one.parameters}
         keys = [key for key in differing if not ids.isdisjoint(parameters.of_keys([key]))]
-        names = first_few((owned.name for owned in one.parameters), 3)
+        names = first_few(sorted(owned.name for owned in one.parameters), 3)
         concerned = f"This concerns {first_few(map(text_of, keys))} ({names})."
         problems.append(f"{one.conflict.message} {concerned} {one.conflict.remedy}")
     if problems:
+        active = {rank: list(map(text_of, keys)) for rank, keys in active_keys.items()}
         raise RankDisagreementError(
-            f"Ranks have different modalities: {_text_of_active_keys(active_keys)}. "
-            f"{' '.join(problems)}"
+            f"Ranks have different modalities: {text_by_rank(active)}. {' '.join(problems)}"
         )
-
-
-def _text_of_active_keys(active_keys: _ActiveKeys) -> str:
-    """Such as `ranks 0, 2: T1; rank 1: dMRI, rsfMRI; rank 3: nothing`."""
-    ranks_of: dict[tuple[ModalityKey, ...], list[int]] = {}
-    for rank, keys in active_keys.items():
-        ranks_of.setdefault(keys, []).append(rank)
-    parts = (
-        f"{_text_of_ranks(ranks)}: {first_few(map(text_of, keys)) or 'nothing'}"
-        for keys, ranks in ranks_of.items()
-    )
-    return first_few(parts, separator="; ")
-
-
-def _text_of_ranks(ranks: Sequence[int]) -> str:
-    """Such as `rank 3` or `ranks 0-15, 32`."""
-    # Consecutive ranks have the same distance to their index.
-    groups = itertools.groupby(enumerate(ranks), lambda item: item[1] - item[0])
-    runs = [[rank for _, rank in group] for _, group in groups]
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {first_few(words)}"

@@ -17,6 +17,7 @@ from modaldummy._engines import (
     fsdp2_reduces_unused,
     fsdp2_reshards,
     is_deepspeed_engine,
+    is_fsdp1_unit,
     is_fsdp2_unit,
     is_sharded,
     is_zero3_parameter,
@@ -47,6 +48,7 @@ _GRADIENTS_MIX = (
 _SAME_MODALITIES = (
     "give all ranks the same modalities at each step, for instance with `ModalityBatchSampler`"
 )
+_WRAP_ALL = "wrap only the whole model in `FullyShardedDataParallel`, without `auto_wrap_policy`"
 _SHARD_ALL = "call `fully_shard` only on the whole model, with its default `reshard_after_forward`"
 _REDUCE_ZEROS = "call `set_reduce_scatter_unused_params(True)`, which needs torch 2.13"
 _REDUCE_ONCE = "run `check_ranks`, forward and backward in `with engine.coalesce_grad_reduction():`"
@@ -54,6 +56,10 @@ _RUN_ALL_TOWERS = (
     "run all towers on every rank, inactive ones on an empty batch, and pass `wrapper.modalities`"
 )
 
+FSDP1_TOWER_UNIT = EngineConflict(
+    f"These parameters are in their own FSDP1 unit. {_GATHERS_MISMATCH}",
+    _one_of(_SAME_MODALITIES, _WRAP_ALL, f"{_RUN_ALL_TOWERS} to `check_ranks`"),
+)
 FSDP2_TOWER_UNIT = EngineConflict(
     f"These parameters are in their own FSDP2 unit. {_GATHERS_MISMATCH}",
     _one_of(_SAME_MODALITIES, _SHARD_ALL, f"{_RUN_ALL_TOWERS} to `check_ranks`"),
@@ -137,7 +143,7 @@ def find_conflicts(
         if engine is not None:
             conflict = _zero_conflict(engine, trainable, wrapper.scale)
         elif around:
-            conflict = _fsdp2_conflict(around, trainable, wrapper.scale, always_run)
+            conflict = _fsdp_conflict(around, trainable, wrapper.scale, always_run)
         else:
             conflict = _conflict_without_engine(owned.parameter)
         if conflict is not None:
@@ -146,7 +152,7 @@ def find_conflicts(
 
 
 def _find_surroundings(models: Iterable[nn.Module]) -> dict[nn.Module, tuple[nn.Module, ...]]:
-    """The FSDP2 units and DeepSpeed engines around each module of the models, outermost first.
+    """The FSDP units and DeepSpeed engines around each module of the models, outermost first.
 
     A module that is one itself is the last of them.
     """
@@ -155,7 +161,7 @@ def _find_surroundings(models: Iterable[nn.Module]) -> dict[nn.Module, tuple[nn.
     is_engine: Callable[[Any], bool] = functools.cache(is_deepspeed_engine)
 
     def visit(module: nn.Module, around: tuple[nn.Module, ...]) -> None:
-        if is_engine(type(module)) or is_fsdp2_unit(module):
+        if is_engine(type(module)) or is_fsdp1_unit(module) or is_fsdp2_unit(module):
             around = (*around, module)
         # The second model may be around the first, and then knows more of what is around it.
         if module not in surroundings or len(around) > len(surroundings[module]):
@@ -172,7 +178,7 @@ def _find_surroundings(models: Iterable[nn.Module]) -> dict[nn.Module, tuple[nn.
 def _units_that_always_run(
     wrapper: DummyLossWrapper, surroundings: Mapping[nn.Module, tuple[nn.Module, ...]]
 ) -> set[nn.Module]:
-    """FSDP2 units that forward runs on every rank, whatever modalities its batch contains.
+    """FSDP units that forward runs on every rank, whatever modalities its batch contains.
 
     A unit around the whole model does. So does a unit that contains all modalities and something
     else. A unit that contains only modalities need not run for a batch without modalities.
@@ -183,17 +189,18 @@ def _units_that_always_run(
     return with_trunk | set(surroundings[wrapper.parameters.model])
 
 
-def _fsdp2_conflict(
+def _fsdp_conflict(
     units: tuple[nn.Module, ...],
     trainable: bool,
     scale: float | None,
     always_run: Collection[nn.Module],
 ) -> EngineConflict | None:
-    """The conflict of a parameter in FSDP2 units, or None."""
+    """The conflict of a parameter in FSDP units, or None."""
     unit = units[-1]  # The innermost unit manages the parameter.
+    is_fsdp1 = is_fsdp1_unit(unit)
     if unit not in always_run:
-        return FSDP2_TOWER_UNIT
-    if not trainable or fsdp2_reduces_unused(unit):
+        return FSDP1_TOWER_UNIT if is_fsdp1 else FSDP2_TOWER_UNIT
+    if is_fsdp1 or not trainable or fsdp2_reduces_unused(unit):
         return None
     if fsdp2_reshards(unit, outermost=len(units) == 1):
         return FSDP2_RESHARDED
