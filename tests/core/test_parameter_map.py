@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Callable
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
 
-from modaldummy import DummyLossWrapper, ParameterMapError
+from modaldummy import DummyLossWrapper, ParameterMapError, gradient_norms
+from modaldummy._core import parameter_map
+from modaldummy._core.batch import BatchReader
 from modaldummy._core.paths import strip_wrappers
 from modaldummy._ownership import shared_with_trunk
 from tests.asserts import connected
@@ -333,3 +337,80 @@ def test_a_parametrization_may_have_modules_without_a_bias() -> None:
     wrapper = DummyLossWrapper(model, {"T1": "T1.weight", "dMRI": "dMRI"})
     owned = list(wrapper.named_parameters("T1"))
     assert owned == [f"T1.parametrizations.weight.{name}" for name in ("original", "0.weight")]
+
+
+class Model(nn.ModuleDict):
+    """Counts how often all its modules are walked."""
+
+    num_walks = 0
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_walks += 1
+        return super().named_modules(*args, **kwargs)
+
+
+class Name(str):
+    """Counts how often names are compared."""
+
+    num_comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        Name.num_comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def large(spec: Callable[[Model, str], Any], num_keys: int) -> DummyLossWrapper:
+    names = [f"m{number}" for number in range(num_keys)]
+    model = Model({name: nn.Linear(1, 1) for name in names})
+    return DummyLossWrapper(model, {Name(name): spec(model, name) for name in names})
+
+
+LARGE_SPECS: dict[str, Callable[[Model, str], Any]] = {
+    "path": lambda _, name: name,
+    "glob": lambda _, name: f"{name}.b*s",
+    "module": lambda model, name: model[name],
+    "parameter": lambda model, name: model[name].weight,
+}
+
+
+@pytest.mark.parametrize("spec", LARGE_SPECS.values(), ids=LARGE_SPECS.keys())
+def test_a_large_map_walks_its_model_no_more_often_than_a_small_one(
+    spec: Callable[[Model, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = Mock(side_effect=fnmatchcase)
+    monkeypatch.setattr(parameter_map, "fnmatchcase", compare)
+    small, big = large(spec, 2), large(spec, 90)
+    assert small.parameters.model.num_walks == big.parameters.model.num_walks
+    assert compare.call_count <= 4 * 92
+
+
+MANY = [Name(f"m{number}") for number in range(200)]
+LARGE_USES: dict[str, Callable[[DummyLossWrapper], object]] = {
+    "constructor": lambda _: large(LARGE_SPECS["path"], 200),
+    "total": lambda wrapper: wrapper.total(torch.tensor(1.0), MANY),
+    "names": lambda wrapper: wrapper.reader.read([[name] for name in MANY]),
+    "mapping": lambda wrapper: wrapper.reader.read(dict.fromkeys(MANY, True)),
+    "flags": lambda wrapper: wrapper.reader.read({"modality": dict.fromkeys(MANY, True)}),
+    "captions": lambda wrapper: wrapper(lambda *_: torch.tensor(1.0))([Name("cap")] * 200, MANY),
+    "as_dict": lambda wrapper: wrapper.last and wrapper.last.as_dict(),
+    "gradient_norms": lambda wrapper: gradient_norms(wrapper, active=MANY[:100]),
+    "constant keys": lambda wrapper: gradient_norms(wrapper, active=MANY[:100], label=False),
+}
+
+
+@pytest.mark.parametrize("use", LARGE_USES.values(), ids=LARGE_USES.keys())
+def test_names_of_a_large_map_are_looked_up_and_not_searched_for(
+    use: Callable[[DummyLossWrapper], object],
+) -> None:
+    """Each name is compared with some others, not with all."""
+    wrapper = large(LARGE_SPECS["path"], 200)
+    # The wrapper has plain strings, which count nothing.
+    wrapper.parameters.paths = {Name(key): paths for key, paths in wrapper.parameters.paths.items()}
+    wrapper.parameters.modalities = tuple(MANY)
+    wrapper.reader = BatchReader(MANY)
+    wrapper.total(torch.tensor(1.0), MANY)
+    Name.num_comparisons = 0
+    use(wrapper)
+    assert Name.num_comparisons < 20 * len(MANY)

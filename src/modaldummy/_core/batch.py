@@ -24,7 +24,7 @@ from modaldummy._errors import BatchMetadataError, close_match, describe, unknow
 Resolver: TypeAlias = Callable[[Any], Iterable[str] | None]
 
 EXPLICIT_KEYS = ("active_modalities", "modalities", "modality")
-MAX_COMPARED_KEYS = 1000  # keys of a mapping that are searched for a misspelt name
+MAX_COMPARISONS = 6_000  # of keys of a mapping with known names, in search of a misspelt one
 
 
 def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
@@ -85,6 +85,7 @@ class BatchReader:
         if resolver is not None and not callable(resolver):
             raise TypeError(f"`resolver` must be callable or None, got {describe(resolver)}.")
         self.modalities: tuple[str, ...] = tuple(modalities)
+        self._known_names = frozenset(self.modalities)
         self.resolver = resolver
 
     def read(self, batch: Any) -> set[str]:
@@ -168,7 +169,7 @@ class BatchReader:
 
     def _known(self, name: object, where: str) -> str:
         """The known modality that `name` is; a member of a string Enum becomes a plain string."""
-        if isinstance(name, str) and name in self.modalities:
+        if isinstance(name, str) and name in self._known_names:
             return str.__str__(name)
         raise unknown_modality(name, self.modalities, where)
 
@@ -178,7 +179,7 @@ class BatchReader:
             return " Reading an iterator would use it up; pass a list."
         fields = fields_of(value)
         options = EXPLICIT_KEYS + self.modalities
-        for key in () if fields is None else fields.keys[:MAX_COMPARED_KEYS]:
+        for key in () if fields is None else fields.keys[: MAX_COMPARISONS // len(options)]:
             if not isinstance(key, str) or key in options:
                 continue
             if (match := close_match(key, options)) is not None:
@@ -222,7 +223,8 @@ class BatchReader:
             if value is not None:
                 inside = f"{where}[{key!r}]"
                 return self.read_value(value, inside, explicit=True, depth=depth + 1)
-        names = [name for name in self.modalities if name in fields.keys]
+        keys = {key for key in fields.keys if isinstance(key, str)}
+        names = [name for name in self.modalities if name in keys]
         return self._present({name: fields.get(name) for name in names}, where) if names else None
 
     def _present(self, values: Mapping[str, Any], where: str) -> set[str]:

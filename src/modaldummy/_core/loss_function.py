@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from numbers import Number
 from typing import Any, TypeVar
 
@@ -105,7 +105,7 @@ class CallReader:
 
     def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
         """The modalities that `argument` names, or None and why it could not be read."""
-        resolver, known = self._reader.resolver, self._reader.modalities
+        resolver, known = self._reader.resolver, set(self._reader.modalities)
         if is_data(argument) or (resolver is None and not may_contain_metadata(argument, known)):
             return None, " (not asked)"
         if resolver is None:
@@ -150,7 +150,7 @@ def is_data(argument: object) -> bool:
     return callable(argument) and not hasattr(argument, "keys")
 
 
-def may_contain_metadata(argument: Any, modalities: Sequence[str], depth: int = 0) -> bool:
+def may_contain_metadata(argument: Any, modalities: Collection[str], depth: int = 0) -> bool:
     """Whether an argument of a loss function may contain the modalities of its batch.
 
     Data does not. A collection may, if an item is the name of a modality, a mapping or an object;

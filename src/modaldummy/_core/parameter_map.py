@@ -4,9 +4,13 @@
 """
 
 import difflib
+import re
+import sys
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -79,13 +83,15 @@ class ParameterMap:
             )
         self.model = model
         self.paths: dict[ModalityKey, tuple[str, ...]] = {}
+        names_in_model = _NamesInModel(model)
+        earlier: dict[frozenset[str] | str, ModalityKey] = {}
         for given, spec in modality_param_map.items():
-            _check_key(given, self.paths)
+            _check_key(given, earlier)
             # Plain strings in place of members of a string Enum, which print differently.
             names = tuple(map(str.__str__, _members(given)))
             key: ModalityKey = names if isinstance(given, tuple) else names[0]
             where = _where(key)
-            paths = tuple(dict.fromkeys(_paths_of(spec, model, where)))
+            paths = tuple(dict.fromkeys(_paths_of(spec, names_in_model, where)))
             if not paths:
                 raise ParameterMapError(
                     f"{where} is empty. Give a path, a module or a parameter, or drop the key."
@@ -110,7 +116,8 @@ class ParameterMap:
                 matches.
         """
         self._check_names(active, "`active`")
-        active_keys = self.active_keys(active)
+        active = set(active)
+        active_keys = dict.fromkeys(self.active_keys(active))
         inactive_keys = [key for key in self.paths if key not in active_keys]
         active_ids: set[int] = set().union(*map(self.parameter_ids, active_keys))
         inactive: dict[int, ParameterEntry] = {}
@@ -127,7 +134,7 @@ class ParameterMap:
         return Step(
             active=tuple(name for name in self.modalities if name in active),
             inactive=tuple(name for name in self.modalities if name not in active),
-            active_keys=active_keys,
+            active_keys=tuple(active_keys),
             inactive_entries=tuple(inactive.values()),
         )
 
@@ -164,8 +171,9 @@ class ParameterMap:
         return {owned.name: owned.parameter for owned in self.of_keys(keys).values()}
 
     def _check_names(self, names: Iterable[str], where: str) -> None:
+        known = set(self.modalities)
         for name in names:
-            if name not in self.modalities:
+            if not isinstance(name, str) or name not in known:
                 raise unknown_modality(name, self.modalities, where)
 
     def _entries_of(self, key: ModalityKey) -> list[ParameterEntry]:
@@ -195,7 +203,8 @@ def _members(key: ModalityKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
 
 
-def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
+def _check_key(key: ModalityKey, earlier: dict[frozenset[str] | str, ModalityKey]) -> None:
+    """Refuse what is not a key, or means or reads the same as one of the `earlier` keys."""
     names = _members(key)
     valid = all(isinstance(name, str) and name for name in names)
     if not names or not valid or len(set(names)) < len(names):
@@ -203,63 +212,94 @@ def _check_key(key: ModalityKey, earlier: Collection[ModalityKey]) -> None:
             "Keys of `modality_param_map` must be modality names or tuples of different names, "
             f"got {key!r}."
         )
-    for other in earlier:
-        pair = f"Keys {other!r} and {key!r} of `modality_param_map`"
-        if set(_members(other)) == set(names):
+    for reading, fault in (
+        (frozenset(names), "mean the same modalities. Give one key the paths of both."),
+        (
+            text_of(key),
+            f"are both written {text_of(key)!r} in logs and findings. Rename a modality.",
+        ),
+    ):
+        if reading in earlier:
             raise ParameterMapError(
-                f"{pair} mean the same modalities. Give one key the paths of both."
+                f"Keys {earlier[reading]!r} and {key!r} of `modality_param_map` {fault}"
             )
-        if text_of(other) == text_of(key):
-            raise ParameterMapError(
-                f"{pair} are both written {text_of(key)!r} in logs and findings. Rename a modality."
-            )
+        earlier[reading] = key
 
 
-def _paths_of(spec: object, model: nn.Module, where: str) -> list[str]:
+class _NamesInModel:
+    """The names of modules and parameters, for which one map walks its model once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """All modules by all their names."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def first(self) -> dict[int, str]:
+        """The first name of each module and parameter, by `id`."""
+        parts = [*self.model.named_modules(), *self.model.named_parameters()]
+        return {id(part): name for name, part in parts}
+
+    @cached_property
+    def parameters(self) -> list[tuple[str, int, str]]:
+        """Name without wrappers, position and full name of each parameter, in order of names."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return sorted((strip_wrappers(name), i, name) for i, (name, _) in enumerate(named))
+
+    def matching(self, glob: str) -> list[str]:
+        """Full names of the parameters that a glob matches without wrappers, in model order."""
+        # Names that begin alike are neighbours, so few are compared with each of many globs.
+        start = re.split(r"[*?\[]", glob, maxsplit=1)[0]
+        low = bisect_left(self.parameters, (start,))
+        high = bisect_left(self.parameters, (start + chr(sys.maxunicode),))
+        found = [
+            (position, name)
+            for bare, position, name in self.parameters[low:high]
+            if glob == f"{start}*" or fnmatchcase(bare, glob)  # compiling a pattern takes long
+        ]
+        return [name for _, name in sorted(found)]
+
+
+def _paths_of(spec: object, names: _NamesInModel, where: str) -> list[str]:
     """Full paths that `spec` selects; a glob gives one for each parameter that it matches."""
     if isinstance(spec, str):
-        paths = _match(spec, model, where)
+        paths = _match(spec, names, where)
     elif isinstance(spec, (nn.Module, nn.Parameter)):
-        paths = [_path_of(spec, model, where)]
+        if (path := names.first.get(id(spec))) is None:
+            raise ParameterMapError(
+                f"{where} contains {describe(spec)} that is not part of "
+                f"{type(names.model).__name__}. Take modules and parameters from the model that "
+                "you pass as `model`."
+            )
+        paths = [path]
     elif isinstance(spec, Iterable) and not isinstance(spec, (Mapping, Tensor, bytes)):
-        return [path for item in spec for path in _paths_of(item, model, where)]
+        return [path for item in spec for path in _paths_of(item, names, where)]
     else:
         raise ParameterMapError(
             f"{where} must be a path, a module, a parameter or an iterable of these, "
             f"got {describe(spec)}."
         )
-    if not find_parameters(model, paths[0]):  # only a module can be without any
+    if not find_parameters(names.model, paths[0]):  # only a module can be without any
         raise ParameterMapError(
             f"{where}: the module {paths[0]!r} has no parameters. Leave it out."
         )
     return paths
 
 
-def _path_of(spec: nn.Module | nn.Parameter, model: nn.Module, where: str) -> str:
-    """The path under which a model has a module or parameter."""
-    named = model.named_modules() if isinstance(spec, nn.Module) else model.named_parameters()
-    path = next((name for name, part in named if part is spec), None)
-    if path is None:
-        raise ParameterMapError(
-            f"{where} contains {describe(spec)} that is not part of {type(model).__name__}. Take "
-            "modules and parameters from the model that you pass as `model`."
-        )
-    return path
-
-
-def _match(spec: str, model: nn.Module, where: str) -> list[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _match(spec: str, names: _NamesInModel, where: str) -> list[str]:
     bare = strip_wrappers(spec)
     if any(wildcard in spec for wildcard in "*?["):
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        if matches := [name for name in names if fnmatchcase(strip_wrappers(name), bare)]:
+        if matches := names.matching(bare):
             return matches
     # Wrapper segments alone would select the whole model, by accident more often than not.
-    elif spec and (spec in modules or (bare and find_parameters(model, spec))):
+    elif spec and (spec in names.modules or (bare and find_parameters(names.model, spec))):
         return [spec]
     raise ParameterMapError(
-        f"{where}: {spec!r} matches no parameter of {type(model).__name__}"
-        f"{_suggestion(spec, model)} A path names one parameter or one module, segment by "
+        f"{where}: {spec!r} matches no parameter of {type(names.model).__name__}"
+        f"{_suggestion(spec, names.model)} A path names one parameter or one module, segment by "
         "segment. A glob such as 'encoder.T1.*' is compared with full parameter names."
         f"{_flat_hint(model)}"
     )

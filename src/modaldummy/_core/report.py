@@ -85,7 +85,8 @@ class StepReport:
             "num_elements": float(self.num_elements),
         }
         names = sorted(self.active + self.inactive)
-        flags = {f"active/{name}": float(name in self.active) for name in names}
+        active = set(self.active)
+        flags = {f"active/{name}": float(name in active) for name in names}
         return {prefix + key: number for key, number in (numbers | flags).items()}
 
 

@@ -110,7 +110,7 @@ def _log_keys(
     elif len(active_keys) == len(ids):
         owners = dict.fromkeys(ids, "")
     else:
-        owners = {key: f"/[{text_of(key) if key in active_keys else 'inactive'}]" for key in ids}
+        owners = dict.fromkeys(ids, "/[inactive]") | {k: f"/[{text_of(k)}]" for k in active_keys}
     owner_of: dict[int, str] = {}
     # The key that is written last stays, so the first owner comes last.
     for key in reversed([*active_keys, *ids] if label else list(ids)):
