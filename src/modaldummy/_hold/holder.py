@@ -72,10 +72,10 @@ class WrapperHold:
             device: Device of the parameters.
         """
         trained = self.trained_keys.trained
-        if trained is not None:
-            # A training loop may have put gradients aside and brought them back.
-            put_aside = self.trained_keys.before_cleared - trained
-            trained |= {key for key in put_aside if self._has_training_gradient(key, trained)}
+        # A training loop may have put gradients aside and brought them back.
+        if trained is not None and (put_aside := self.trained_keys.before_cleared - trained):
+            unused = set(map(id, self._holder.parameters())) - self.used_by(trained)
+            trained |= {key for key in put_aside if self._has_training_gradient(key, unused)}
         keys = keys_in_order(self._parameters.paths)
         # 0 without a backward pass, 1 for an untrained key, 2 for a trained one.
         states = [0 if trained is None else 1 + (key in trained) for key in keys]
@@ -123,14 +123,18 @@ class WrapperHold:
         self._holder.loss_computed = True
         self.trained_keys.observe_loss(step.active_keys, loss)
 
-    def _has_training_gradient(self, key: ModalityKey, trained: Collection[ModalityKey]) -> bool:
-        """Whether parameters that only `key` uses have gradients that are not dummy gradients.
+    def _has_training_gradient(self, key: ModalityKey, unused: Collection[int]) -> bool:
+        """Whether parameters of `key` have gradients that are not dummy gradients.
 
         A gradient of one element could be either. If there are no others, it counts as training.
+
+        Args:
+            key: The key.
+            unused: `id` of each parameter of this optimizer that no trained key uses. Others keep
+                old gradients when this optimizer clears its own.
         """
-        only_this_key = self._parameters.of_keys([key]).keys() - self.used_by(trained)
-        # Other parameters keep old gradients when this optimizer clears its own.
-        parameters = [p for p in self._holder.parameters() if id(p) in only_this_key]
+        owned = self._parameters.of_keys([key])
+        parameters = [owned[i].parameter for i in owned if i in unused]
         gradients = [p.grad for p in parameters if p.grad is not None]
         telling = [gradient for gradient in gradients if gradient.numel() > 1]
         return bool(gradients) and not (telling and all(map(may_be_dummy_gradient, telling)))
