@@ -117,10 +117,11 @@ def _check_scaler_gets_gradients(setup: Setup, optimizer: Optimizer) -> Iterator
     if setup.wrapper.scale is not None or not has_grad_scaler or setup.ddps:
         return
     ids = {id(p) for p in parameters_of(optimizer) if p.requires_grad and p in setup.names}
-    batches = [[name] for name in setup.wrapper.modalities]
-    batches += [[]] if setup.trunk_parameters else []
-    without_gradient = [batch for batch in batches if ids <= setup.inactive_ids(batch)]
-    if ids and without_gradient:
+    used = {key for i in ids for key in setup.owners.get(i, ())}
+    modalities = setup.wrapper.modalities
+    without_gradient = [[m] for m in modalities if m not in used and (m,) not in used]
+    without_gradient += [[]] if setup.trunk_parameters else []
+    if ids and without_gradient and ids <= setup.modality_parameters.keys():
         yield Finding(
             "MD143",
             "error",

@@ -51,13 +51,18 @@ def expected_drift(
             f"The drift of {type(optimizer).__name__} cannot be measured, because it {reason}."
         )
     expected = {}
+    groups = optimizer.param_groups
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     for key in wrapper.parameters.paths:
-        owned = wrapper.parameters.of_keys([key])
+        by_group: dict[int, list[OwnedParameter]] = {}
+        for parameter_id, owned in wrapper.parameters.of_keys([key]).items():
+            if parameter_id in group_of:
+                by_group.setdefault(group_of[parameter_id], []).append(owned)
         drifts = [
             drift
-            for group in optimizer.param_groups
-            if (samples := _sample_parameters(group["params"], owned))
-            for drift in _measure_drifts(optimizer, group, samples, wrapper.scale, steps)
+            for number, in_group in by_group.items()
+            if (samples := _sample_parameters(in_group))
+            for drift in _measure_drifts(optimizer, groups[number], samples, wrapper.scale, steps)
         ]
         if drifts:
             expected[key] = max(drifts)
@@ -69,17 +74,12 @@ def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
     return [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
 
 
-def _sample_parameters(
-    params: Iterable[nn.Parameter], owned_by_id: Mapping[int, OwnedParameter]
-) -> list[nn.Parameter]:
-    """Some of `params` that are owned and get a dummy gradient with elements, of all shapes."""
+def _sample_parameters(parameters: Iterable[OwnedParameter]) -> list[nn.Parameter]:
+    """Some of the parameters that get a dummy gradient with elements, of all shapes."""
     eligible = [
-        parameter
-        for parameter in params
-        if (owned := owned_by_id.get(id(parameter))) is not None
-        and parameter.requires_grad
-        and parameter.numel()
-        and not is_sparse_table(owned)
+        owned.parameter
+        for owned in parameters
+        if owned.parameter.requires_grad and owned.parameter.numel() and not is_sparse_table(owned)
     ]
     # Some optimizers treat matrices differently from vectors, so one of each is always tried.
     smallest = {
