@@ -77,7 +77,7 @@ def check_ranks(
     check_same_map(wrapper, group, _CALLER)
     keys = keys_in_order(wrapper.parameters.paths)
     try:
-        active = wrapper.parameters.active_keys(wrapper.reader.read(batch))
+        active = set(wrapper.parameters.active_keys(wrapper.reader.read(batch)))
     except Exception:
         # The error of this rank says more than that another rank did not answer.
         with contextlib.suppress(RankDisagreementError):
