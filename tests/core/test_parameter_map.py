@@ -64,6 +64,17 @@ def test_every_form_of_spec(spec: Callable[[Brain], Any], expected: set[str]) ->
     assert selected(spec(model), model) == expected
 
 
+@pytest.mark.parametrize("name", ["a[0]", "a*", "a?", "[a]"])
+def test_an_exact_path_goes_before_a_glob(name: str) -> None:
+    """Also where the glob would match another module."""
+    for path in (name, f"{name}.bias", f"module.{name}.bias"):
+        model = nn.ModuleDict({"a": nn.Linear(1, 1), "a0": nn.Linear(1, 1), name: nn.Linear(1, 1)})
+        wrapper = DummyLossWrapper(model, {"T1": path})
+        assert list(wrapper.named_parameters("T1"))[-1] == f"{name}.bias"
+        assert all(found.startswith(name) for found in wrapper.named_parameters("T1"))
+    assert len(DummyLossWrapper(model, {"T1": "a*s"}).named_parameters("T1")) > 1
+
+
 def test_named_parameters_keep_frozen_ones_and_map_order() -> None:
     """`named_parameters` is about ownership; what is frozen may thaw."""
     case = brain()

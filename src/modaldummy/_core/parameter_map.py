@@ -291,12 +291,12 @@ def _paths_of(spec: object, names: _NamesInModel, where: str) -> list[str]:
 
 def _match(spec: str, names: _NamesInModel, where: str) -> list[str]:
     bare = strip_wrappers(spec)
-    if any(wildcard in spec for wildcard in "*?["):
-        if matches := names.matching(bare):
-            return matches
+    # Names may contain the characters of a glob, such as `a[0]`, so an exact path goes first.
     # Wrapper segments alone would select the whole model, by accident more often than not.
-    elif spec and (spec in names.modules or (bare and find_parameters(names.model, spec))):
+    if spec and (spec in names.modules or (bare and find_parameters(names.model, spec))):
         return [spec]
+    if matches := names.matching(bare):
+        return matches
     raise ParameterMapError(
         f"{where}: {spec!r} matches no parameter of {type(names.model).__name__}"
         f"{_suggestion(spec, names.model)} A path names one parameter or one module, segment by "
