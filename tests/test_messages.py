@@ -1,6 +1,7 @@
 """Every rejected input: the error names the value and the next action, and nothing is changed."""
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,42 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ParameterMapError,
         ["('T1', 'dMRI-post')", "both written 'T1-dMRI-post'"],
     ),
+    "a modality that reads like a tuple": (
+        lambda: make_map({("T1", "dMRI"): "fusion", ("T1-dMRI", "post"): "trunk"}),
+        ParameterMapError,
+        ["('T1', 'dMRI')", "'T1-dMRI'", "both written", "Rename"],
+    ),
+    "names that print alike": (
+        lambda: make_map({"T\u00e9": "fusion", "Te\u0301": "trunk"}),
+        ParameterMapError,
+        [r"'T\xe9' and 'Te\u0301'", "both written", "Rename"],
+    ),
+    "names in a tuple that print alike": (
+        lambda: make_map({("T\u00e9", "Te\u0301"): "fusion"}),
+        ParameterMapError,
+        [r"'T\xe9' and 'Te\u0301'", "both written"],
+    ),
+    "path that prints like another": (
+        lambda: DummyLossWrapper(nn.ModuleDict({"T\u00e9": nn.Linear(1, 1)}), {"T1": "Te\u0301"}),
+        ParameterMapError,
+        ["matches no parameter", r"'T\xe9' prints alike", r"Unicode characters than 'Te\u0301'"],
+    ),
+    "glob that prints like another": (
+        lambda: DummyLossWrapper(
+            nn.ModuleDict({"Te\u0301": nn.Linear(1, 1)}), {"T1": "T\u00e9.w*"}
+        ),
+        ParameterMapError,
+        [r"'Te\u0301.weight' prints alike", r"than 'T\xe9.w*'"],
+    ),
+    **{
+        f"a name that breaks logs: {key!r}": (
+            functools.partial(make_map, {key: "fusion"}),
+            ParameterMapError,
+            [f"the modality {name!r}", "'grad/[inactive]/...'", "Rename it"],
+        )
+        for name in ("active", "inactive", "T1]", "T1 ", "\tT1", "T1\npost", "T1__MAX", "T1__MIN")
+        for key in (name, (name, "dMRI"))
+    },
     "a name and its 1-tuple": (
         lambda: make_map({"T1": "fusion", ("T1",): "trunk"}),
         ParameterMapError,

@@ -6,11 +6,11 @@
 import difflib
 import re
 import sys
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ ParamSpec: TypeAlias = "str | nn.Module | nn.Parameter | Iterable[ParamSpec]"
 # The keys are ModalityKey, checked when the wrapper is made. Mapping is invariant in its key type,
 # so naming that type here would refuse a plain dict[str, str] or dict[tuple[str, str], str].
 ModalityParamMap: TypeAlias = Mapping[Any, ParamSpec]
+# Names under which the doctor cannot find a modality in the log keys of this library.
+_UNLOGGABLE = re.compile(r"(in)?active|\s.*|.*(\s|__MIN|__MAX)|.*[]\n].*", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +86,9 @@ class ParameterMap:
         self.model = model
         self.paths: dict[ModalityKey, tuple[str, ...]] = {}
         names_in_model = _NamesInModel(model)
-        earlier: dict[frozenset[str] | str, ModalityKey] = {}
+        seen: dict[frozenset[str] | str, ModalityKey] = {}
         for given, spec in modality_param_map.items():
-            _check_key(given, earlier)
+            _check_key(given, seen)
             # Plain strings in place of members of a string Enum, which print differently.
             names = tuple(map(str.__str__, _members(given)))
             key: ModalityKey = names if isinstance(given, tuple) else names[0]
@@ -195,6 +197,11 @@ def text_of(key: ModalityKey) -> str:
     return key if isinstance(key, str) else "-".join(key)
 
 
+def _nfc(text: str) -> str:
+    """`text` with one spelling of each character that Unicode spells in several ways."""
+    return unicodedata.normalize("NFC", text)
+
+
 def _where(key: ModalityKey) -> str:
     return f"`modality_param_map[{key!r}]`"
 
@@ -203,8 +210,14 @@ def _members(key: ModalityKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
 
 
-def _check_key(key: ModalityKey, earlier: dict[frozenset[str] | str, ModalityKey]) -> None:
-    """Refuse what is not a key, or means or reads the same as one of the `earlier` keys."""
+def _check_key(key: ModalityKey, seen: dict[frozenset[str] | str, ModalityKey]) -> None:
+    """Refuse what is not a key, or means or reads the same as something in an earlier key.
+
+    Args:
+        key: As given.
+        seen: Keys by their modalities, and keys and modalities by how they are written. What `key`
+            contains is added.
+    """
     names = _members(key)
     valid = all(isinstance(name, str) and name for name in names)
     if not names or not valid or len(set(names)) < len(names):
@@ -212,54 +225,52 @@ def _check_key(key: ModalityKey, earlier: dict[frozenset[str] | str, ModalityKey
             "Keys of `modality_param_map` must be modality names or tuples of different names, "
             f"got {key!r}."
         )
-    for reading, fault in (
-        (frozenset(names), "mean the same modalities. Give one key the paths of both."),
-        (
-            text_of(key),
-            f"are both written {text_of(key)!r} in logs and findings. Rename a modality.",
-        ),
-    ):
-        if reading in earlier:
+    if (other := seen.setdefault(frozenset(names), key)) != key:
+        raise ParameterMapError(
+            f"Keys {other!r} and {key!r} of `modality_param_map` mean the same modalities. Give "
+            "one key the paths of both."
+        )
+    for part in (*names, key):
+        if _UNLOGGABLE.fullmatch(text_of(part)):
             raise ParameterMapError(
-                f"Keys {earlier[reading]!r} and {key!r} of `modality_param_map` {fault}"
+                f"`modality_param_map` has the modality {part!r}, which log keys such as "
+                "'grad/[inactive]/...' and 'active/T1' would not show. Rename it: avoid `active`, "
+                "`inactive`, `]`, line breaks, outer spaces, and `__MIN` or `__MAX` at the end."
             )
-        earlier[reading] = key
+        other = seen.setdefault(_nfc(text_of(part)), part)
+        if set(_members(other)) != set(_members(part)):
+            raise ParameterMapError(
+                f"{other!a} and {part!a} in the keys of `modality_param_map` are both written "
+                f"{text_of(part)!r} in logs and findings. Rename a modality."
+            )
 
 
 class _NamesInModel:
-    """The names of modules and parameters, for which one map walks its model once."""
+    """The names of modules and parameters, for which a map walks its model once.
+
+    Attributes:
+        model: The model.
+        modules: All modules by all their names.
+        first: The first name of each module and parameter, by `id`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """All modules by all their names."""
-        return dict(self.model.named_modules(remove_duplicate=False))
-
-    @cached_property
-    def first(self) -> dict[int, str]:
-        """The first name of each module and parameter, by `id`."""
-        parts = [*self.model.named_modules(), *self.model.named_parameters()]
-        return {id(part): name for name, part in parts}
-
-    @cached_property
-    def parameters(self) -> list[tuple[str, int, str]]:
-        """Name without wrappers, position and full name of each parameter, in order of names."""
-        named = self.model.named_parameters(remove_duplicate=False)
-        return sorted((strip_wrappers(name), i, name) for i, (name, _) in enumerate(named))
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        named = [*parameters.items(), *self.modules.items()]
+        self.first = {id(part): name for name, part in reversed(named)}
+        # Name without wrappers, position and full name of each parameter.
+        self._sorted = sorted((strip_wrappers(p), i, p) for i, p in enumerate(parameters))
 
     def matching(self, glob: str) -> list[str]:
         """Full names of the parameters that a glob matches without wrappers, in model order."""
         # Names that begin alike are neighbours, so few are compared with each of many globs.
         start = re.split(r"[*?\[]", glob, maxsplit=1)[0]
-        low = bisect_left(self.parameters, (start,))
-        high = bisect_left(self.parameters, (start + chr(sys.maxunicode),))
-        found = [
-            (position, name)
-            for bare, position, name in self.parameters[low:high]
-            if glob == f"{start}*" or fnmatchcase(bare, glob)  # compiling a pattern takes long
-        ]
+        low = bisect_left(self._sorted, (start,))
+        near = self._sorted[low : bisect_left(self._sorted, (start + chr(sys.maxunicode),))]
+        # Making a pattern of the usual glob would take longer than all else.
+        found = [p[1:] for p in near if glob == f"{start}*" or fnmatchcase(p[0], glob)]
         return [name for _, name in sorted(found)]
 
 
@@ -313,6 +324,10 @@ def _suggestion(spec: str, model: nn.Module) -> str:
     """`; closest: ...` with up to three paths that look like `spec`."""
     paths = [strip_wrappers(name) for name, _ in model.named_modules() if name]
     paths += [strip_wrappers(name) for name, _ in model.named_parameters()]
+    bare = strip_wrappers(spec)
+    alike = [p for p in paths if fnmatchcase(_nfc(p), _nfc(bare)) and not fnmatchcase(p, bare)]
+    if alike:
+        return f"; {alike[0]!a} prints alike, but has other Unicode characters than {bare!a}."
     word = spec.strip("*").rpartition(".")[2].strip("*").lower()
     similar = [path for path in paths if word and word in path.lower()]
     similar += difflib.get_close_matches(spec, paths)
