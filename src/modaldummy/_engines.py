@@ -123,8 +123,9 @@ WRAPPER_NAMES = (
 _FABRIC_ALIAS = "_original_module"
 # PEFT puts these two around a whole model, always together.
 PEFT_MODEL_NAMES = ("base_model", "model")
-# PEFT keeps the module that an adapter replaced under one of these names.
-_PEFT_REPLACED = ("base_layer", "original_module")
+# PEFT keeps the module that an adapter replaced under one of the first two names, or inside of the
+# layer that has the third.
+_PEFT_REPLACED = ("base_layer", "original_module", "token_adapter")
 # weight_norm, spectral_norm and pruning of `torch.nn.utils` rename a parameter with these endings.
 _RENAMED_ENDINGS = ("_orig", "_g", "_v")
 
@@ -151,9 +152,9 @@ def wrapped_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def adapters_beside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of the LoRA adapters that PEFT puts beside a child `base_layer`."""
-    for other, child in module._modules.items() if name == "base_layer" else ():
-        if other.startswith("lora_") and child is not None:
+    """Names and modules of the adapters, of any kind, that PEFT puts beside a `base_layer`."""
+    for other in getattr(module, "adapter_layer_names", ()) if name == "base_layer" else ():
+        if (child := module._modules.get(other)) is not None:
             yield other, child
 
 
