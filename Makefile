@@ -75,6 +75,7 @@ confusion: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_sum.py --seconds 4 --csv --plot
 	$(BIN)/python benchmarks/bench_step.py --rounds 100 --csv
+	$(BIN)/python benchmarks/bench_maps.py --csv
 	$(BIN)/python benchmarks/targets.py --seconds 2
 	$(BIN)/python benchmarks/show_alternatives.py --csv
 

@@ -13,6 +13,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "bench_sum.py": ("--device cpu --shapes patches --seconds 0.02 --no-compile", "patches: 6 t"),
     "bench_step.py": ("--device cpu --width 16 --rounds 2", "ours, hold"),
     "bench_monitor.py": ("--device cpu --rounds 1 --cases '1,000 x (16,)'", "gradient_norms"),
+    "bench_maps.py": ("--rounds 1 --keys 5 10", "| total and backward | 10 |"),
     "bench_drift.py": ("--optimizers Adam --steps 10 --workers 1", "| Adam | never active"),
     "bench_ddp.py": ("--ranks 2 --shapes tiny --rounds 2", "2 ranks, gloo, tiny"),
     "bench_import.py": ("--rounds 1", "modaldummy"),
@@ -20,7 +21,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "show_silent_mixing.py": ("--engines 'FSDP2, the whole'", "FSDP2, the whole"),
 }
 # The others take 10 to 100 s each: `make test-integrations` runs them.
-SHORT = ("bench_sum.py", "bench_monitor.py")
+SHORT = ("bench_sum.py", "bench_monitor.py", "bench_maps.py")
 
 
 @pytest.mark.parametrize(
