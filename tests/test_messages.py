@@ -379,6 +379,13 @@ def test_batches(batch: Any, kind: type[Exception], parts: list[str]) -> None:
     assert all(torch.equal(value, model[key]) for key, value in case.model.state_dict().items())
 
 
+@pytest.mark.parametrize("batch", ["unknown", X, X > 0, torch.tensor([1000])], ids=repr)
+def test_a_message_lists_some_of_many_modalities(batch: Any) -> None:
+    with pytest.raises(ModalDummyError, match=r"m19'?, and 980 more") as error:
+        active_modalities(batch, [f"m{number}" for number in range(1000)])
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize(("result", "parts"), RESULTS.values(), ids=RESULTS.keys())
 def test_results_of_a_loss_function(result: Any, parts: list[str]) -> None:
     wrapper = brain().wrapper()

@@ -49,7 +49,7 @@ def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownM
     hint = f"; did you mean {match!r}?" if match else "."
     return UnknownModalityError(
         f"{where} names the modality {describe(name)}, which is not in `modality_param_map`"
-        f"{hint} Known modalities: {', '.join(map(repr, known))}. Leave out names that own no "
+        f"{hint} Known modalities: {first_few(map(repr, known), 20)}. Leave out names that own no "
         "parameters, for instance with a `resolver` of the wrapper."
     )
 

@@ -19,7 +19,13 @@ from modaldummy._core.batch_values import (
     is_present,
     without_broadcast_axes,
 )
-from modaldummy._errors import BatchMetadataError, close_match, describe, unknown_modality
+from modaldummy._errors import (
+    BatchMetadataError,
+    close_match,
+    describe,
+    first_few,
+    unknown_modality,
+)
 
 Resolver: TypeAlias = Callable[[Any], Iterable[str] | None]
 
@@ -125,7 +131,7 @@ class BatchReader:
     def remedy(self) -> str:
         """What to do about a batch that cannot be read."""
         first = next(iter(self.modalities), "T1")
-        known = ", ".join(map(repr, self.modalities)) or "none"
+        known = first_few(map(repr, self.modalities), 20) or "none"
         return (
             f"Known modalities: {known}. Put the active ones into the batch,"
             f" `batch['modalities'] = [{first!r}]`, or name them yourself: "
@@ -281,7 +287,7 @@ class BatchReader:
         if mask.ndim not in (1, 2) or mask.shape[-1] != width:
             raise BatchMetadataError(
                 f"{where} is a bool mask of shape {list(mask.shape)}; expected [{width}] or "
-                f"[B, {width}], one column for each of {', '.join(self.modalities)}."
+                f"[B, {width}], one column for each of {first_few(self.modalities, 20)}."
             )
         rows = without_broadcast_axes(mask, mask.ndim - 1)
         columns = (rows[None] if rows.ndim == 1 else rows).any(0).tolist()
@@ -302,6 +308,6 @@ class BatchReader:
         if wrong := sorted(index for index in indexes if not 0 <= index < width):
             raise BatchMetadataError(
                 f"{where} contains the index {wrong[0]}; expected 0 to {width - 1} for "
-                f"{', '.join(self.modalities)}, or -1 for none."
+                f"{first_few(self.modalities, 20)}, or -1 for none."
             )
         return {self.modalities[index] for index in indexes}
