@@ -1,5 +1,6 @@
 """Gradients under FSDP are those of one process, where ranks may differ and where they agree."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,12 +122,13 @@ def refusals_under_fsdp1(rank: int) -> dict[str, str]:
     wrapper = mapped(before)
     FullyShardedDataParallel(before, use_orig_params=False, device_id=torch.device("cpu"))
     found = {finding.code: finding.message for finding in preflight(mapped(towers))}
-    for name, call in {
+    calls: dict[str, Callable[[], Any]] = {
         "ranks": lambda: check_ranks(mapped(towers), NAMES[rank]),
         "flat": lambda: mapped(flat),
         "flat towers": lambda: mapped(fsdp1("towers.T1", use_orig_params=False)),
         "flat later": lambda: wrapper.total(torch.tensor(1.0), "T1"),
-    }.items():
+    }
+    for name, call in calls.items():
         try:
             call()
         except ModalDummyError as error:

@@ -312,7 +312,7 @@ def _match(spec: str, names: _NamesInModel, where: str) -> list[str]:
         f"{where}: {spec!r} matches no parameter of {type(names.model).__name__}"
         f"{_suggestion(spec, names.model)} A path names one parameter or one module, segment by "
         "segment. A glob such as 'encoder.T1.*' is compared with full parameter names."
-        f"{_flat_hint(model)}"
+        f"{_flat_hint(names.model)}"
     )
 
 
