@@ -4,6 +4,7 @@ This is the only file that reads private attributes of other libraries or knows 
 use internally. When a new release of one of them breaks something, the repair belongs here.
 """
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -326,7 +328,10 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
 
 
 def copy_settings(optimizer: Optimizer) -> Optimizer:
-    """A new optimizer with the settings of another, but without its parameters, state and hooks."""
+    """A new optimizer with the settings of another, but without its parameters, state and hooks.
+
+    Where settings contain parameters, those of the copy contain an empty tensor in their place.
+    """
     settings = {
         name: value
         for name, value in vars(optimizer).items()
@@ -334,8 +339,23 @@ def copy_settings(optimizer: Optimizer) -> Optimizer:
         if name not in ("step", "state", "param_groups") and not name.startswith("_optimizer_")
     }
     copied = object.__new__(type(optimizer))
+    memo = {id(p): torch.empty(0) for group in optimizer.param_groups for p in group["params"]}
+    settings = copy.deepcopy(settings, memo)
     copied.__setstate__(settings | {"state": defaultdict(dict), "param_groups": []})
     return copied
+
+
+def step_alone(optimizer: Optimizer) -> None:
+    """Take a step that calls no step hooks, and that fails if it needs the default process group.
+
+    Users may have registered step hooks for all optimizers.
+    """
+    world = dist.group.WORLD
+    dist.group.WORLD = None
+    try:
+        getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)(optimizer)
+    finally:
+        dist.group.WORLD = world
 
 
 # --- Lightning ----------------------------------------------------------------------------------

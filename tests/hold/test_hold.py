@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW
 
-from modaldummy import DummyLossWrapper, UnsupportedEngineError, hold_inactive
+from modaldummy import DummyLossWrapper, hold_inactive
 from modaldummy._hold import is_held
 from tests.holding import NAMES, Towers, Training, assert_same_training, towers, train
 from tests.optimizers import OPTIMIZERS, Make
@@ -159,22 +159,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: AdamW(Towers().parameters()),
         ValueError,
         ["AdamW", "no parameter", "'T1', 'rsfMRI', 'dMRI'", "moved or sharded"],
-    ),
-    "L-BFGS": (
-        lambda: LBFGS(MODEL.parameters()),
-        UnsupportedEngineError,
-        ["LBFGS", "one direction", "another optimizer"],
-    ),
-    "fused SGD with momentum in one group": (
-        lambda: SGD(
-            [
-                {"params": MODEL.trunk.parameters()},
-                {"params": MODEL.towers.parameters(), "momentum": 0.9},
-            ],
-            fused=True,
-        ),
-        UnsupportedEngineError,
-        ["`fused=True` and momentum", "foreach=True"],
     ),
     "an optimizer around another": (
         lambda: Accelerator(cpu=True).prepare(AdamW(MODEL.parameters())),

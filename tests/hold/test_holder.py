@@ -312,16 +312,19 @@ def test_a_step_within_a_step_holds_until_the_outer_one_ends() -> None:
 
 
 class Careless(SGD):
-    """Decays everything, with or without a gradient."""
+    """Decays everything, with or without a gradient. Before it has a factor, it cannot be tried."""
+
+    factor: float
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for p in self.param_groups[0]["params"]:
-            p.mul_(0.9)
+            p.mul_(self.factor)
 
 
 def test_an_optimizer_that_changes_held_parameters_is_refused() -> None:
     training = Training(Careless)
+    training.optimizer.factor = 0.9
     training.backward("T1")
     words = r"Careless, or.* changed held parameters.*: 'towers.rsfMRI.*, and 1 more"
     with pytest.raises(UnsupportedEngineError, match=words):

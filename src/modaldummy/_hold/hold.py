@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
@@ -12,7 +11,7 @@ from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._group import check_group
 from modaldummy._handles import Handle
 from modaldummy._hold.holder import WrapperHold, holder_of
-from modaldummy._optimizers import parameter_ids_of
+from modaldummy._optimizers import parameter_ids_of, why_not_held
 
 
 def hold_inactive(
@@ -54,10 +53,11 @@ def hold_inactive(
     Raises:
         TypeError: An argument has the wrong type, or the optimizer has no step hooks.
         ValueError: The optimizer has no parameter of the map.
-        UnsupportedEngineError: The optimizer is ``LBFGS``, or ``SGD`` with ``fused=True`` and
-            momentum. From ``step()``: it changed a held parameter, computed a loss other than by
-            its closure, or has lost all parameters of the map. From ``step()`` or a loss: a CUDA
-            graph is being captured.
+        UnsupportedEngineError: A copy of the optimizer changes copies of parameters that have no
+            gradient, or fails, such as ``LBFGS`` and ``SGD`` with ``fused=True`` and momentum.
+            From ``step()``: it changed a held parameter, computed a loss other than by its
+            closure, or has lost all parameters of the map. From ``step()`` or a loss: a CUDA graph
+            is being captured.
     """
     check_wrapper(wrapper)
     if not isinstance(optimizer, Optimizer):
@@ -67,7 +67,6 @@ def hold_inactive(
             "because they step copies of the parameters."
         )
     check_group(group)
-    _check_supported(optimizer)
     if parameter_ids_of(optimizer).isdisjoint(wrapper.parameters.all()):
         raise ValueError(
             f"`optimizer` ({type(optimizer).__name__}) has no parameter of the modalities "
@@ -75,27 +74,12 @@ def hold_inactive(
             "own parameters, made after the model was moved or sharded. Under DeepSpeed's ZeRO "
             "there is none: use scale=0.0."
         )
+    if reason := why_not_held(optimizer, wrapper.parameters.all()):
+        raise UnsupportedEngineError(f"`optimizer` cannot be held: {reason}")
     holder = holder_of(optimizer)
     hold = WrapperHold(wrapper, holder, group)
     holder.holds.append(hold)
     return HoldHandle(hold, type(optimizer).__name__)
-
-
-def _check_supported(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedEngineError(
-            "`optimizer` must skip parameters without a gradient, got LBFGS, which moves all of "
-            "its parameters along one direction. Give the modalities another optimizer, or freeze "
-            "those that never occur."
-        )
-    if isinstance(optimizer, torch.optim.SGD) and any(
-        group["fused"] and group["momentum"] for group in optimizer.param_groups
-    ):
-        raise UnsupportedEngineError(
-            "`optimizer` must not be SGD with `fused=True` and momentum. With or without a hold, "
-            "it fails when a parameter gets its first gradient later than others, as a held "
-            "parameter does (a TypeError of `torch._fused_sgd_`). Pass `foreach=True`."
-        )
 
 
 class HoldHandle(Handle):

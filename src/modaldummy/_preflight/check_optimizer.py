@@ -9,8 +9,13 @@ from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import is_fsdp2_unit, is_sharded, is_zero_parameter
 from modaldummy._findings import Finding
 from modaldummy._hold import is_held
-from modaldummy._optimizers import parameter_ids_of, parameters_of
-from modaldummy._preflight.drift import expected_drift, optimizers_inside
+from modaldummy._optimizers import (
+    optimizers_inside,
+    parameter_ids_of,
+    parameters_of,
+    why_not_held,
+)
+from modaldummy._preflight.drift import expected_drift
 from modaldummy._preflight.setup import Setup
 
 # A smaller drift, in learning rates per step, is no finding.
@@ -77,6 +82,7 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
     name = type(optimizer).__name__
     try:
         drifts = expected_drift(setup.wrapper, nested[-1], _NUM_STEPS)
+        reason = why_not_held(nested[-1], setup.wrapper.parameters.all())
     except Exception as error:
         yield Finding(
             "MD142",
@@ -101,7 +107,9 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
                 "steps": _NUM_STEPS,
             },
             "Call `hold_inactive(wrapper, optimizer)` once, or pass `hold=True` to the mixin for "
-            "Hugging Face's Trainer or the callback for Lightning.",
+            "Hugging Face's Trainer or the callback for Lightning."
+            if reason is None
+            else f"`hold_inactive` refuses this optimizer: {reason}",
         )
 
 

@@ -1,6 +1,5 @@
 """How far an optimizer moves the parameters of a modality that gets only dummy gradients."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,14 +8,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import OwnedParameter, is_sparse_table
+from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._core.term import dummy_term
-from modaldummy._engines import copy_settings, local_shard
-from modaldummy._errors import UnsupportedEngineError
+from modaldummy._engines import local_shard, step_alone
+from modaldummy._optimizers import optimizer_of_copies, parameters_to_try
 
-# Replaces a learning rate of 0, as at the start of a warm-up. Drift is in units of it.
-_ASSUMED_RATE = 1e-3
 # Larger parameters are left out, except for the smallest of each number of dimensions.
 _MAX_SAMPLE_ELEMENTS = 2**12
 _MAX_SAMPLES = 100  # of one key and parameter group
@@ -44,12 +41,6 @@ def expected_drift(
         UnsupportedEngineError: The optimizer steps another one, or has no learning rate.
         Exception: What the optimizer raises when it steps without a closure.
     """
-    wraps_others = bool(optimizers_inside(optimizer))
-    if wraps_others or not all("lr" in group for group in optimizer.param_groups):
-        reason = "steps other optimizers" if wraps_others else "has no `lr`"
-        raise UnsupportedEngineError(
-            f"The drift of {type(optimizer).__name__} cannot be measured, because it {reason}."
-        )
     expected = {}
     groups = optimizer.param_groups
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
@@ -69,23 +60,11 @@ def expected_drift(
     return expected
 
 
-def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that an optimizer wraps: those among its attributes."""
-    return [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-
-
-def _sample_parameters(parameters: Iterable[OwnedParameter]) -> list[nn.Parameter]:
-    """Some of the parameters that get a dummy gradient with elements, of all shapes."""
-    eligible = [
-        owned.parameter
-        for owned in parameters
-        if owned.parameter.requires_grad and owned.parameter.numel() and not is_sparse_table(owned)
-    ]
+def _sample_parameters(owned: Iterable[OwnedParameter]) -> list[nn.Parameter]:
+    """Some of the parameters that get a dummy gradient, of all shapes."""
+    eligible = sorted(parameters_to_try(owned), key=Tensor.numel, reverse=True)
     # Some optimizers treat matrices differently from vectors, so one of each is always tried.
-    smallest = {
-        ndim: min((p for p in eligible if p.ndim == ndim), key=Tensor.numel)
-        for ndim in {parameter.ndim for parameter in eligible}
-    }
+    smallest = {parameter.ndim: parameter for parameter in eligible}
     others = [
         p for p in eligible if p.numel() <= _MAX_SAMPLE_ELEMENTS and p is not smallest[p.ndim]
     ]
@@ -100,19 +79,13 @@ def _measure_drifts(
     steps: int,
 ) -> list[float]:
     """The drift of each of the samples, which are all of one parameter group."""
-    copies = [nn.Parameter(parameter.detach().clone()) for parameter in samples]
-    options = {name: copy.deepcopy(group[name]) for name in group if name != "params"}
-    options["lr"] = options["lr"] or options.get("initial_lr") or _ASSUMED_RATE
-    stepper = copy_settings(optimizer)
-    stepper.param_groups = [options | {"params": copies}]
-    for copied, parameter in zip(copies, samples, strict=True):
-        if parameter in optimizer.state:
-            stepper.state[copied] = copy.deepcopy(optimizer.state[parameter])
+    stepper = optimizer_of_copies(optimizer, group, samples)
+    copies, rate = stepper.param_groups[0]["params"], float(stepper.param_groups[0]["lr"])
     for _ in range(steps):
         _set_dummy_gradients(copies, scale)
-        stepper.step()
+        step_alone(stepper)
     return [
-        _root_mean_square(copied.detach() - parameter.detach()) / steps / float(options["lr"])
+        _root_mean_square(copied.detach() - parameter.detach()) / steps / rate
         for copied, parameter in zip(copies, samples, strict=True)
     ]
 
