@@ -380,3 +380,33 @@ def test_after_a_step_that_raised_the_next_one_holds(again: bool) -> None:
     training.backward("T1")
     training.optimizer.step()
     assert training.model.towers["dMRI"].weight.grad is not None
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("raising", [Failing, AdamW], ids=["step", "hook"])
+@pytest.mark.parametrize("by", ["loss", "remove"])
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_step_that_raised_loses_no_gradient(raising: Any, by: str, cleared: bool) -> None:
+    """The next loss or the end of the hold puts them back, unless gradients were cleared."""
+    training = Training(raising)
+    weight = training.model.towers["dMRI"].weight
+    training.backward("T1")
+    gradient = weight.grad
+    hook = training.optimizer.register_step_post_hook(interrupt)
+    training.optimizer._optimizer_step_post_hooks.move_to_end(hook.id, last=False)
+    with pytest.raises((MemoryError, KeyboardInterrupt)):
+        training.optimizer.step()
+    hook.remove()
+    if cleared:
+        training.optimizer.zero_grad()
+    if by == "loss":
+        training.total("dMRI")
+    else:
+        training.handle.remove()
+    assert weight.grad is (None if cleared else gradient)
+    if by == "loss":
+        training.backward("dMRI")
+        assert training.step() == ({"T1", "rsfMRI"} if cleared else {"rsfMRI"})

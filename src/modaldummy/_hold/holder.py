@@ -62,6 +62,7 @@ class WrapperHold:
         """Hold nothing from the next step on."""
         self.ended = True
         self._unsubscribe()
+        self._holder.restore_gradients()
 
     def agree(self, device: torch.device) -> dict[ModalityKey, bool]:
         """Each key of the map to whether any rank has trained it.
@@ -110,7 +111,8 @@ class WrapperHold:
             held = {i: owned[i] for i in owned if i in candidates}
             self._gradient_check.check(key, held.values())
             to_hold |= {i: held[i] for i in held if i not in to_hold}
-        if untrained and not to_hold and not self._holder.has_any_of(self._parameters.all()):
+        present = map(id, self._holder.parameters())
+        if untrained and not to_hold and self._parameters.all().keys().isdisjoint(present):
             raise UnsupportedEngineError(
                 "The optimizer has no parameter of the modalities any more, so that none can be "
                 "held: its parameters were replaced after `hold_inactive`, as DeepSpeed's ZeRO "
@@ -121,6 +123,8 @@ class WrapperHold:
 
     def _observe(self, step: Step, loss: Tensor) -> None:
         self._holder.loss_computed = True
+        if not torch.compiler.is_compiling():
+            self._holder.restore_gradients()
         self.trained_keys.observe_loss(step.active_keys, loss)
 
     def _has_training_gradient(self, key: ModalityKey, unused: Collection[int]) -> bool:
@@ -178,7 +182,7 @@ class Holder:
         self.holds: list[WrapperHold] = []
         self.loss_computed = False
         self._hidden: list[_HiddenGradient] = []
-        self._others_had_gradients: bool
+        self._others_had_gradients = False
         # How many calls of `step` are running: the `step` of a subclass may call its parent's.
         self._depth = 0
         try:
@@ -195,10 +199,6 @@ class Holder:
         optimizer = self.optimizer()
         if optimizer is not None:
             yield from parameters_of(optimizer)
-
-    def has_any_of(self, parameter_ids: Collection[int]) -> bool:
-        """Whether the optimizer has a parameter whose `id` is in `parameter_ids`."""
-        return any(id(parameter) in parameter_ids for parameter in self.parameters())
 
     def has_gradients(self) -> bool:
         """Whether any parameter of the optimizer has a gradient."""
@@ -235,7 +235,7 @@ class Holder:
 
         @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            self._restore_gradients()
+            self.restore_gradients()
             result = closure(*args, **kwargs)
             self._hide_gradients()
             return result
@@ -261,7 +261,8 @@ class Holder:
         self._others_had_gradients = self.has_gradients()
         self.loss_computed = False
 
-    def _restore_gradients(self) -> None:
+    def restore_gradients(self) -> None:
+        """Put hidden gradients back: after a step, in its closure, or later if the step raised."""
         # If the step has cleared all gradients that it had, the hidden ones are cleared too.
         if not self._others_had_gradients or self.has_gradients():
             for hidden in self._hidden:
@@ -278,7 +279,7 @@ class Holder:
         if self._depth:
             return
         changed = [h.owned.name for h in self._hidden if version_of(h.owned.parameter) != h.version]
-        self._restore_gradients()
+        self.restore_gradients()
         for hold in self.holds:
             hold.trained_keys.start_over()
         self.holds = [hold for hold in self.holds if not hold.ended]
