@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
 
 from modaldummy import (
     BatchMetadataError,
@@ -20,6 +21,10 @@ from modaldummy import (
     ParameterMapError,
     UnknownModalityError,
     active_modalities,
+    attach_to_outputs,
+    check_ranks,
+    hold_inactive,
+    preflight,
 )
 from tests.zoo import T1, Brain, brain
 
@@ -162,6 +167,11 @@ MAPS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: DummyLossWrapper([X] * 1000, {"T1": "fusion"}),  # type: ignore[arg-type]
         TypeError,
         ["`model` must be a torch.nn.Module", "(list)"],
+    ),
+    "optimizer as model": (
+        lambda: DummyLossWrapper(SGD([X]), {"T1": "fusion"}),  # type: ignore[arg-type]
+        TypeError,
+        ["`model` must be a torch.nn.Module", "(SGD)"],
     ),
     "scale": (lambda: make(T1, scale="1e-7"), TypeError, ["`scale`", "or None", "got '1e-7'"]),
     "max_fraction": (
@@ -362,6 +372,26 @@ def test_maps_and_options(call: Callable[[], Any], kind: type[Exception], parts:
     with pytest.raises(kind) as error:
         call()
     assert_says(error, parts)
+    assert "\n" not in str(error.value), "the value takes several lines"
+
+
+@pytest.mark.parametrize(
+    ("call", "second"),
+    [
+        (hold_inactive, SGD([X])),
+        (preflight, SGD([X])),
+        (check_ranks, {"T1": X}),
+        (attach_to_outputs, nn.Linear(1, 1)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_first_two_arguments_are_swapped(call: Callable[..., Any], second: Any) -> None:
+    wrapper = brain().wrapper()
+    for arguments, swapped in [((second, wrapper), True), ((second, second), False)]:
+        with pytest.raises(TypeError) as error:
+            call(*arguments)
+        assert_says(error, ["`wrapper` must be a DummyLossWrapper, got ", type(second).__name__])
+        assert str(error.value).endswith(" Swap the first two arguments.") is swapped
 
 
 @pytest.mark.parametrize(("batch", "kind", "parts"), BATCHES.values(), ids=BATCHES.keys())

@@ -6,14 +6,19 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._errors import describe
 
 
-def check_wrapper(wrapper: object) -> None:
+def check_wrapper(wrapper: object, second: object = None) -> None:
     """Refuse an argument that is not a wrapper.
+
+    Args:
+        wrapper: The first argument of a call.
+        second: The second one, which users may swap with it.
 
     Raises:
         TypeError: It has another type.
     """
     if not isinstance(wrapper, DummyLossWrapper):
-        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.")
+        swap = " Swap the first two arguments." if isinstance(second, DummyLossWrapper) else ""
+        raise TypeError(f"`wrapper` must be a DummyLossWrapper, got {describe(wrapper)}.{swap}")
 
 
 def check_model(model: object) -> None:

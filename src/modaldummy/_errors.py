@@ -86,6 +86,6 @@ def describe(value: object) -> str:
 
 def _repr(value: object) -> str:
     try:
-        return reprlib.repr(value)
+        return " ".join(line.strip() for line in reprlib.repr(value).splitlines())
     except (ValueError, TypeError):  # thousands of digits; a class that is called `list`
         return "something that cannot be printed"

@@ -59,7 +59,7 @@ def hold_inactive(
             closure, or has lost all parameters of the map. From ``step()`` or a loss: a CUDA graph
             is being captured.
     """
-    check_wrapper(wrapper)
+    check_wrapper(wrapper, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, got {describe(optimizer)}. Call "

@@ -69,7 +69,7 @@ def preflight(
         ParameterMapError: A path of the map matches nothing in the model any more, or matches a
             parameter that no gradient fits, such as that of a lazy module before its first use.
     """
-    check_wrapper(wrapper)
+    check_wrapper(wrapper, optimizer)
     check_model(model)
     if loss is not None:
         check_loss(loss, "`loss`")

@@ -53,7 +53,7 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
         ``find_unused_parameters=True``, DDP does not change the gradients of a modality that is
         inactive on all ranks.
     """
-    check_wrapper(wrapper)
+    check_wrapper(wrapper, model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
     owned = wrapper.parameters.all()

@@ -68,7 +68,7 @@ def check_ranks(
         TypeError: ``wrapper``, ``model`` or ``group`` has the wrong type.
         ValueError: Ranks differ, and ``model`` shares no parameter with the model of the wrapper.
     """
-    check_wrapper(wrapper)
+    check_wrapper(wrapper, batch)
     check_model(model)
     check_group(group)
     if num_ranks(group) == 1:
