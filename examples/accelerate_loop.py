@@ -7,7 +7,7 @@
 
 Each rank gets a GPU where there are any, else all share the CPU, `--multi_gpu` or not (`--cpu`
 starts one process, whatever the number asked for). Needs
-`pip install 'modaldummy[demo,transformers]'`. Exit code 0 means that all promises held on every
+`pip install '.[demo,transformers]'`. Exit code 0 means that all promises held on every
 rank.
 """
 

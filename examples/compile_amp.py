@@ -4,7 +4,7 @@
     python examples/compile_amp.py --dtype bfloat16
 
 Model, loss and dummy term are one graph for each set of modalities that a batch holds; the first
-run compiles them, which may take minutes. The scans come with `pip install 'modaldummy[demo]'`.
+run compiles them, which may take minutes. The scans come with `pip install '.[demo]'`.
 Exit code 0 means that all promises held.
 """
 

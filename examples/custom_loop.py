@@ -2,7 +2,7 @@
 
     python examples/custom_loop.py
 
-The scans come with `pip install 'modaldummy[demo]'`. Exit code 0 means that all promises held.
+The scans come with `pip install '.[demo]'`. Exit code 0 means that all promises held.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Each rank gets a GPU where there are any, else all share the CPU. `--no-dummy` shows how DDP stops
 without the wrapper, `--find-unused` how to keep `find_unused_parameters=True`. The scans come with
-`pip install 'modaldummy[demo]'`. Exit code 0 means that all promises held on every rank.
+`pip install '.[demo]'`. Exit code 0 means that all promises held on every rank.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/fabric.py
 
 Each rank gets a GPU where there are any, else all share the CPU. Needs
-`pip install 'modaldummy[demo,lightning]'`. Exit code 0 means that all promises held on every rank.
+`pip install '.[demo,lightning]'`. Exit code 0 means that all promises held on every rank.
 """
 
 import argparse

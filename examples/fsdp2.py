@@ -5,7 +5,7 @@
 Each rank gets a GPU where there are any, else all share the CPU. With towers sharded one by one,
 all ranks need the same modalities at each step: a sampler sees to it, a check makes sure. `--whole`
 shards the model as a whole, and ranks may differ. `--disagree` lets them differ where they must
-not, which is refused. The scans come with `pip install 'modaldummy[demo]'`. Exit code 0 means that
+not, which is refused. The scans come with `pip install '.[demo]'`. Exit code 0 means that
 all promises held on every rank.
 """
 

@@ -6,7 +6,7 @@
 
 Each rank gets a GPU where there are any, else all share the CPU. `--find-unused` has DDP look for
 unused parameters, which Lightning suggests and the dummy makes unnecessary. Needs
-`pip install 'modaldummy[demo,lightning]'`. Exit code 0 means that all promises held on every rank.
+`pip install '.[demo,lightning]'`. Exit code 0 means that all promises held on every rank.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Importing the package takes little longer than importing torch, and needs nothing else."""
 
 import functools
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -75,8 +76,18 @@ def test_other_peoples_pytest_runs_do_not_load_torch(tmp_path: Path) -> None:
     assert "1 passed" in result.stdout, result.stdout + result.stderr
 
 
-def test_the_testing_package_says_what_it_needs() -> None:
-    code = "import sys; sys.modules['hypothesis'] = None; import modaldummy.testing"
+@pytest.mark.parametrize(
+    ("missing", "module", "packages"),
+    [
+        ("hypothesis", "testing", "hypothesis"),
+        ("transformers", "integrations.transformers", "transformers accelerate"),
+        ("accelerate", "integrations.transformers", "transformers accelerate"),
+        ("lightning", "integrations.lightning", "lightning"),
+    ],
+)
+def test_a_part_says_which_packages_it_needs(missing: str, module: str, packages: str) -> None:
+    code = f"import sys; sys.modules['{missing}'] = None; import modaldummy.{module}"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "pip install modaldummy[testing]" in result.stderr
+    words = rf"ModuleNotFoundError: .*{missing}.*\. Install it: pip install {packages}"
+    assert re.fullmatch(words, result.stderr.splitlines()[-1])

@@ -34,10 +34,10 @@ assert modaldummy.missing_gradients(wrapper) == {}
 """
 # What a user types in an environment without extras, and what has to be said then.
 NEEDS = {
-    "-m modaldummy demo": "pip install 'modaldummy[demo]'",
-    "-c import=modaldummy.testing": "pip install modaldummy[testing]",
-    "-c import=modaldummy.integrations.lightning": "No module named 'lightning'",
-    "-c import=modaldummy.integrations.transformers": "No module named 'accelerate'",
+    "-m modaldummy demo": "pip install nibabel dipy matplotlib rich",
+    "-c import=modaldummy.testing": "pip install hypothesis",
+    "-c import=modaldummy.integrations.lightning": "pip install lightning",
+    "-c import=modaldummy.integrations.transformers": "pip install transformers accelerate",
 }
 
 

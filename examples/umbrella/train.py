@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/umbrella/train.py --config examples/umbrella/all.yaml
     python examples/umbrella/train.py --config examples/umbrella/all.yaml --resume
 
-The scans and libraries come with `pip install 'modaldummy[demo,transformers]'`. Exit code 0 means
+The scans and libraries come with `pip install '.[demo,transformers]'`. Exit code 0 means
 that all promises held on every rank, 1 that one did not, 2 that the configuration is wrong.
 """
 

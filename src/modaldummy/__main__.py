@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return doctor.run(arguments)
     if missing := [name for name in _DEMO_PACKAGES if find_spec(name) is None]:
         names = " and ".join(missing)
-        print(f"The demo needs {names}: pip install 'modaldummy[demo]'", file=sys.stderr)
+        print(f"The demo needs {names}: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
     from modaldummy.demo.command import run
 

@@ -5,7 +5,8 @@ Each exception is also of the builtin type that a user would catch.
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor, nn
@@ -41,6 +42,15 @@ class HistoryError(ModalDummyError, ValueError):
 
 class UnsupportedEngineError(ModalDummyError, RuntimeError):
     """An optimizer or a training engine does not support what was asked for."""
+
+
+@contextmanager
+def packages_needed(packages: str) -> Iterator[None]:
+    """Say which optional packages to install if an import in the `with` block does not find one."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}. Install it: pip install {packages}") from error
 
 
 def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownModalityError:

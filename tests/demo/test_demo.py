@@ -138,7 +138,7 @@ def test_a_missing_package_is_one_sentence(
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["demo"]) == 2
     shown = capsys.readouterr().err
-    assert shown == f"The demo needs {package}: pip install 'modaldummy[demo]'\n"
+    assert shown == f"The demo needs {package}: pip install {package}\n"
 
 
 @pytest.mark.parametrize(

@@ -150,4 +150,4 @@ def test_a_picture(doctored: Doctor, tmp_path: Path) -> None:
 def test_a_picture_without_matplotlib(doctored: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     code, _, error = doctored("SGD", "log", "--plot", "run.png")
-    assert (code, error) == (2, "--plot needs matplotlib: pip install 'modaldummy[demo]'\n")
+    assert (code, error) == (2, "--plot needs matplotlib: pip install matplotlib\n")

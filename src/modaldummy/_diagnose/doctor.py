@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         picture cannot be written or a threshold is unknown.
     """
     if arguments.plot and find_spec("matplotlib") is None:
-        return _fail("--plot needs matplotlib: pip install 'modaldummy[demo]'")
+        return _fail("--plot needs matplotlib: pip install matplotlib")
     try:
         diagnosis = examine(
             arguments.path, scale=arguments.scale, thresholds=dict(arguments.threshold)

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,12 +17,16 @@ from modaldummy._engines import (
     lightning_logs_this_step,
     unscales_in_step,
 )
+from modaldummy._errors import packages_needed
 from modaldummy._findings import Finding, log_findings
 from modaldummy._hold import hold_inactive
 from modaldummy._monitor import gradient_norms
 from modaldummy._optimizers import parameter_ids_of, parameters_of
 from modaldummy._preflight import preflight
 from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
+
+with packages_needed("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["DummyLossCallback"]
 

@@ -6,11 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
 
 from modaldummy._arguments import called_model
 from modaldummy._core import DummyLossWrapper, StepReport
@@ -18,14 +14,21 @@ from modaldummy._core.batch import EXPLICIT_KEYS
 from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import Step
 from modaldummy._engines import ddp_conflict, ddps_around
-from modaldummy._errors import BatchMetadataError, describe
+from modaldummy._errors import BatchMetadataError, describe, packages_needed
 from modaldummy._findings import log_findings
 from modaldummy._hold import hold_inactive
 from modaldummy._preflight import preflight
 from modaldummy._ranks import attach_to_outputs, check_ranks
 from modaldummy._ranks.attach import is_attached
 from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
-from modaldummy.integrations.gradient_norm_callback import GradientNormCallback
+
+with packages_needed("transformers accelerate"):
+    from accelerate.data_loader import DataLoaderDispatcher
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils import DistributedType
+    from transformers import Trainer
+
+    from modaldummy.integrations.gradient_norm_callback import GradientNormCallback
 
 __all__ = ["DummyLossMixin", "GradientNormCallback"]
 

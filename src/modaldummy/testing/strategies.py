@@ -9,14 +9,10 @@ from torch import nn
 
 from modaldummy._core.batch import EXPLICIT_KEYS
 from modaldummy._core.parameter_map import ModalityKey, ParamSpec
-from modaldummy._errors import describe, unknown_modality
+from modaldummy._errors import describe, packages_needed, unknown_modality
 
-try:
+with packages_needed("hypothesis"):
     from hypothesis import strategies as st
-except ModuleNotFoundError as _error:
-    raise ModuleNotFoundError(
-        "`modaldummy.testing` needs Hypothesis. Install it: pip install modaldummy[testing]"
-    ) from _error
 
 _MODALITIES = ("T1", "T10", "rsfMRI", "dMRI", "text", "audio")
 
