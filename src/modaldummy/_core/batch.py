@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modaldummy._core.batch_values import (
     Fields,
+    attribute,
     check_depth,
     check_has_values,
     fields_of,
@@ -70,7 +71,8 @@ def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
 
     Note:
         Masks on an accelerator are copied to the host, which synchronizes with the device.
-        Exceptions that an attribute or an item of the batch raises are passed on.
+        Exceptions of an item, or of a property, are passed on. Those of ``__getattr__`` are not:
+        such an object has no metadata.
     """
     if isinstance(modalities, str):
         raise TypeError(f"`modalities` must be a sequence of names, got {modalities!r}.")
@@ -159,10 +161,10 @@ class BatchReader:
         if isinstance(value, (Tensor, np.ndarray)):
             return self._read_array(value, where, depth)
         for key in () if isinstance(value, (Mapping, type)) else EXPLICIT_KEYS:
-            attribute = getattr(value, key, None)
-            if attribute is not None and not callable(attribute):
-                return self.read_value(attribute, f"{where}.{key}", explicit=True, depth=depth + 1)
-        if isinstance(samples := getattr(value, "tensordicts", None), list):
+            named = attribute(value, key)
+            if named is not None and not callable(named):
+                return self.read_value(named, f"{where}.{key}", explicit=True, depth=depth + 1)
+        if isinstance(samples := attribute(value, "tensordicts"), list):
             # Of a lazily stacked TensorDict: its own keys are only those that all samples have.
             return self._read_collection(samples, where, explicit, depth)
         if (fields := fields_of(value)) is not None:

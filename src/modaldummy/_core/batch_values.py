@@ -1,5 +1,6 @@
 """Looks into single values of a batch: their named fields, and whether they contain anything."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
@@ -13,6 +14,7 @@ from torch import Tensor
 from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
+_NO_FIELD = "modaldummy_asks_for_no_field"
 _INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)}
 
 
@@ -31,6 +33,31 @@ class Fields(NamedTuple):
     may_be_searched: bool
 
 
+def attribute(value: object, name: str, default: Any = None) -> Any:
+    """An attribute of a value, or `default`; the value stays as it is.
+
+    What its class or the value itself defines is read as usual, and a property may raise. Errors of
+    `__getattr__` mean that there is no attribute, and so do answers if it answers any name. On a
+    mapping it is not called: it may create an item.
+    """
+    if not hasattr(type(value), "__getattr__"):
+        return getattr(value, name, default)
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        if isinstance(value, Mapping):
+            return default
+    try:
+        getattr(value, _NO_FIELD)
+    except Exception:  # which one, the class decides
+        with contextlib.suppress(Exception):
+            return getattr(value, name)
+    else:
+        with contextlib.suppress(Exception):
+            delattr(value, _NO_FIELD)  # the class may have created it
+    return default
+
+
 def fields_of(value: Any) -> Fields | None:
     """The named fields of a mapping, TensorDict-like, dataclass or named tuple, else None."""
     if isinstance(value, type):
@@ -38,17 +65,17 @@ def fields_of(value: Any) -> Fields | None:
     if isinstance(value, Mapping):
         # Not `list(value)`: a TensorDict is a Mapping that iterates over rows.
         return Fields(list(value.keys()), value.__getitem__, True)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return Fields(list(value._fields), functools.partial(getattr, value), True)
+    if isinstance(value, tuple) and (names := getattr(type(value), "_fields", None)) is not None:
+        return Fields(list(names), functools.partial(getattr, value), True)
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         # A field with `init=False` may not have been set yet.
         return Fields(names, lambda name: getattr(value, name, None), True)
-    if hasattr(value, "node_types") and hasattr(value, "__getitem__"):
+    if hasattr(type(value), "node_types") and hasattr(type(value), "__getitem__"):
         # PyG's HeteroData: its keys are attributes of nodes, and reading an item by such a name
         # would add a node type.
         return Fields([], value.__getitem__, False)
-    if hasattr(value, "keys") and hasattr(value, "__getitem__"):
+    if hasattr(type(value), "keys") and hasattr(type(value), "__getitem__"):
         keys = value.keys() if callable(value.keys) else value.keys
         if isinstance(keys, Iterable):
             return Fields(list(keys), value.__getitem__, False)

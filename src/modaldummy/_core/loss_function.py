@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy._core.batch import EXPLICIT_KEYS, BatchReader
-from modaldummy._core.batch_values import MAX_NESTING, is_plain_collection
+from modaldummy._core.batch_values import MAX_NESTING, attribute, is_plain_collection
 from modaldummy._errors import BatchMetadataError, describe
 
 Result = TypeVar("Result")  # what a loss function returns
@@ -147,7 +147,7 @@ def is_data(argument: object) -> bool:
     if argument is None or isinstance(argument, never):
         return True
     # A batch that can be called, such as PyG's `Data`, has keys.
-    return callable(argument) and not hasattr(argument, "keys")
+    return callable(argument) and not hasattr(type(argument), "keys")
 
 
 def may_contain_metadata(argument: Any, modalities: Collection[str], depth: int = 0) -> bool:
@@ -194,10 +194,10 @@ def find_loss(result: Any) -> tuple[str | int | None, Tensor]:
         return None, check_loss(result, "The return value of `loss_fn`")
     if isinstance(result, Mapping) and "loss" in result:
         return "loss", check_loss(result["loss"], "`loss_fn(...)['loss']`")
-    if hasattr(result, "loss"):
-        fields = getattr(result, "_fields", ())  # of a named tuple
+    if (loss := attribute(result, "loss", result)) is not result:
+        fields = getattr(type(result), "_fields", ())  # of a named tuple
         place = fields.index("loss") if "loss" in fields else "loss"
-        return place, check_loss(result.loss, "`loss_fn(...).loss`")
+        return place, check_loss(loss, "`loss_fn(...).loss`")
     if isinstance(result, (tuple, list)) and result:
         return 0, check_loss(result[0], "`loss_fn(...)[0]`")
     raise TypeError(
