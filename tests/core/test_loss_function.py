@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy import BatchMetadataError, DummyLossWrapper, UnknownModalityError
-from modaldummy._core.loss_function import find_loss, may_contain_metadata, replace_loss
+from modaldummy._core.loss_function import find_loss, may_contain_metadata, replace_loss, with_item
 from tests.asserts import last_report
 from tests.zoo import brain
 
@@ -340,6 +340,14 @@ class ModelOutput(OrderedDict[str, Any]):
         super().__setattr__(key, value)
 
 
+class AttrDict(dict[str, Any]):
+    """Common, and a copy of it has attributes of its own."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.__dict__ = self
+
+
 class TupleWithLoss(tuple[Any, ...]):
     loss: Tensor
 
@@ -360,6 +368,7 @@ CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
     "list subclass": lambda loss: ListWithName([loss, LOGITS]),
     "dict": lambda loss: {"logits": LOGITS, "loss": loss},
     "user dict": lambda loss: UserDict(loss=loss, logits=LOGITS),
+    "attribute dict": lambda loss: AttrDict(loss=loss, logits=LOGITS),
     "model output": lambda loss: ModelOutput(loss=loss, logits=LOGITS),
     "named tuple with loss": lambda loss: Named(LOGITS, loss),
     "named tuple without": lambda loss: Unnamed(loss, LOGITS),
@@ -388,7 +397,22 @@ def test_only_the_loss_is_replaced_and_on_a_copy(make: Callable[[Tensor], Any]) 
     assert find_loss(changed)[1] is TOTAL
     assert find_loss(result)[1] is OUT
     assert logits_of(changed) is LOGITS
-    if isinstance(changed, ModelOutput):
-        assert vars(changed)["loss"] is TOTAL
+    assert getattr(changed, "loss", TOTAL) is TOTAL
+    assert getattr(result, "loss", OUT) is OUT
     if isinstance(changed, ListWithName):
         assert changed.name == "kept"
+
+
+def test_an_item_with_the_name_of_an_inner_attribute() -> None:
+    """A `UserDict` keeps its items in the attribute `data`, which is not the item `data`."""
+    changed = with_item(UserDict(data=OUT, logits=LOGITS), "data", TOTAL)
+    assert changed == {"data": TOTAL, "logits": LOGITS}
+
+
+def test_a_result_that_cannot_be_copied() -> None:
+    class Raising(SimpleNamespace):
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)  # also for `__setstate__`, which `copy` looks for
+
+    with pytest.raises(TypeError, match="cannot be replaced on a copy"):
+        replace_loss(Raising(loss=OUT), "loss", TOTAL)

@@ -217,7 +217,7 @@ def replace_loss(result: Any, place: str | int | None, total: Tensor) -> Any:
         return total
     try:
         return with_item(result, place, total)
-    except (TypeError, AttributeError) as error:
+    except Exception as error:  # `copy` runs code of the result
         raise TypeError(
             f"The loss in {describe(result)}, which `loss_fn` returned, cannot be replaced on a "
             f"copy: {error}. Return a tensor, tuple, dict or plain object instead."
@@ -239,7 +239,9 @@ def with_item(container: Any, place: Any, item: Any) -> Any:
     changed = copy.copy(container)
     if isinstance(place, int) or (isinstance(container, Mapping) and place in container):
         changed[place] = item
-    else:
-        # Frozen dataclasses refuse setattr, also on a copy that no one else has seen.
-        object.__setattr__(changed, place, item)
+        # An attribute dictionary with `self.__dict__ = self` has it as an attribute too.
+        if attribute(container, "__dict__", {}).get(place) is not container[place]:
+            return changed
+    # Frozen dataclasses refuse setattr, also on a copy that no one else has seen.
+    object.__setattr__(changed, place, item)
     return changed
