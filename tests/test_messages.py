@@ -277,6 +277,11 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         BatchMetadataError,
         ["Did you mean 'modalities' by 'modalties'?"],
     ),
+    "nothing active, maybe": (
+        {"modality_inputs": {}, "input_ids": X},
+        BatchMetadataError,
+        ["'input_ids']. Known modalities", "`[]` if there are none"],
+    ),
     "missing modalities": ({"missing": ["T1"]}, BatchMetadataError, ["does not say", "'missing'"]),
     "None": (None, BatchMetadataError, ["None (NoneType)"]),
     "object": (Locked(), BatchMetadataError, ["does not say", "Locked"]),
@@ -351,7 +356,8 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
 
 RESULTS: dict[str, tuple[Any, list[str]]] = {
     "None": (None, ["must return a tensor", "None (NoneType)"]),
-    "float": (0.5, ["0.5 (float)"]),
+    "float": (0.5, ["The return value of `loss_fn`", "0.5 (float)", "Drop `.item()`"]),
+    "number first": ((np.float32(0.5), X), ["`loss_fn(...)[0]`", "Drop `.item()`"]),
     "empty tuple": ((), ["got ()"]),
     "tuple that starts with None": ((None, X), ["`loss_fn(...)[0]` must be a tensor", "None"]),
     "dict without loss": ({"logits": X}, ["must return", "'logits'"]),
@@ -436,11 +442,16 @@ def test_a_container_that_cannot_change_says_so(result: Any) -> None:
         brain().wrapper()(lambda batch: result)({"modality": "T1"})
 
 
-@pytest.mark.parametrize("real", [None, 0.5, np.float32(1), torch.tensor(1j)], ids=repr)
+NUMBERS = [0.5, np.float32(1), np.array(1.0)]
+
+
+@pytest.mark.parametrize("real", [None, "0.5", torch.tensor(1j), *NUMBERS], ids=repr)
 def test_what_is_no_loss(real: Any) -> None:
     wrapper = brain().wrapper()
-    with pytest.raises(TypeError, match="`loss` must be"):
+    with pytest.raises(TypeError, match="`loss` must be") as error:
         wrapper.total(real, "T1")
+    is_number = any(real is number for number in NUMBERS)
+    assert ("Drop `.item()`, `float()` or `.numpy()`." in str(error.value)) is is_number
 
 
 def test_a_tensor_in_place_of_a_loss_function() -> None:
@@ -500,6 +511,18 @@ def test_a_resolver_that_returns_none() -> None:
 def test_every_error_is_ours_and_a_value_error(kind: type[Exception]) -> None:
     assert issubclass(kind, ModalDummyError)
     assert issubclass(kind, ValueError)
+
+
+@pytest.mark.parametrize("form", [lambda name: [name], lambda name: {name: X, "T1": X}])
+@pytest.mark.parametrize("names", [("é", "e\u0301"), ("e\u0301", "é"), ("dé", "de\u0301")])
+def test_names_that_print_alike(form: Callable[[str], Any], names: tuple[str, str]) -> None:
+    """Even a key beside a good one, where a misspelt key is ignored."""
+    known, given = names
+    with pytest.raises(UnknownModalityError) as error:
+        active_modalities(form(given), [known, "T1"])
+    told = f"did you mean {known!r}? That is {known!a}, not {given!a}."
+    assert_says(error, [told])
+    assert active_modalities(form(known), [known, "T1"])[0] == known
 
 
 def test_a_string_is_no_sequence_of_modalities() -> None:

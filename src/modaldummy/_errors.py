@@ -5,6 +5,7 @@ Each exception is also of the builtin type that a user would catch.
 
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -57,6 +58,9 @@ def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownM
     """Error for `name`, found at `where`, that lists the `known` modalities and close matches."""
     match = close_match(name, known)
     hint = f"; did you mean {match!r}?" if match else "."
+    spelt = f"{match!r}, not {describe(name)}"
+    if match and not spelt.isascii():  # they may print alike
+        hint = f"{hint} That is {spelt.encode('ascii', 'backslashreplace').decode()}."
     return UnknownModalityError(
         f"{where} names the modality {describe(name)}, which is not in `modality_param_map`"
         f"{hint} Known modalities: {first_few(map(repr, known), 20)}. Leave out names that own no "
@@ -64,12 +68,19 @@ def unknown_modality(name: object, known: Sequence[str], where: str) -> UnknownM
     )
 
 
-def close_match(word: object, options: Sequence[str]) -> str | None:
-    """The one of `options` that is spelt most like `word`, or None; upper case does not matter."""
-    folded = {option.lower(): option for option in reversed(options)}
+def close_match(word: object, options: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The one of `options` that is spelt most like `word`, or None.
+
+    Upper case and the Unicode normal form do not matter. A `cutoff` near 1 allows few other slips.
+    """
+    folded = {_folded(option): option for option in reversed(options)}
     text = word if isinstance(word, str) else describe(word)
-    close = difflib.get_close_matches(text.lower(), folded, n=1) if text else []
+    close = difflib.get_close_matches(_folded(text), folded, n=1, cutoff=cutoff) if text else []
     return folded[close[0]] if close else None
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).lower()
 
 
 def first_few(words: Iterable[str], number: int = 6, separator: str = ", ") -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -95,6 +96,9 @@ class BatchReader:
         self.modalities: tuple[str, ...] = tuple(modalities)
         self._known_names = frozenset(self.modalities)
         self.resolver = resolver
+        forms = [normalize(form, name) for form in ("NFC", "NFD") for name in self.modalities]
+        # Those that only print like a modality are refused, where other keys are ignored.
+        self._spellings: tuple[str, ...] = tuple(dict.fromkeys((*self.modalities, *forms)))
 
     def read(self, batch: Any) -> set[str]:
         """Active modalities in a batch.
@@ -136,7 +140,7 @@ class BatchReader:
         known = first_few(map(repr, self.modalities), 20) or "none"
         return (
             f"Known modalities: {known}. Put the active ones into the batch,"
-            f" `batch['modalities'] = [{first!r}]`, or name them yourself: "
+            f" `batch['modalities'] = [{first!r}]`, `[]` if there are none, or name them yourself: "
             f"`modalities=[{first!r}]` in a call of a wrapped loss function, `[{first!r}]` in "
             "place of the batch elsewhere. A batch in another form needs "
             "`DummyLossWrapper(..., resolver=...)`."
@@ -190,7 +194,7 @@ class BatchReader:
         for key in () if fields is None else fields.keys[: MAX_COMPARISONS // len(options)]:
             if not isinstance(key, str) or key in options:
                 continue
-            if (match := close_match(key, options)) is not None:
+            if (match := close_match(key, options, cutoff=0.75)) is not None:
                 return f" Did you mean {match!r} by {key!r}?"
         return ""
 
@@ -232,8 +236,9 @@ class BatchReader:
                 inside = f"{where}[{key!r}]"
                 return self.read_value(value, inside, explicit=True, depth=depth + 1)
         keys = {key for key in fields.keys if isinstance(key, str)}
-        names = [name for name in self.modalities if name in keys]
-        return self._present({name: fields.get(name) for name in names}, where) if names else None
+        names = [name for name in self._spellings if name in keys]
+        values = {self._known(name, where): fields.get(name) for name in names}
+        return self._present(values, where) if values else None
 
     def _present(self, values: Mapping[str, Any], where: str) -> set[str]:
         """The names whose values mean that their modality is active."""

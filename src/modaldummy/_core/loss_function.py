@@ -173,7 +173,9 @@ def check_loss(loss: object, where: str) -> Tensor:
         TypeError: It is not; the text begins with `where`.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{where} must be a tensor, got {describe(loss)}.")
+        is_number = isinstance(loss, (Number, np.generic, np.ndarray))
+        hint = " Drop `.item()`, `float()` or `.numpy()`." if is_number else ""
+        raise TypeError(f"{where} must be a tensor, got {describe(loss)}.{hint}")
     if loss.is_complex():
         raise TypeError(
             f"{where} must be real-valued, got {describe(loss)}. Take `.real` or `.abs()` first."
@@ -190,7 +192,7 @@ def find_loss(result: Any) -> tuple[str | int | None, Tensor]:
     Raises:
         TypeError: `result` contains no loss.
     """
-    if isinstance(result, Tensor):
+    if isinstance(result, (Tensor, Number, np.generic, np.ndarray)):
         return None, check_loss(result, "The return value of `loss_fn`")
     if isinstance(result, Mapping) and "loss" in result:
         return "loss", check_loss(result["loss"], "`loss_fn(...)['loss']`")
