@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,14 @@ DTYPES = rows("dtypes-and-parameters.md", "By dtype of the parameter")
 KINDS = rows("dtypes-and-parameters.md", "By kind of parameter")
 
 
-@pytest.mark.parametrize("row", rows("batch-metadata.md", "What a batch may look like"), ids=str)
+FORMS = rows("batch-metadata.md", "What a batch may look like")
+MISSING = rows("batch-metadata.md", "Missing values")
+
+
+@pytest.mark.parametrize("row", FORMS + MISSING, ids=str)
 def test_forms_of_metadata(row: list[str]) -> None:
     _, example, active = row
-    names = {"torch": torch, "x": torch.ones(2), "y": torch.ones(2)}
+    names = {"torch": torch, "np": np, "nan": math.nan, "x": torch.ones(2), "y": torch.ones(2)}
     expected = () if active == "none" else tuple(active.split(", "))
     assert active_modalities(eval(example.strip("`"), names), ["T1", "rsfMRI", "dMRI"]) == expected
 

@@ -69,6 +69,9 @@ class TensorDictLike(Mapping[str, Any]):
     def __len__(self) -> int:
         return 0
 
+    def tolist(self) -> Any:
+        return list(self)
+
     def __bool__(self) -> bool:
         raise RuntimeError("a tensordict has no truth value")
 

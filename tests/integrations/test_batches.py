@@ -1,5 +1,6 @@
 """Batches of other libraries, made with their own classes: what the wrapper reads from them."""
 
+import io
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -143,6 +144,36 @@ def test_rows_of_datasets() -> None:
     assert seen == [("T1", "dMRI")] * 2
     named = Dataset.from_list([{"modalities": ["T1"]}, {"modalities": []}]).with_format("torch")
     assert [active(named[i]) for i in range(2)] == [("T1",), ()]
+
+
+@pytest.mark.long
+def test_tables_and_columns() -> None:
+    """Those of pandas, pyarrow and datasets, and their rows, with missing paths and names."""
+    from datasets import Dataset
+
+    pandas, arrow = import_module("pandas"), import_module("pyarrow")
+    frame = pandas.read_csv(io.StringIO("T1,rsfMRI,dMRI\na.nii,,\nb.nii,,b.nii\n"))
+    tables = [frame, frame.convert_dtypes(), frame.convert_dtypes(dtype_backend="pyarrow")]
+    for table in tables:
+        kinds = ("list", "series", "records")
+        for batch in (table, *(table.to_dict(kind) for kind in kinds)):
+            assert active(batch) == ("T1", "dMRI")
+        for batch in (table[:1], *(table[:1].to_dict(kind) for kind in kinds), table.iloc[0]):
+            assert active(batch) == ("T1",)
+        assert active({name: table[name].to_numpy() for name in NAMES}) == ("T1", "dMRI")
+        assert active([row for _, row in table.iterrows()]) == ("T1", "dMRI")
+    columns = arrow.Table.from_pandas(frame)
+    rows = Dataset.from_pandas(frame)
+    for batch in (columns, columns.to_pydict(), {name: columns[name] for name in NAMES}):
+        assert active(batch) == ("T1", "dMRI")
+    assert active({name: columns[name][0] for name in NAMES}) == ("T1",)
+    assert active({name: columns[name].combine_chunks() for name in NAMES}) == ("T1", "dMRI")
+    assert active({name: rows[name] for name in NAMES}) == ("T1", "dMRI")
+    names = pandas.Series(["x", "T1", None])[1:]
+    categories = names.astype("category")
+    for column in (names, names.astype("string"), categories, categories.array, arrow.array(names)):
+        assert active({"modality": column}) == ("T1",)
+    assert active({"T1": pandas.NaT, "rsfMRI": pandas.NA, "dMRI": frame["dMRI"]}) == ("dMRI",)
 
 
 # --- tensordict ----------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from modaldummy._core.batch_values import (
     check_depth,
     check_has_values,
     fields_of,
+    is_collection,
     is_integer,
     is_like_collated_flags,
     is_mask,
-    is_plain_collection,
+    is_missing,
     is_present,
+    unbox,
     without_broadcast_axes,
 )
 from modaldummy._errors import (
@@ -43,8 +45,8 @@ def active_modalities(batch: Any, modalities: Sequence[str]) -> tuple[str, ...]:
     - a name, or a collection of names, which may be nested per sample;
     - a mapping, dataclass, named tuple or object with any of these forms under
       ``active_modalities``, ``modalities`` or ``modality``;
-    - a mapping keyed by modality, possibly one level down, in which None, False, all-False and
-      empty values mean inactive;
+    - a mapping keyed by modality, possibly one level down, in which None, NaN, False, all-False
+      and empty values mean inactive;
     - a list of samples, each in one of these forms;
     - a bool array ``[M]`` or ``[B, M]`` with the modalities in the order of ``modalities``;
     - an integer array ``[B]`` of indexes into ``modalities``, -1 for none.
@@ -160,13 +162,14 @@ class BatchReader:
             depth: Number of containers around the value.
         """
         check_depth(depth, where)
+        value = unbox(value)
         if isinstance(value, str):
             return {self._known(value, where)}
         if isinstance(value, (Tensor, np.ndarray)):
             return self._read_array(value, where, depth)
         for key in () if isinstance(value, (Mapping, type)) else EXPLICIT_KEYS:
             named = attribute(value, key)
-            if named is not None and not callable(named):
+            if not is_missing(named) and not callable(named):
                 return self.read_value(named, f"{where}.{key}", explicit=True, depth=depth + 1)
         if isinstance(samples := attribute(value, "tensordicts"), list):
             # Of a lazily stacked TensorDict: its own keys are only those that all samples have.
@@ -175,7 +178,7 @@ class BatchReader:
             if explicit and not any(key in fields.keys for key in EXPLICIT_KEYS):
                 return self._read_flags(fields, where)
             return self._read_mapping(fields, where, depth)
-        if is_plain_collection(value):
+        if is_collection(value):
             return self._read_collection(value, where, explicit, depth)
         return None
 
@@ -231,8 +234,8 @@ class BatchReader:
     def _read_level(self, fields: Fields, where: str, depth: int) -> set[str] | None:
         """Explicit keys first, then keys that are modalities; nothing further down."""
         for key in EXPLICIT_KEYS:
-            value = fields.get(key) if key in fields.keys else None
-            if value is not None:
+            value = unbox(fields.get(key)) if key in fields.keys else None
+            if not is_missing(value):
                 inside = f"{where}[{key!r}]"
                 return self.read_value(value, inside, explicit=True, depth=depth + 1)
         keys = {key for key in fields.keys if isinstance(key, str)}
@@ -258,7 +261,7 @@ class BatchReader:
             return self._read_array(np.asarray(list(items)), where, depth)
         active: set[str] = set()
         for index, item in enumerate(items):
-            if item is None and explicit:
+            if explicit and is_missing(unbox(item)):
                 continue  # a sample without modalities, as in a column with nulls
             place = f"{where}[{index}]"
             numbers = isinstance(item, (Tensor, np.ndarray)) and not is_mask(item)
@@ -287,6 +290,8 @@ class BatchReader:
             array = np.asarray(array)  # its columns would stay matrices
         if is_mask(array):
             return self._read_mask(array, where)
+        if isinstance(array, np.ndarray) and array.ndim == 1 and not is_present(array, where):
+            return set()  # pandas makes NaN, or NaT, of a column of missing names
         return self._read_indexes(array, where)
 
     def _read_mask(self, mask: Any, where: str) -> set[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
+_STRINGS = (str, bytes, bytearray, memoryview)
 _NO_FIELD = "modaldummy_asks_for_no_field"
 _INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)}
 
@@ -77,17 +78,40 @@ def fields_of(value: Any) -> Fields | None:
         return Fields([], value.__getitem__, False)
     if hasattr(type(value), "keys") and hasattr(type(value), "__getitem__"):
         keys = value.keys() if callable(value.keys) else value.keys
-        if isinstance(keys, Iterable):
-            return Fields(list(keys), value.__getitem__, False)
+        names = list(keys) if isinstance(keys, Iterable) else [keys]
+        # A pandas Series that is a column has numbers for keys.
+        if not names or any(isinstance(name, str) for name in names):
+            return Fields(names, value.__getitem__, False)
     return None
 
 
-def is_plain_collection(value: object) -> bool:
+def is_collection(value: object) -> bool:
     """Whether `value` is a collection without named fields, and not a string or an array."""
-    other = (str, bytes, bytearray, memoryview, Tensor, np.ndarray)
+    other = (Tensor, np.ndarray, *_STRINGS)
     if not isinstance(value, Collection) or isinstance(value, other):
         return False
     return fields_of(value) is None
+
+
+def unbox(value: Any) -> Any:
+    """The Python object that a column or scalar of pyarrow, or a 0-d array, contains."""
+    for convert in ("as_py", "to_pylist"):
+        if hasattr(type(value), convert):
+            return getattr(value, convert)()
+    is_box = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "OSTU"
+    return value.item() if is_box else value
+
+
+def is_missing(value: object) -> bool:
+    """Whether a scalar stands for no value: None, NaN, NaT, NA of pandas, a masked element.
+
+    The type decides before anything is compared, which could synchronize with a device.
+    """
+    if value is None or value is np.ma.masked:
+        return True
+    if isinstance(value, (Number, np.datetime64, np.timedelta64)):
+        return bool(value != value)
+    return type(value).__name__ in ("NAType", "NaTType")  # of pandas, which is not imported
 
 
 def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
@@ -96,14 +120,18 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
     For a mask the answer is a bool tensor of shape `[]`, still on its device.
     """
     check_depth(depth, where)
-    if value is None or isinstance(value, (bool, np.bool_)):
+    value = unbox(value)
+    if is_missing(value):
+        return False
+    if isinstance(value, (bool, np.bool_)):
         return bool(value)
     is_array = isinstance(value, (Tensor, np.ndarray))
     if is_array and is_mask(value):
         check_has_values(value, where)
         present = without_broadcast_axes(value).any()
         return present if isinstance(value, Tensor) else bool(present)
-    if isinstance(value, (Number, np.generic)) or (is_array and value.ndim == 0):
+    is_number = isinstance(value, (Number, np.generic)) and not isinstance(value, _STRINGS)
+    if is_number or (is_array and value.ndim == 0):
         if depth > 0:
             return True
         raise BatchMetadataError(
@@ -120,26 +148,29 @@ def is_present(value: Any, where: str, depth: int = 0) -> bool | Tensor:
 
 
 def _parts_of(value: Any) -> Iterable[Any] | None:
-    """The items or fields of a container; None for arrays of numbers and single objects."""
-    if isinstance(value, Tensor):
+    """The items or fields of a container; None for single objects, tensors and images.
+
+    A 1-d array is a column of numbers, which may all be missing. Other arrays of numbers are data.
+    """
+    if isinstance(value, (Tensor, *_STRINGS)):
         return None
     if isinstance(value, np.ndarray):
         items: Iterable[Any] = without_broadcast_axes(value)
-        return items if value.dtype == object else None
-    if isinstance(value, (list, tuple)):
-        return value
-    if (fields := fields_of(value)) is not None:
+        return items if value.ndim == 1 or value.dtype.kind in "MOSTUm" else None
+    fields = fields_of(value)
+    # The keys of a pandas Series may not be unique, so that its values are read without them.
+    if fields and (fields.may_be_searched or not hasattr(type(value), "tolist")):
         return (fields.get(key) for key in fields.keys)
-    return None
+    return value if isinstance(value, Collection) else None
 
 
 def is_like_collated_flags(value: Any) -> bool:
     """Whether `value` is a list or array of numbers, as collated flags of samples would be."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 1 and not is_mask(value)
-    if not isinstance(value, (list, tuple)):
-        return False
-    return any(isinstance(item, Number) and not isinstance(item, bool) for item in value)
+    items = value if is_collection(value) else ()
+    numbers = (item for item in items if isinstance(item, Number) and not isinstance(item, bool))
+    return not all(map(is_missing, numbers))
 
 
 def check_depth(depth: int, where: str) -> None:

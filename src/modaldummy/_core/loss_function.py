@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy._core.batch import EXPLICIT_KEYS, BatchReader
-from modaldummy._core.batch_values import MAX_NESTING, attribute, is_plain_collection
+from modaldummy._core.batch_values import MAX_NESTING, attribute, is_collection, is_missing, unbox
 from modaldummy._errors import BatchMetadataError, describe
 
 Result = TypeVar("Result")  # what a loss function returns
@@ -144,7 +144,7 @@ def is_data(argument: object) -> bool:
     These are tensors, arrays, numbers, strings, modules, callables without keys, and None.
     """
     never = (Tensor, np.ndarray, Number, np.generic, str, bytes, nn.Module, type)
-    if argument is None or isinstance(argument, never):
+    if is_missing(argument) or isinstance(argument, never):
         return True
     # A batch that can be called, such as PyG's `Data`, has keys.
     return callable(argument) and not hasattr(type(argument), "keys")
@@ -156,7 +156,8 @@ def may_contain_metadata(argument: Any, modalities: Collection[str], depth: int 
     Data does not. A collection may, if an item is the name of a modality, a mapping or an object;
     a list of captions, boxes or tensors does not.
     """
-    if not is_plain_collection(argument):
+    argument = unbox(argument)
+    if not is_collection(argument):
         return not is_data(argument)
     return depth <= MAX_NESTING and any(
         item in modalities
