@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections import OrderedDict, UserDict, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable
 from random import Random
 from types import MappingProxyType, SimpleNamespace
@@ -16,12 +16,17 @@ from tools.fuzz_values import (
     LEAVES,
     STRINGS,
     WEIGHTS,
+    AttrDict,
     Colour,
+    Column,
     Keyed,
     Modality,
     Name,
+    NAType,
+    Nulls,
     Pair,
     Record,
+    Scalar,
     Scans,
 )
 
@@ -58,9 +63,11 @@ def _meant(random: Random, known: tuple[str, ...]) -> Any:
     flags = [[random.random() < 0.5 for _ in known] for _ in range(random.choice([1, 2, 8]))]
     samples = [[name for name, on in zip(known, row, strict=True) if on] for row in flags]
     key = random.choice(EXPLICIT_KEYS)
-    data = {name: torch.zeros(2, 3) if name in samples[0] else None for name in known}
+    missing = random.choice([None, math.nan, [None, math.nan], NAType(), Nulls([None]), []])
+    data = {name: torch.zeros(2, 3) if name in samples[0] else missing for name in known}
     forms: list[Any] = [samples[0], samples, {key: samples}, data, {"inputs": data, "labels": 1}]
     forms += [[{key: names} for names in samples], [SimpleNamespace(modality=n) for n in samples]]
+    forms += [AttrDict(data), [AttrDict(data)], {key: Nulls([*samples[0], None])}]
     forms += [torch.tensor(flags), np.array(flags), {key: flags}, _array(random, samples)]
     forms += [{key: dict(zip(known, flags[0], strict=True))}, torch.tensor([-1, len(known) - 1])]
     return random.choice(forms)
@@ -94,6 +101,11 @@ def _strings(random: Random, items: list[Any]) -> dict[str, Any]:
     return {random.choice([*EXPLICIT_KEYS, "T1", "x", "keys", "_fields"]): item for item in items}
 
 
+def _named(column: Column, name: str) -> Column:
+    column.names = name
+    return column
+
+
 def _set(random: Random, items: list[Any]) -> set[Any]:
     return {random.choice([*STRINGS, 1, None, ("T1", "dMRI"), frozenset({"T1"})]) for _ in items}
 
@@ -107,6 +119,10 @@ def _array(random: Random, items: list[Any]) -> Any:
 
 _CONTAINERS: list[Callable[[Random, list[Any]], Any]] = [
     *[lambda _, items: items] * 3,
+    *[lambda _, items: UserList(items), lambda _, items: Column(items)],
+    *[lambda _, items: Nulls(items), lambda _, items: Scalar(items)],
+    lambda random, items: _named(Column(items), random.choice(STRINGS)),
+    lambda random, items: AttrDict(_mapping(random, items)),
     *[_mapping] * 6,
     lambda _, items: tuple(items),
     lambda _, items: deque(items),

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections import namedtuple
+from collections import UserList, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -61,6 +61,43 @@ class Mirror:
         return self
 
 
+class Maker:
+    """Each attribute is made when it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        setattr(self, name, Maker())
+        return getattr(self, name)
+
+
+class AttrDict(dict[Any, Any]):
+    """Its items are its attributes, and one that it does not have could be created."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+class NAType:
+    """As in pandas, it equals nothing, and the answer has no truth value."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise Planted
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Scalar:
+    """As in pyarrow."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def as_py(self) -> Any:
+        return self.value
+
+
 class Unsized:
     """Looks like a collection, and is none."""
 
@@ -82,6 +119,30 @@ class Keyed:
 
     def __getitem__(self, key: Any) -> Any:
         return self.value
+
+
+class Column(UserList[Any]):
+    """As in pandas: a collection whose keys are numbers, or names that need not be unique."""
+
+    names: Any = None
+
+    def keys(self) -> Any:
+        return range(len(self)) if self.names is None else [self.names] * len(self)
+
+    def __getitem__(self, key: Any) -> Any:
+        return Column(self.data) if isinstance(key, str) else self.data[key]
+
+    def tolist(self) -> Any:
+        return self.data
+
+
+class Nulls(Column):
+    """As in pyarrow: it can be read as a list only."""
+
+    __iter__ = None  # type: ignore[assignment]
+
+    def to_pylist(self) -> Any:
+        return self.data
 
 
 @dataclass
@@ -152,6 +213,7 @@ def _numpy(random: Random) -> Any:
 def _numbers(random: Random) -> Any:
     return random.choice(
         [
+            *(math.nan, NAType(), np.ma.masked, Scalar(None), Scalar("T1"), Scalar(math.nan)),
             *(0, 1, -1, 10**5000, 0.0, math.nan, math.inf, 1j, Decimal("NaN"), Fraction(1, 3)),
             *(np.int8(1), np.float32("nan"), np.datetime64("NaT"), np.bool_(True)),
             *(np.str_("T1"), np.bytes_(b"T1")),
@@ -166,7 +228,15 @@ def _others(random: Random) -> Any:
             *(Colour.T1, Colour.RED, Modality.T1, Name("T1"), Name("x"), Moody("T1")),
             *(b"T1", bytearray(b"T1"), memoryview(b"T1"), memoryview(bytes(4)).cast("B", (2, 2))),
             *(range(3), range(10**12), torch.nn.Identity(), torch.bool, torch.Size([3])),
-            *(Raising(), Mirror(), Unsized(), torch.Generator()),
+            *(
+                Raising(),
+                Mirror(),
+                Maker(),
+                AttrDict(T1=True),
+                AttrDict(modality=math.nan),
+                Unsized(),
+                torch.Generator(),
+            ),
         ]
     )
 
