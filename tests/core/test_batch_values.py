@@ -4,6 +4,7 @@ import math
 from collections import UserList, deque
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,8 @@ def test_a_missing_name_is_none(missing: Any) -> None:
     for key in ("modality", "active_modalities"):
         assert active_modalities({key: missing, "dMRI": X}, KNOWN) == ("dMRI",)
     assert active_modalities({"modalities": {"T1": [missing], "dMRI": True}}, KNOWN) == ("dMRI",)
+    record = SimpleNamespace(active_modalities=missing, modality="dMRI")
+    assert active_modalities(record, KNOWN) == ("dMRI",)
 
 
 NAN = np.full(2, np.nan)
@@ -273,3 +276,11 @@ def test_a_property_may_raise() -> None:
 
     with pytest.raises(ConnectionError, match="the disk is gone"):
         attribute(Lazy(), "modality")
+
+
+def test_a_callable_whose_attributes_raise_is_no_batch() -> None:
+    class Call(Raising):
+        def __call__(self) -> None:
+            """A loss function may get another function."""
+
+    assert is_data(Call())

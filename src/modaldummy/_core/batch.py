@@ -168,7 +168,7 @@ class BatchReader:
         if isinstance(value, (Tensor, np.ndarray)):
             return self._read_array(value, where, depth)
         for key in () if isinstance(value, (Mapping, type)) else EXPLICIT_KEYS:
-            named = attribute(value, key)
+            named = unbox(attribute(value, key))
             if not is_missing(named) and not callable(named):
                 return self.read_value(named, f"{where}.{key}", explicit=True, depth=depth + 1)
         if isinstance(samples := attribute(value, "tensordicts"), list):
