@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modaldummy._core.batch_values import (
+    COMMON_TYPES,
     Fields,
     attribute,
     check_depth,
@@ -167,11 +168,12 @@ class BatchReader:
             return {self._known(value, where)}
         if isinstance(value, (Tensor, np.ndarray)):
             return self._read_array(value, where, depth)
-        for key in () if isinstance(value, (Mapping, type)) else EXPLICIT_KEYS:
+        is_common = type(value) in COMMON_TYPES
+        for key in () if is_common or isinstance(value, (Mapping, type)) else EXPLICIT_KEYS:
             named = unbox(attribute(value, key))
             if not is_missing(named) and not callable(named):
                 return self.read_value(named, f"{where}.{key}", explicit=True, depth=depth + 1)
-        if isinstance(samples := attribute(value, "tensordicts"), list):
+        if not is_common and isinstance(samples := attribute(value, "tensordicts"), list):
             # Of a lazily stacked TensorDict: its own keys are only those that all samples have.
             return self._read_collection(samples, where, explicit, depth)
         if (fields := fields_of(value)) is not None:

@@ -15,6 +15,8 @@ from modaldummy._errors import BatchMetadataError, describe
 
 MAX_NESTING = 16
 _STRINGS = (str, bytes, bytearray, memoryview)
+# Types of most values in a batch, for which nothing is probed: that would take most of the time.
+COMMON_TYPES = frozenset((str, dict, list, tuple, bool, Tensor))
 _NO_FIELD = "modaldummy_asks_for_no_field"
 _INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)}
 
@@ -95,6 +97,8 @@ def is_collection(value: object) -> bool:
 
 def unbox(value: Any) -> Any:
     """The Python object that a column or scalar of pyarrow, or a 0-d array, contains."""
+    if type(value) in COMMON_TYPES:
+        return value
     for convert in ("as_py", "to_pylist"):
         if hasattr(type(value), convert):
             return getattr(value, convert)()
@@ -107,6 +111,8 @@ def is_missing(value: object) -> bool:
 
     The type decides before anything is compared, which could synchronize with a device.
     """
+    if type(value) in COMMON_TYPES:
+        return False
     if value is None or value is np.ma.masked:
         return True
     if isinstance(value, (Number, np.datetime64, np.timedelta64)):
