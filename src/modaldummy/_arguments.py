@@ -3,6 +3,7 @@
 from torch import nn
 
 from modaldummy._core import DummyLossWrapper
+from modaldummy._core.loss_function import WrappedLoss
 from modaldummy._errors import describe
 
 
@@ -37,7 +38,7 @@ def wrappers_in(model: nn.Module) -> list[DummyLossWrapper]:
     A loss function that a wrapper has wrapped counts as that wrapper.
     """
     values = [value for module in model.modules() for value in vars(module).values()]
-    values += [getattr(value, "modaldummy_wrapper", None) for value in values]
+    values = [value.wrapper if isinstance(value, WrappedLoss) else value for value in values]
     return list(dict.fromkeys(v for v in values if isinstance(v, DummyLossWrapper)))
 
 

@@ -1,7 +1,10 @@
 """A wrapped loss function: which argument says what is active, and where the loss is."""
 
+import copy
 import functools
 import inspect
+import io
+import pickle
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from modaldummy import BatchMetadataError, DummyLossWrapper, UnknownModalityError
+from modaldummy._arguments import wrappers_in
 from modaldummy._core.loss_function import find_loss, may_contain_metadata, replace_loss, with_item
 from tests.asserts import last_report
 from tests.zoo import brain
@@ -229,6 +234,88 @@ ASKED: list[Any] = [{"x": X}, ["T1"], ["T1", "x"], [[], ["T1"]], [{"x": X}], Sim
 def test_arguments_that_are_asked(argument: Any) -> None:
     is_asked = any(argument is asked for asked in ASKED)
     assert may_contain_metadata(argument, KNOWN) == is_asked
+
+
+CAPTIONS: dict[str, Any] = {
+    "all of them names": ["T1", "T1"],
+    "one of them a name": ["T1", "a brain"],
+    "nested": [["T1"], ["a brain", "T1"]],
+    "a tuple": ("T1",),
+    "none of them a name": ["a brain"],
+}
+
+
+@pytest.mark.parametrize("resolver", [None, lambda batch: batch.get("names")])
+@pytest.mark.parametrize("captions", CAPTIONS.values(), ids=CAPTIONS)
+def test_captions_do_not_win_over_a_batch(captions: Any, resolver: Any) -> None:
+    wrapper = brain().wrapper(resolver=resolver)
+    batch = {"dMRI": X, "names": ["dMRI"]}
+    for arguments in ((captions, batch), (batch, captions)):
+        wrapper(variadic)(OUT, *arguments)
+        assert last_report(wrapper).active == ("dMRI",)
+
+
+def test_a_list_of_names_is_read_if_nothing_else_is_a_batch() -> None:
+    wrapper = brain().wrapper()
+    wrapper(variadic)(OUT, ["T1", "dMRI"], {"labels": X})
+    assert last_report(wrapper).active == ("T1", "dMRI")
+    with pytest.raises(UnknownModalityError, match="'a brain'"):
+        wrapper(variadic)(OUT, ["T1", "a brain"], {"labels": X})
+
+
+# --- Copies and pickles -----------------------------------------------------------------------
+
+GLOBAL_WRAPPER = brain().wrapper()
+
+
+@GLOBAL_WRAPPER
+def decorated(output: Tensor, batch: Any) -> Tensor:
+    return output
+
+
+class WithCriterion(nn.Module):
+    """A model that keeps its wrapped loss functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("T1", "dMRI")})
+        wrapper = DummyLossWrapper(self, {name: f"towers.{name}" for name in self.towers})
+        self.criterion = wrapper(nn.MSELoss())
+        self.function = wrapper(mse_loss)
+        self.decorated = decorated
+
+
+def saved_and_loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("name", ["criterion", "function"])
+def test_the_copy_of_a_model_gives_dummy_gradients_to_itself(
+    copied: Callable[[Any], Any], name: str
+) -> None:
+    model = WithCriterion()
+    other = copied(model)
+    output = other.towers["T1"](X)
+    getattr(other, name)(output, output.detach() + 1, modalities="T1").backward()
+    assert other.towers["dMRI"].weight.grad.unique().tolist() == [pytest.approx(1e-7)]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert wrappers_in(other)[0].parameters.model is other
+
+
+def test_a_decorated_function_is_pickled_by_name() -> None:
+    """In a new process it has the wrapper of that process, and is not sent with its model."""
+    assert pickle.loads(pickle.dumps(decorated)) is decorated
+    assert copy.copy(decorated) is decorated
+    assert copy.deepcopy(decorated).wrapper is not GLOBAL_WRAPPER
+
+
+def test_a_wrapped_loss_is_short_in_messages() -> None:
+    text = repr(brain().wrapper()(nn.MSELoss()))
+    assert text == "<a MSELoss module, wrapped by a DummyLossWrapper>"
 
 
 # --- A resolver -------------------------------------------------------------------------------

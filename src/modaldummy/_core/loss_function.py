@@ -4,9 +4,11 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
+import types
 from collections.abc import Callable, Collection, Mapping
 from numbers import Number
-from typing import Any, TypeVar
+from typing import Any, Generic, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -23,32 +25,54 @@ _KEYWORD = "modalities"
 _RESOLVER_ERRORS = (BatchMetadataError, LookupError, TypeError, AttributeError)
 
 
-def wrap_loss_function(
-    loss_fn: Callable[..., Result], reader: BatchReader, add: Callable[[Tensor, set[str]], Tensor]
-) -> Callable[..., Result]:
-    """A function like `loss_fn` whose loss has been through `add`.
+class WrappedLoss(Generic[Result]):
+    """A loss function whose loss includes the dummy term.
+
+    A copy of a model copies the loss functions in it with their wrappers.
 
     Args:
-        loss_fn: The loss function.
-        reader: Reads the modalities from the arguments.
-        add: Takes a loss and its active modalities, and returns the total.
-    """
-    call = CallReader(loss_fn, reader)
-    # Without the `__dict__` of a module, the wrapped function shows none of its parameters.
-    updated = ("__dict__",) if inspect.isroutine(loss_fn) else ()
+        loss_fn: The loss function, whose name, documentation and signature this object shows.
+        wrapper: Has the `reader` for the arguments, and `add`, which makes a total of a loss.
 
-    @functools.wraps(loss_fn, updated=updated)
-    def wrapped(*args: Any, **kwargs: Any) -> Result:
-        given = call.pop_keyword(kwargs)
+    Attributes:
+        wrapper: As given.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Result], wrapper: Any) -> None:
+        # Without the `__dict__` of a module, this object shows none of its parameters.
+        updated = ("__dict__",) if inspect.isroutine(loss_fn) else ()
+        functools.update_wrapper(self, loss_fn, updated=updated)
+        self.wrapper = wrapper
+        self._loss_fn = loss_fn
+        self._call_reader = CallReader(loss_fn, wrapper.reader)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        given = self._call_reader.pop_keyword(kwargs)
         if not torch.is_grad_enabled():
-            return loss_fn(*args, **kwargs)
-        active = call.active(args, kwargs, given)
-        result = loss_fn(*args, **kwargs)
+            return self._loss_fn(*args, **kwargs)
+        active = self._call_reader.active(args, kwargs, given)
+        result = self._loss_fn(*args, **kwargs)
         place, loss = find_loss(result)
-        total = add(loss, active)
+        total = self.wrapper.add(loss, active)
         return result if total is loss else replace_loss(result, place, total)
 
-    return wrapped
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Result]:
+        # As a method of a class it gets `self`, like a function.
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WrappedLoss[Result]":
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # A decorated function of a module is pickled by name, like any function.
+        name = getattr(self, "__qualname__", "")
+        is_global = getattr(sys.modules.get(self.__module__), name, None) is self
+        return name if is_global else super().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        return f"<{describe(self._loss_fn)}, wrapped by a DummyLossWrapper>"
 
 
 class CallReader:
@@ -92,12 +116,12 @@ class CallReader:
             if arguments.get(key) is not None:
                 return self._reader.read_value(arguments[key], f"`{key}=`", explicit=True)
         reasons = {}
-        for name, argument in arguments.items():
-            active, reasons[name] = self._ask(argument, name)
+        for name in sorted(arguments, key=lambda name: is_text(arguments[name])):
+            active, reasons[name] = self._ask(arguments[name], name)
             if active is not None:
                 return active
         # Described only now: printing a model or a tensor at each step would take time.
-        lines = (f"\n  - {name}: {describe(arguments[name])}{reasons[name]}" for name in reasons)
+        lines = (f"\n  - {name}: {describe(arguments[name])}{reasons[name]}" for name in arguments)
         raise BatchMetadataError(
             "No argument of the loss function says which modalities its batch contains. "
             f"Arguments:{''.join(lines) or ' none.'}\n{self._reader.remedy()}"
@@ -148,6 +172,13 @@ def is_data(argument: object) -> bool:
         return True
     # A batch that can be called, such as PyG's `Data`, has keys.
     return callable(argument) and not hasattr(type(argument), "keys")
+
+
+def is_text(argument: Any, depth: int = 0) -> bool:
+    """Whether an argument contains only strings: captions, perhaps, so that others go first."""
+    if depth > MAX_NESTING or not is_collection(argument):
+        return isinstance(argument, str)
+    return all(is_text(item, depth + 1) for item in argument)
 
 
 def may_contain_metadata(argument: Any, modalities: Collection[str], depth: int = 0) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modaldummy._core.batch import BatchReader, Resolver
-from modaldummy._core.loss_function import Result, check_loss, wrap_loss_function
+from modaldummy._core.loss_function import Result, WrappedLoss, check_loss
 from modaldummy._core.parameter import ParameterEntry
 from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParameterMap, Step
 from modaldummy._core.report import StepReport, report_of
@@ -131,8 +131,9 @@ class DummyLossWrapper:
 
         Which modalities are active is read, before ``loss_fn`` runs, from the first of: a keyword
         ``modalities=``; a parameter called ``active_modalities``, ``modalities`` or ``modality``;
-        the first argument, in signature order, that contains metadata. Tensors, arrays, numbers,
-        bare strings, captions, modules, functions and a first ``self`` or ``cls`` are skipped.
+        the first argument, in signature order, that contains metadata, where collections of
+        nothing but strings come last. Tensors, arrays, numbers, bare strings, captions, modules,
+        functions and a first ``self`` or ``cls`` are skipped.
 
         >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
         >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
@@ -146,8 +147,9 @@ class DummyLossWrapper:
                 with a field ``loss``, which is replaced on a shallow copy.
 
         Returns:
-            A function of the same arguments, and of ``modalities=``, which ``loss_fn`` gets only if
-            it has that parameter. It registers no parameters, even if ``loss_fn`` is a module.
+            A callable object of the same arguments, and of ``modalities=``, which ``loss_fn`` gets
+            only if it has that parameter. It registers no parameters, even if ``loss_fn`` is a
+            module. It can be pickled and copied; the copy of a model owns a wrapper of its own.
 
         Raises:
             TypeError: ``loss_fn`` is not callable or, when called, returns no loss.
@@ -159,9 +161,7 @@ class DummyLossWrapper:
                 f"`loss_fn` must be callable, got {describe(loss_fn)}. For a loss that is already "
                 "computed use `wrapper.total(loss, batch)`."
             )
-        wrapped = wrap_loss_function(loss_fn, self.reader, self.add)
-        wrapped.modaldummy_wrapper = self  # type: ignore[attr-defined]  # for `preflight`
-        return wrapped
+        return WrappedLoss(loss_fn, self)
 
     def total(self, loss: Tensor, batch: Any) -> Tensor:
         """Real loss plus dummy term: the explicit form, for a training loop of your own.
