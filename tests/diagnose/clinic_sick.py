@@ -280,6 +280,10 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
     ),
     "one modality alone": ({"MD225", "MD226"}, lambda: (plain(Run(schedule=t1_only)), {})),
     "one modality at a time": ({"MD226"}, lambda: (plain(Run(schedule=one_at_a_time)), {})),
+    "all modalities always": (
+        {"MD227"},
+        lambda: (plain(Run(schedule=lambda _, names: names)), {}),
+    ),
     "dummy gradients that are large": (
         {"MD224"},
         lambda: (plain(Run(scale=1e-5)), {"scale": 1e-5}),

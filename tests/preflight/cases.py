@@ -182,9 +182,13 @@ def tied_to_what_runs() -> Arguments:
     return given(model, active=["dMRI"])
 
 
-def one_tower_for_two() -> Arguments:
-    model = Model()
-    return {"wrapper": DummyLossWrapper(model, {"T1": "towers.T1", "dMRI": "towers.T1"})}
+def towers_of(**paths: Any) -> Arguments:
+    return {"wrapper": DummyLossWrapper(Model(), paths)}
+
+
+def tower_of_two() -> Arguments:
+    """As is right for images and videos that go through one tower, each in a call of its own."""
+    return towers_of(T1="towers.T1", dMRI="towers.T1")
 
 
 def frozen(model: Model, path: str, active: Collection[str] | None = None) -> Arguments:
@@ -387,8 +391,15 @@ SICK: dict[str, Sick] = {
     "all towers on meta": Sick(
         "MD115 error", lambda: on_meta(*NAMES), "towers.T1.weight...gradient_only=True"
     ),
-    "one tower for two modalities": Sick(
-        "MD117 warning", one_tower_for_two, "belongs to T1, dMRI...towers.T1.bias: [T1, dMRI]"
+    "a tower, a part of which is all that another modality has": Sick(
+        "MD117 warning",
+        lambda: towers_of(T1="towers.T1", dMRI="towers.T1.weight"),
+        "belongs to dMRI...towers.T1.weight: [T1, dMRI]",
+    ),
+    "a tower of two modalities, a part of which is all that a third has": Sick(
+        "MD117 warning",
+        lambda: towers_of(T1="towers.T1", dMRI="towers.T1", rsfMRI="towers.T1.bias"),
+        "belongs to rsfMRI...towers.T1.bias: [T1, dMRI, rsfMRI]",
     ),
     "tower of which only a shared part is trained": Sick(
         "MD117 warning",
@@ -464,6 +475,7 @@ SICK: dict[str, Sick] = {
 # Setups in which it must find nothing.
 HEALTHY: dict[str, Callable[[], Arguments]] = {
     "plain SGD": lambda: with_optimizer(SGD),
+    "one tower for two modalities": tower_of_two,
     "AdamW, held": lambda: held(Model()),
     "AdamW within another, held": accelerated,
     "mixed precision, clipped and accumulated": mixed_precision,

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from modaldummy import DummyLossWrapper, ParameterMapError, preflight
 from tests.holding import NAMES
-from tests.preflight.cases import on_meta, one_tower_for_two, with_value
+from tests.preflight.cases import on_meta, towers_of, with_value
 from tests.preflight.models import Model, mapped, tied
 from tests.zoo import holder
 
@@ -113,7 +113,7 @@ def test_parameters_on_meta_stop_the_total_unless_nothing_reads_them() -> None:
 
 
 def test_a_modality_without_parameters_of_its_own_may_get_no_dummy_gradient() -> None:
-    wrapper = one_tower_for_two()["wrapper"]
+    wrapper = towers_of(T1="towers.T1.weight", dMRI="towers.T1")["wrapper"]
     assert [finding.code for finding in preflight(wrapper)] == ["MD117"]
     wrapper.dummy("dMRI")
     assert wrapper.last.inactive == ("T1",)

@@ -202,7 +202,7 @@ def ratio(evidence: Evidence) -> Outcome:
 
 
 def occurring(evidence: Evidence) -> Outcome:
-    """MD225: a modality that no batch contains."""
+    """MD225 and MD227: a modality that no batch contains, or none that is ever inactive."""
     tallies = {name: evidence.tallies[f"contains/{name}"] for name in evidence.signals.modalities}
     shares = {name: tally.share for name, tally in tallies.items() if tally.seen}
     if not shares:
@@ -211,6 +211,15 @@ def occurring(evidence: Evidence) -> Outcome:
     if rows < evidence.limits.least:
         return f"{rows} batches are too few; {evidence.limits.least} are needed"
     never = [name for name, share in shares.items() if share == 0]
+    if set(shares.values()) == {1}:
+        return Finding(
+            "MD227",
+            "info",
+            "No modality was ever inactive, so the wrapper did nothing.",
+            {"steps": rows},
+            "Nothing to do if every batch contains every modality. If the dataset fills a missing "
+            "modality with zeros, pass names or flags: zeros count as data.",
+        )
     if not never:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         return Sign(f"active: {text}", shares)

@@ -60,9 +60,11 @@ def _check_values_loaded(setup: Setup) -> Iterator[Finding]:
 
 
 def _check_keys_own_something_alone(setup: Setup) -> Iterator[Finding]:
+    paths = setup.wrapper.parameters.paths
     trainable = {i: keys for i, keys in setup.owners.items() if i in setup.modality_parameters}
-    shared = {i: keys for i, keys in trainable.items() if len(keys) > 1}
-    with_own = {keys[0] for i, keys in trainable.items() if i not in shared}
+    # Keys with the same paths are several modalities of one tower, such as images and videos.
+    shared = {i: ks for i, ks in trainable.items() if len({frozenset(paths[k]) for k in ks}) > 1}
+    with_own = {key for i, keys in trainable.items() if i not in shared for key in keys}
     without_own = [text_of(key) for key in setup.keys_of(shared) if key not in with_own]
     if without_own:
         owned_by_id = setup.wrapper.parameters.all()
