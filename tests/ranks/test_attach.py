@@ -291,5 +291,5 @@ def test_sharded_parameters_are_refused() -> None:
         fully_shard(tower, mesh=mesh)
     model.forward = model.loss
     attach_to_outputs(wrapper, model)
-    with pytest.raises(UnsupportedEngineError, match="FSDP2 has sharded"):
+    with pytest.raises(UnsupportedEngineError, match="FSDP has sharded"):
         model(["T1"])

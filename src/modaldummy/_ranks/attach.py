@@ -11,7 +11,13 @@ from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.graph import reached_leaves
 from modaldummy._core.loss_function import with_item
-from modaldummy._engines import check_ddps, ddps_around, forward_hooks, is_sharded
+from modaldummy._engines import (
+    check_ddps,
+    ddps_around,
+    forward_hooks,
+    is_fsdp1_parameter,
+    is_sharded,
+)
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._handles import Handle
 
@@ -45,7 +51,7 @@ def attach_to_outputs(wrapper: DummyLossWrapper, model: nn.Module) -> "AttachHan
         TypeError: ``wrapper`` or ``model`` has the wrong type.
         ValueError: ``model`` has no parameter of the map, or contains several DDPs that have some.
         UnsupportedEngineError: DDP has a static graph and the scale is None. From forward: no
-            output has a graph, the model uses reentrant checkpoints, or FSDP2 has sharded the
+            output has a graph, the model uses reentrant checkpoints, or FSDP has sharded the
             parameters.
 
     Note:
@@ -109,10 +115,10 @@ class _ConnectOutput:
         ]
         if not parameters:
             return None
-        if any(map(is_sharded, parameters)):
+        if any(is_sharded(p) or is_fsdp1_parameter(p) for p in parameters):
             raise UnsupportedEngineError(
-                "`attach_to_outputs` is for DDP, but FSDP2 has sharded the parameters. Call "
-                "`remove()` on the handle: under FSDP2 `wrapper.total` works without it."
+                "`attach_to_outputs` is for DDP, but FSDP has sharded the parameters. Call "
+                "`remove()` on the handle: under FSDP `wrapper.total` works without it."
             )
         tensors = list(_tensors_with_graph(output))
         # Dynamo traces neither the walk nor reentrant checkpoints.

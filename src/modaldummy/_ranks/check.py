@@ -38,7 +38,7 @@ def check_ranks(
     """Raise on all ranks if they have different modalities and their engine does not support that.
 
     Call it before forward, on all ranks of ``group``. It does nothing if all ranks have the same
-    modalities, or if their engine supports divergent ranks: DDP, ZeRO-1, and FSDP2 that shards only
+    modalities, or if their engine supports divergent ranks: DDP, ZeRO-1, and FSDP that shards only
     the whole model do.
 
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
@@ -52,7 +52,7 @@ def check_ranks(
         wrapper: The wrapper whose map says which modalities own which parameters.
         batch: The batch or its metadata, in any form of ``active_modalities``.
         model: The module that training calls, if it is not the model of the wrapper: a DeepSpeed
-            engine, or a larger model that FSDP2 shards.
+            engine, or a larger model that FSDP shards.
         group: The ranks that have to agree; all ranks by default. A call gathers one byte per key
             of the map, and one more, from each rank. The host waits for it. The first call with a
             wrapper and a group also compares the maps. A single rank only reads its batch.

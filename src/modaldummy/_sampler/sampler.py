@@ -26,7 +26,7 @@ class ModalityBatchSampler(Sampler[list[int]]):
 
     The modalities of a sample are its combination. Each batch contains samples of one combination,
     the same on all ranks. An epoch contains each sample once. Use it under engines that do not
-    support ranks with different modalities: ZeRO-2, ZeRO-3, and FSDP2 with towers that are sharded
+    support ranks with different modalities: ZeRO-2, ZeRO-3, and FSDP with towers that are sharded
     one by one.
 
     >>> modalities = ["T1", "T1", ("T1", "dMRI"), "T1", "T1", ("dMRI", "T1")]
