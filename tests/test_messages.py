@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from modaldummy import (
     hold_inactive,
     preflight,
 )
+from modaldummy._errors import packages_needed
 from tests.zoo import T1, Brain, brain
 
 X = torch.zeros(2, 3)
@@ -540,3 +542,9 @@ def test_followed_advice_works() -> None:
     with pytest.raises(BatchMetadataError) as error:
         wrapper.total(REAL, {"x": X})
     assert_says(error, ["batch['modalities'] = ['audio']", "modalities=['audio']", "`['audio']`"])
+
+
+def test_a_missing_package_is_named_as_it_is_installed() -> None:
+    text = "No module named 'nothing'. Install it: pip install some thing"
+    with pytest.raises(ModuleNotFoundError, match=text), packages_needed("some thing"):
+        importlib.import_module("nothing")

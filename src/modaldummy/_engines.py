@@ -155,9 +155,8 @@ def wrapped_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def adapters_beside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of the adapters, of any kind, that PEFT puts beside a `base_layer`."""
-    for other in getattr(module, "adapter_layer_names", ()) if name == "base_layer" else ():
-        if (child := module._modules.get(other)) is not None:
-            yield other, child
+    names = getattr(module, "adapter_layer_names", ()) if name == "base_layer" else ()
+    yield from ((n, child) for n in names if (child := module._modules.get(n)) is not None)
 
 
 def parametrization_of(module: nn.Module, name: str) -> nn.Module | None:

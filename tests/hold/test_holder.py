@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -382,15 +383,29 @@ def test_after_a_step_that_raised_the_next_one_holds(again: bool) -> None:
     assert training.model.towers["dMRI"].weight.grad is not None
 
 
+def test_a_gradient_that_a_hook_of_the_step_sets_stays() -> None:
+    training = Training()
+    weight = training.model.towers["dMRI"].weight
+    gradient = torch.zeros_like(weight)
+    hook = training.optimizer.register_step_post_hook(lambda *_: setattr(weight, "grad", gradient))
+    training.optimizer._optimizer_step_post_hooks.move_to_end(hook.id, last=False)
+    training.backward("T1")
+    training.optimizer.step()
+    assert weight.grad is gradient
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("raising", [Failing, AdamW], ids=["step", "hook"])
-@pytest.mark.parametrize("by", ["loss", "remove"])
+@pytest.mark.parametrize("by", ["loss", "step", "remove"])
 @pytest.mark.parametrize("cleared", [False, True])
 def test_a_step_that_raised_loses_no_gradient(raising: Any, by: str, cleared: bool) -> None:
-    """The next loss or the end of the hold puts them back, unless gradients were cleared."""
+    """The next loss, the next step or the end of the hold puts them back, unless cleared.
+
+    It is the step if the loss is compiled.
+    """
     training = Training(raising)
     weight = training.model.towers["dMRI"].weight
     training.backward("T1")
@@ -404,6 +419,11 @@ def test_a_step_that_raised_loses_no_gradient(raising: Any, by: str, cleared: bo
         training.optimizer.zero_grad()
     if by == "loss":
         training.total("dMRI")
+    elif by == "step":
+        with patch("torch.compiler.is_compiling", lambda: True):
+            training.total("dMRI")
+        assert weight.grad is None
+        training.optimizer.step()
     else:
         training.handle.remove()
     assert weight.grad is (None if cleared else gradient)

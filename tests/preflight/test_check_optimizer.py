@@ -9,7 +9,7 @@ from torch.optim import LBFGS, SGD, AdamW, RAdam
 
 from modaldummy import preflight
 from tests.holding import NAMES, Towers, train
-from tests.preflight.cases import left_out, optimizer_for_each_tower
+from tests.preflight.cases import held, left_out, optimizer_for_each_tower
 from tests.preflight.models import Model, mapped, partition, sparse_table
 
 
@@ -54,6 +54,14 @@ def test_only_modalities_that_move_are_named() -> None:
     model = Model()
     optimizers = [SGD(model.towers.parameters(), lr=0.1), LBFGS(model.trunk.parameters())]
     assert preflight(model.wrapper(), optimizers) == []
+
+
+def test_parameters_that_fsdp1_has_gathered_are_not_compared_with_shards() -> None:
+    """Between forward and backward they are views of the flat parameter."""
+    arguments = held(Model())
+    trunk = arguments["wrapper"].parameters.model.trunk
+    trunk._parameters["weight"] = trunk.weight.clone()
+    assert [finding.code for finding in preflight(**arguments)] == ["MD142"]
 
 
 def test_the_error_of_an_optimizer_is_in_the_evidence() -> None:

@@ -24,6 +24,7 @@ def hold_inactive(
     gradients were last cleared, on every rank. The value, the optimizer state and the step counter
     of a skipped parameter stay bit for bit as they were. Its gradient is the same after the step.
 
+    >>> import torch
     >>> from torch import nn
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
@@ -85,6 +86,7 @@ def hold_inactive(
 class HoldHandle(Handle):
     """What ``hold_inactive`` returns. ``remove()``, or the end of a ``with`` block, ends the hold.
 
+    >>> import torch
     >>> from torch import nn
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})

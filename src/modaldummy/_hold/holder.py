@@ -222,6 +222,7 @@ class Holder:
             self._depth = 0
         if self._depth == 0:
             check_not_capturing()
+            self.restore_gradients()
             self._hide_gradients()
             if len(args) > 1 and callable(args[1]):
                 args = (args[0], self._with_gradients(args[1]), *args[2:])

@@ -41,6 +41,7 @@ def check_ranks(
     modalities, or if their engine supports divergent ranks: DDP, ZeRO-1, and FSDP that shards only
     the whole model do.
 
+    >>> import torch
     >>> model = nn.ModuleDict({"T1": nn.Linear(4, 2), "dMRI": nn.Linear(6, 2)})
     >>> wrapper = DummyLossWrapper(model, {"T1": "T1", "dMRI": "dMRI"})
     >>> check_ranks(wrapper, {"T1": torch.ones(3, 4)})
