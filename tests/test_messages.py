@@ -325,6 +325,11 @@ BATCHES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         BatchMetadataError,
         ["['modality']", "[2]"],
     ),
+    "misspelt after other keys": (
+        {0: X, "subject": X, "modalites": ["T1"]},
+        BatchMetadataError,
+        ["Did you mean 'modalities' by 'modalites'?"],
+    ),
     "index too large": (torch.tensor([0, 3]), BatchMetadataError, ["index 3", "0 to 2"]),
     "index too small": (np.array([-2]), BatchMetadataError, ["index -2", "-1 for none"]),
     "list of numbers": ([0, 1], BatchMetadataError, ["does not say", "[0, 1]"]),

@@ -35,6 +35,16 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "field that was never set": (Unset(None, {"T1": True}), ("T1",)),
     "mask of one row, expanded": (torch.tensor([True, False, True]).expand(HUGE, 3), KNOWN[::2]),
     "mask of one row, broadcast": (np.broadcast_to([False, True, False], (HUGE, 3)), KNOWN[1:2]),
+    "mask, the same in each column": (torch.tensor([[False], [True]]).expand(2, 3), KNOWN),
+    "keyed mask, one flag later, expanded": (
+        {"T1": torch.tensor([[False], [True]]).expand(2, HUGE), "dMRI": FALSE},
+        KNOWN[:1],
+    ),
+    "names in the second row, broadcast": (
+        np.broadcast_to([["T1"], ["dMRI"]], (2, HUGE)),
+        KNOWN[::2],
+    ),
+    "one number": ({"T1": torch.zeros(1), "dMRI": np.zeros((1, 1))}, KNOWN[::2]),
     "mask of one flag": (TRUE.expand(2, 3), KNOWN),
     "index, expanded": (torch.tensor([1]).expand(HUGE), KNOWN[1:2]),
     "name, broadcast": (np.broadcast_to("T1", (HUGE, 2)), KNOWN[:1]),

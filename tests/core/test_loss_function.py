@@ -36,6 +36,9 @@ def plain(output: Tensor, batch: Any = None) -> Tensor:
     return output * 1
 
 
+plain.note = "an attribute of a function"  # type: ignore[attr-defined]
+
+
 def keyword_only(output: Tensor, *, batch: dict[str, Any]) -> Tensor:
     return output * 1
 
@@ -48,6 +51,14 @@ def splatted(output: Tensor, **batch: Any) -> Tensor:
 def variadic(*things: Any) -> Tensor:
     loss: Tensor = things[0]
     return loss * 1
+
+
+def batch_first(batch: Any, *others: int) -> Tensor:
+    return OUT * 1
+
+
+def of_a_class(cls: Any, batch: Any) -> Tensor:
+    return OUT * 1
 
 
 def named_cls(output: Tensor, cls: Any) -> Tensor:
@@ -127,6 +138,12 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[Any], Tensor]]] = {
     "keyword of a function with **kwargs": (splatted, lambda f: f(OUT, modalities="T1")),
     "keyword None is not given": (plain, lambda f: f(OUT, T1_BATCH, modalities=None)),
     "parameter modality": (named_modality, lambda f: f(OUT, "T1")),
+    "parameter modality as a list of flags": (
+        named_modality,
+        lambda f: f(OUT, [True, False, False]),
+    ),
+    "before further arguments": (batch_first, lambda f: f(T1_BATCH, 1, 2)),
+    "function of a class": (of_a_class, lambda f: f(SimpleNamespace(modality="dMRI"), T1_BATCH)),
     "parameter modality as index": (named_modality, lambda f: f(OUT, torch.tensor([0, 0]))),
     "parameter modalities": (named_modalities, lambda f: f(OUT, ["T1"])),
     "parameter modalities by keyword": (named_modalities, lambda f: f(OUT, modalities=["T1"])),
@@ -189,6 +206,7 @@ def test_a_method_is_not_asked_about_self() -> None:
 def test_a_wrapped_function_looks_like_the_original() -> None:
     wrapped = brain().wrapper()(plain)
     assert wrapped.__name__ == "plain"
+    assert vars(wrapped)["note"] == plain.note  # type: ignore[attr-defined]
     assert inspect.signature(wrapped) == inspect.signature(plain)
     assert "_modules" not in vars(brain().wrapper()(Criterion()))
 
@@ -348,8 +366,10 @@ def test_a_resolver_replaces_the_default_reader() -> None:
         [["T1"], ["T1"]],
         {"T1": True, "dMRI": False},
         torch.tensor([True, False, False]),
+        [True, False, False],
+        ["T1", None],
     ],
-    ids=["name", "tuple", "per sample", "flags", "mask"],
+    ids=["name", "tuple", "per sample", "flags", "mask", "list of flags", "with None"],
 )
 def test_a_resolver_may_return_any_form(answer: Any) -> None:
     wrapper = brain().wrapper(resolver=lambda batch: answer)

@@ -234,6 +234,22 @@ def test_a_key_is_trained_if_any_rank_has_trained_it(
     assert operators == [dist.ReduceOp.MAX]
 
 
+def test_several_wrappers_hold_parameters_of_one_optimizer() -> None:
+    model = Towers()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    wrappers = [model.wrapper(names=[name]) for name in NAMES]
+    handles = [hold_inactive(wrapper, optimizer) for wrapper in wrappers]
+    before = [tower.weight.clone() for tower in model.towers.values()]
+    loss = model.loss(["T1"])
+    for wrapper in wrappers:
+        loss = wrapper.total(loss, [] if wrapper.modalities != ("T1",) else ["T1"])
+    loss.backward()
+    optimizer.step()
+    assert [towers(handle) for handle in handles] == [set(), {"rsfMRI"}, {"dMRI"}]
+    after = [tower.weight for tower in model.towers.values()]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [False, True, True]
+
+
 # --- unusual optimizers -------------------------------------------------------------------------
 
 
