@@ -22,6 +22,8 @@ from modaldummy import (
     ModalityBatchSampler,
     ParameterMapError,
     RankDisagreementError,
+    RecordError,
+    ShadowHandle,
     StepReport,
     UnknownModalityError,
     UnsupportedEngineError,
@@ -32,6 +34,7 @@ from modaldummy import (
     hold_inactive,
     missing_gradients,
     preflight,
+    shadow_inactive,
 )
 
 
@@ -82,6 +85,12 @@ def handles(wrapper: DummyLossWrapper, optimizer: Optimizer, model: nn.Module) -
         assert_type(attached, AttachHandle)
         attached.remove()
     check_ranks(wrapper, {"T1": None}, model=model, group=group)
+    shadow = shadow_inactive(wrapper, model, examples=[{"T1": None}, (None,)], group=group)
+    assert_type(shadow, ShadowHandle)
+    assert_type(shadow.shadowed, tuple[str | tuple[str, ...], ...])
+    with shadow.record(), shadow.paused():
+        model()
+    shadow.remove()
 
 
 def sampler(dataset: "Dataset[Tensor]") -> None:
@@ -120,6 +129,7 @@ def errors() -> list[type[ModalDummyError]]:
     states: list[type[RuntimeError]] = [
         MissingGradientError,
         RankDisagreementError,
+        RecordError,
         UnsupportedEngineError,
     ]
     assert values
@@ -130,6 +140,7 @@ def errors() -> list[type[ModalDummyError]]:
         MissingGradientError,
         ParameterMapError,
         RankDisagreementError,
+        RecordError,
         UnknownModalityError,
         UnsupportedEngineError,
     ]

@@ -22,6 +22,7 @@ from modaldummy._errors import (
     ModalDummyError,
     ParameterMapError,
     RankDisagreementError,
+    RecordError,
     UnknownModalityError,
     UnsupportedEngineError,
 )
@@ -30,6 +31,7 @@ from modaldummy._hold import HoldHandle, hold_inactive
 from modaldummy._monitor import gradient_norms, missing_gradients
 from modaldummy._ranks import AttachHandle, attach_to_outputs, check_ranks
 from modaldummy._sampler import ModalityBatchSampler
+from modaldummy._shadow import ShadowHandle, shadow_inactive
 
 if TYPE_CHECKING:
     from modaldummy._diagnose import diagnose
@@ -48,6 +50,8 @@ __all__ = [
     "ModalityBatchSampler",
     "ParameterMapError",
     "RankDisagreementError",
+    "RecordError",
+    "ShadowHandle",
     "StepReport",
     "UnknownModalityError",
     "UnsupportedEngineError",
@@ -59,6 +63,7 @@ __all__ = [
     "hold_inactive",
     "missing_gradients",
     "preflight",
+    "shadow_inactive",
 ]
 
 

@@ -5,10 +5,12 @@ use internally. When a new release of one of them breaks something, the repair b
 """
 
 import copy
+import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from modaldummy._errors import UnsupportedEngineError
 
@@ -33,6 +37,21 @@ foreach_norm = torch._foreach_norm
 without_tensor_subclasses = torch._C.DisableTorchFunctionSubclass
 
 
+# Calls of torch without a public name that walk through nested containers.
+tree_flatten = pytree.tree_flatten
+tree_flatten_with_path = pytree.tree_flatten_with_path
+tree_unflatten = pytree.tree_unflatten
+_CHECKPOINT_CODE = inspect.unwrap(checkpoint).__code__
+
+
+def checkpoint_kind() -> bool | None:
+    """`use_reentrant` of the checkpoint that is running, None without one."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _CHECKPOINT_CODE:
+        frame = frame.f_back
+    return None if frame is None else bool(frame.f_locals["use_reentrant"])
+
+
 def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """Children of a module by name. `named_children` is slower, and this runs at each step."""
     return module._modules
@@ -41,6 +60,11 @@ def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
 def direct_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """Parameters of a module without those of its children, by name; see `child_modules`."""
     return module._parameters
+
+
+def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Buffers of a module without those of its children, by name; a change is one of the module."""
+    return module._buffers
 
 
 def forward_hooks(module: nn.Module) -> Iterable[Any]:
@@ -224,6 +248,12 @@ def _is_of_fsdp(module: nn.Module, class_name: str) -> bool:
     # Code that shards has imported the class; importing it here would be slow.
     unit_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), class_name, ())
     return isinstance(module, unit_class)
+
+
+def fsdp2_reshard_all(model: nn.Module) -> None:
+    """Shard all parameters again that a forward pass without a backward pass has left whole."""
+    for unit in filter(is_fsdp2_unit, model.modules()):
+        unit.reshard()  # type: ignore[operator]
 
 
 def fsdp2_reduces_unused(unit: nn.Module) -> bool:

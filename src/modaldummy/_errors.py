@@ -37,6 +37,10 @@ class RankDisagreementError(ModalDummyError, RuntimeError):
     """Ranks differ in modalities where the engine does not support it, or a rank is missing."""
 
 
+class RecordError(ModalDummyError, RuntimeError):
+    """A forward pass does not fit what a shadow has recorded."""
+
+
 class HistoryError(ModalDummyError, ValueError):
     """Logged metrics cannot be read, or contain no key that this library knows."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from modaldummy import DummyLossWrapper
-from tests.distributed.engines import EveryTower
+from tests.distributed.engines import EveryTower, shadowed
 from tests.distributed.oracle import (
     MAP,
     NAMES,
@@ -254,6 +254,19 @@ STOPPING: dict[str, Make] = {
     "ZeRO-1, overlapping, two micro-batches": zero(1, config=TWICE, overlap_comm=True),
     "ZeRO-3": zero(3),
 }
+NOTHING_PERSISTS: dict[str, Any] = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 20,
+}
+# Under which ranks may differ with a shadow.
+SHADOWED: dict[str, Make] = {
+    **{name: make for name, make in AGREEING.items() if "gathered" not in name},
+    **STOPPING,
+    "ZeRO-3, two micro-batches": zero(3, config=TWICE),
+    "ZeRO-3, nothing persists": zero(3, **NOTHING_PERSISTS),
+    "ZeRO-3, overlapping": zero(3, overlap_comm=True, **NOTHING_PERSISTS),
+    "ZeRO-3, bfloat16": zero(3, kind=Rough, model=Narrow, config=BF16),
+}
 ENGINES = DIFFERING | COMPLETE | AGREEING | STOPPING
 
 
@@ -269,3 +282,10 @@ def outcome(
 ) -> Outcome:
     """What the oracle says of a schedule under an engine."""
     return held_against_truth(rank, ENGINES[engine], scale, schedule, agree)
+
+
+def outcome_with_shadow(
+    rank: int, engine: str, scale: float | None, schedule: Schedule, agree: bool = False
+) -> Outcome:
+    """The same with a shadow."""
+    return held_against_truth(rank, shadowed(SHADOWED[engine]), scale, schedule, agree)

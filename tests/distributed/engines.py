@@ -20,7 +20,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from modaldummy import DummyLossWrapper, attach_to_outputs
+from modaldummy import DummyLossWrapper, attach_to_outputs, shadow_inactive
 from modaldummy._core.paths import strip_wrappers
 from tests.distributed.oracle import (
     MAP,
@@ -31,6 +31,7 @@ from tests.distributed.oracle import (
     Outcome,
     Run,
     Schedule,
+    batch_of,
     held_against_truth,
 )
 
@@ -234,6 +235,18 @@ def fsdp1(
 
     options.setdefault("use_orig_params", True)
     return make
+
+
+def shadowed(make: Make) -> Make:
+    """The same engine with a shadow, recorded on a batch of each rank's own."""
+
+    def make_with_shadow(scale: float | None) -> Run:
+        run = make(scale)
+        with shadow_inactive(run.wrapper, run.call).record():
+            run.call(batch_of(NAMES, 99, dtype=run.dtype))
+        return run
+
+    return make_with_shadow
 
 
 TOWERS = [f"towers.{name}" for name in NAMES]

@@ -1,6 +1,7 @@
 """Gradients under DeepSpeed are those of one process, or what goes wrong is said."""
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.distributed.oracle import (
     MAP,
     NAMES,
     Model,
+    Outcome,
     Run,
     Schedule,
     batch_of,
@@ -42,9 +44,11 @@ from tests.distributed.deepspeed_engines import (
     DIFFERING,
     ENGINES,
     LR,
+    SHADOWED,
     deepspeed_on_cpus,
     num_micros,
     outcome,
+    outcome_with_shadow,
 )
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/deepspeed.md"
@@ -77,13 +81,22 @@ def test_gradients_are_the_average_over_ranks_that_agree(fleet: Fleet, engine: s
     check_zero(fleet, engine, (1e-7, 0.0), agreeing=True)
 
 
-def check_zero(fleet: Fleet, engine: str, scales: tuple[float, ...], **options: Any) -> None:
+@pytest.mark.parametrize("engine", SHADOWED)
+def test_with_a_shadow_ranks_may_differ(two: Fleet, engine: str) -> None:
+    check_zero(two, engine, (1e-7, 0.0, None), outcome_with_shadow)
+
+
+def check_zero(
+    fleet: Fleet,
+    engine: str,
+    scales: tuple[float | None, ...],
+    of: Callable[..., Outcome] = outcome,
+    **options: Any,
+) -> None:
     least, most = num_micros(engine)
     options |= {"min_micros": least, "max_micros": most}
     num_examples = 20 // fleet.num_ranks
-    check_schedules(
-        fleet, outcome, engine, scales, num_examples=num_examples, agree=True, **options
-    )
+    check_schedules(fleet, of, engine, scales, num_examples=num_examples, agree=True, **options)
 
 
 REFUSED = [

@@ -1,6 +1,6 @@
 """Walks an autograd graph without running backward."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 from torch import Tensor
@@ -27,12 +27,15 @@ def reached_leaves(*tensors: Tensor, follow_dummies: bool = True) -> set[int] | 
     return None if leaves is None else leaves | themselves
 
 
-def reached_nodes(roots: Iterable[Any], follow_dummies: bool = True) -> set[Any]:
+def reached_nodes(
+    roots: Iterable[Any], follow_dummies: bool = True, without: Set[Any] = frozenset()
+) -> set[Any]:
     """Each node that backward from `roots` would visit, the roots included.
 
     Args:
         roots: Nodes of autograd graphs, such as `tensor.grad_fn`; None is skipped.
         follow_dummies: As for `reached_leaves`.
+        without: Nodes that the walk leaves out, with all that is reached only through them.
     """
     visited: set[Any] = {node for node in roots if node is not None}
     waiting = list(visited)
@@ -41,7 +44,7 @@ def reached_nodes(roots: Iterable[Any], follow_dummies: bool = True) -> set[Any]
         edges = node.next_functions
         if not follow_dummies and getattr(function_of(node), "only_connects", False):
             edges = edges[:1]
-        following = {after for after, _ in edges if after is not None} - visited
+        following = {after for after, _ in edges if after is not None} - visited - without
         waiting += following
         visited |= following
     return visited

@@ -11,6 +11,8 @@ from modaldummy._errors import ParameterMapError
 # The fields of an `OwnedParameter` as a plain tuple. A step makes one for each parameter of the
 # map; plain tuples are faster to make and no work for Python's garbage collector.
 ParameterEntry: TypeAlias = tuple[str, nn.Parameter, nn.Module]
+# A module and the name of a direct parameter of it. An engine may put other tensors there.
+ParameterSlot: TypeAlias = tuple[nn.Module, str]
 
 
 class OwnedParameter(NamedTuple):
@@ -25,6 +27,12 @@ class OwnedParameter(NamedTuple):
     name: str
     parameter: nn.Parameter
     module: nn.Module
+
+
+def slot_of(entry: ParameterEntry) -> ParameterSlot:
+    """Where a parameter is."""
+    name, _, module = entry
+    return module, name.rpartition(".")[2]
 
 
 def is_sparse_table(entry: ParameterEntry) -> bool:

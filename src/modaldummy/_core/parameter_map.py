@@ -3,6 +3,7 @@
 `ParameterMap.split` divides the parameters of one step into active and inactive ones, a `Step`.
 """
 
+import dataclasses
 import difflib
 import re
 import sys
@@ -19,8 +20,10 @@ from torch.nn.parameter import is_lazy
 from modaldummy._core.parameter import (
     OwnedParameter,
     ParameterEntry,
+    ParameterSlot,
     check_connectable,
     is_sparse_table,
+    slot_of,
 )
 from modaldummy._core.paths import find_parameters, strip_wrappers
 from modaldummy._engines import FSDP1_FLAT, is_flat_parameter
@@ -56,6 +59,11 @@ class Step:
     def inactive_parameters(self) -> list[OwnedParameter]:
         """The `inactive_entries` as named records."""
         return [OwnedParameter(*entry) for entry in self.inactive_entries]
+
+    def without(self, slots: Collection[ParameterSlot]) -> "Step":
+        """The same step, with fewer inactive parameters."""
+        entries = tuple(entry for entry in self.inactive_entries if slot_of(entry) not in slots)
+        return dataclasses.replace(self, inactive_entries=entries)
 
 
 class ParameterMap:

@@ -1,14 +1,14 @@
 """The loss wrapper: reads a batch, finds inactive parameters, adds their dummy term to a loss."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from modaldummy._core.batch import BatchReader, Resolver
 from modaldummy._core.loss_function import Result, WrappedLoss, check_loss
-from modaldummy._core.parameter import ParameterEntry
+from modaldummy._core.parameter import ParameterEntry, ParameterSlot
 from modaldummy._core.parameter_map import ModalityKey, ModalityParamMap, ParameterMap, Step
 from modaldummy._core.report import StepReport, report_of
 from modaldummy._core.term import dummy_term, term_inputs
@@ -17,6 +17,16 @@ from modaldummy._errors import describe
 from modaldummy._numbers import check_bool, check_number_or_none
 
 Observer: TypeAlias = Callable[[Step, Tensor], None]
+
+
+class Interceptor(Protocol):
+    """What changes steps and losses before the dummy term; for code that extends this package."""
+
+    def claim(self, step: Step, loss: Tensor) -> tuple[Step, Tensor]:
+        """The step without parameters that get their dummy gradients elsewhere, and the loss."""
+
+    def covers(self, slot: ParameterSlot) -> bool:
+        """Whether a parameter may be left to it."""
 
 
 class DummyLossWrapper:
@@ -90,6 +100,7 @@ class DummyLossWrapper:
         check_ddps(ddps_around(model.modules(), self.parameters.all()), self._scale)
         self.last: StepReport | None = None
         self._observers: dict[object, Observer] = {}
+        self._interceptor: Interceptor | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -228,6 +239,8 @@ class DummyLossWrapper:
             UnknownModalityError: ``active`` names a modality that is not in the map.
         """
         step = self.parameters.split(active)
+        if self._interceptor is not None and loss is not None:
+            step, loss = self._interceptor.claim(step, loss)
         device = self._device(step.inactive_entries) if loss is None else loss.device
         scale = None if self._scale is None else self._scale * share
         read_values = self.reads_parameters
@@ -271,8 +284,26 @@ class DummyLossWrapper:
 
         return unsubscribe
 
+    @property
+    def interceptor(self) -> Interceptor | None:
+        """What `intercept` was called with."""
+        return self._interceptor
+
+    def intercept(self, interceptor: Interceptor | None) -> None:
+        """Let an object change each step and loss first; for code that extends this package.
+
+        Args:
+            interceptor: The object; None ends it. A copy of the wrapper has none.
+
+        Raises:
+            ValueError: The wrapper has an interceptor already.
+        """
+        if interceptor is not None and self._interceptor is not None:
+            raise ValueError("The wrapper has a shadow already. Call `remove()` on its handle.")
+        self._interceptor = interceptor
+
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_observers": {}}
+        return vars(self) | {"_observers": {}, "_interceptor": None}
 
     def __repr__(self) -> str:
         paths = {key: list(paths) for key, paths in self.parameters.paths.items()}

@@ -57,6 +57,21 @@ def check_same_map(
     agreed.add(key)
 
 
+def check_same_text(
+    wrapper: DummyLossWrapper, text: str, group: "dist.ProcessGroup | None", message: str
+) -> None:
+    """Compare a digest of a text over ranks; a single rank does nothing.
+
+    Raises:
+        RankDisagreementError: On every rank, with `message`: the texts differ.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    if num_ranks(group) > 1:
+        digests = gather(wrapper, digest, group, "the model for the first time with its shadow")
+        if len(set(map(bytes, digests.values()))) > 1:
+            raise RankDisagreementError(message)
+
+
 def gather(
     wrapper: DummyLossWrapper, row: Sequence[int], group: "dist.ProcessGroup | None", caller: str
 ) -> dict[int, list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter import OwnedParameter, slot_of
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._engines import (
     ZERO3_REMEDY,
@@ -137,6 +137,8 @@ def find_conflicts(
     always_run = _units_that_always_run(wrapper, surroundings)
     conflicting: dict[tuple[EngineConflict, Any], list[OwnedParameter]] = {}
     for owned in parameters.of_keys(parameters.paths if keys is None else keys).values():
+        if wrapper.interceptor is not None and wrapper.interceptor.covers(slot_of(owned)):
+            continue
         around = surroundings[owned.module]
         trainable = owned.parameter.requires_grad
         engine = next((m for m in reversed(around) if is_deepspeed_engine(type(m))), None)

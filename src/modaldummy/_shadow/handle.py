@@ -1,0 +1,98 @@
+"""Lets ranks with different modalities train under every engine."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from modaldummy._arguments import called_model, check_model, check_wrapper
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter_map import ModalityKey
+from modaldummy._group import check_group
+from modaldummy._handles import Handle
+from modaldummy._shadow.shadow import Shadow
+
+
+def shadow_inactive(
+    wrapper: DummyLossWrapper,
+    model: nn.Module,
+    *,
+    examples: Iterable[Any] | None = None,
+    group: "dist.ProcessGroup | None" = None,
+) -> "ShadowHandle":
+    """Let each rank take part in the collectives of towers that it does not run.
+
+    FSDP with a unit per tower and ZeRO-3 gather the parameters of a tower when it runs; ZeRO-2
+    reduces gradients in the order in which they arrive. Ranks with different modalities then hang,
+    or silently get wrong gradients. After this call, a rank whose batch lacks a modality calls the
+    tower on a recorded input and ties its outputs to the loss with a gradient of exactly zero. The
+    parameters get the dummy gradient, ``scale`` times the upstream gradient of the loss.
+
+    Args:
+        wrapper: The wrapper, whose map names the towers.
+        model: The module that training calls: an FSDP root, a DeepSpeed engine, DDP, or the plain
+            module before any of these.
+        examples: Batches that together contain every modality, the same on every rank. Each is
+            passed to the model, ``model(**batch)`` for a mapping and ``model(*batch)`` otherwise,
+            without a backward pass. Small ones make cheap shadows.
+        group: The ranks that train together; all ranks by default. They compare their records once,
+            in the first forward pass.
+
+    Returns:
+        A handle. Its ``record()`` records a model that is called in another way.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The wrapper has a shadow already, or ``model`` shares no parameter with it.
+        RecordError: From the record: a key of the map has no tower that was called, or not as often
+            as it has keys. From a forward pass: its calls do not fit the record.
+        UnsupportedEngineError: From the record: a tower runs inside another one, or an argument of
+            it cannot be copied, or a reentrant checkpoint follows it.
+        RankDisagreementError: From the first forward pass: ranks have different records.
+    """
+    check_wrapper(wrapper, model)
+    check_model(model)
+    check_group(group)
+    handle = ShadowHandle(Shadow(wrapper, called_model(wrapper, model), group))
+    if examples is not None:
+        try:
+            with handle.record():
+                for example in examples:
+                    model(**example) if isinstance(example, Mapping) else model(*example)
+        except BaseException:
+            handle.remove()
+            raise
+    return handle
+
+
+class ShadowHandle(Handle):
+    """What ``shadow_inactive`` returns. ``remove()``, or the end of a ``with`` block, ends it."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        super().__init__(shadow.remove, type(shadow.model).__name__)
+        self._shadow = shadow
+
+    @property
+    def shadowed(self) -> tuple[ModalityKey, ...]:
+        """Keys of the map whose towers the last forward pass shadowed."""
+        return self._shadow.shadowed
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the forward passes in a ``with`` block, in place of earlier records.
+
+        Buffers and the random state are as before afterwards. Do not call ``backward`` in it.
+        """
+        with self._shadow.record():
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave forward passes alone in a ``with`` block, for code that is alike on all ranks."""
+        before, self._shadow.is_paused = self._shadow.is_paused, True
+        try:
+            yield
+        finally:
+            self._shadow.is_paused = before

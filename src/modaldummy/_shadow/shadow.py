@@ -1,0 +1,338 @@
+"""Calls the towers that a rank does not run, so that it takes part in their collectives."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from modaldummy._core import DummyLossWrapper
+from modaldummy._core.parameter import ParameterSlot
+from modaldummy._core.parameter_map import ModalityKey, Step
+from modaldummy._engines import (
+    apply_function,
+    forward_hooks,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+    wrapped_modules,
+)
+from modaldummy._errors import RecordError, describe
+from modaldummy._ranks.agreement import check_same_text
+from modaldummy._shadow.functions import DummyGradients, NoteUpstream, Tie
+from modaldummy._shadow.record import (
+    Point,
+    Recorder,
+    TowerCall,
+    check_record,
+    is_floating,
+    without_trace,
+)
+
+
+class ForwardPass:
+    """What has happened in one forward pass of the model.
+
+    Args:
+        scale: The scale of the wrapper.
+
+    Attributes:
+        dummies: Add dummy gradients to the parameters that this pass shadows.
+        has_grad: Whether gradients were enabled when the pass began.
+        num_calls: How often each module was called, and how often such a call has ended.
+        num_runs: How often each tower has run, for real or as a shadow.
+        shadowed: The towers that were shadowed.
+        untied: Calls of shadowed towers, and their outputs that have no tie yet.
+    """
+
+    def __init__(self, scale: float | None) -> None:
+        self.dummies = DummyGradients(scale)
+        self.has_grad = torch.is_grad_enabled()
+        self.num_calls: Counter[tuple[nn.Module, bool]] = Counter()
+        self.num_runs: Counter[nn.Module] = Counter()
+        self.shadowed: list[nn.Module] = []
+        self.untied: list[tuple[TowerCall, list[Tensor]]] = []
+
+    def reach(self, module: nn.Module, *, after: bool = False) -> Point:
+        """The point that the pass reaches by this call of a module, or by its end."""
+        self.num_calls[module, after] += 1
+        return Point(module, self.num_calls[module, after] - 1, after)
+
+    def tie(self, leaves: list[Any], place: int, calls: list[TowerCall]) -> list[Any]:
+        """The leaves; that at `place` is tied to the outputs of these calls."""
+        outputs = [output for call, own in self.untied if call in calls for output in own]
+        self.untied = [(call, own) for call, own in self.untied if call not in calls]
+        leaves[place] = apply_function(Tie, leaves[place], self.dummies, *outputs)
+        return leaves
+
+
+class Shadow:
+    """Shadows the towers of a model in its forward passes.
+
+    Args:
+        wrapper: The wrapper, whose map names the towers.
+        model: The model that training calls.
+        group: The ranks that must have the same record; None for all.
+
+    Attributes:
+        model: As given.
+        is_paused: Whether forward passes are left alone.
+        shadowed: Keys of the map whose towers the last forward pass shadowed.
+    """
+
+    def __init__(
+        self, wrapper: DummyLossWrapper, model: nn.Module, group: "dist.ProcessGroup | None"
+    ) -> None:
+        self.model = model
+        self.is_paused = False
+        self.shadowed: tuple[ModalityKey, ...] = ()
+        self._wrapper = wrapper
+        self._group = group
+        self._keys: dict[nn.Module, set[ModalityKey]] = {}
+        self._calls: dict[nn.Module, list[TowerCall]] = {}
+        self._at: dict[Point, list[TowerCall]] = {}
+        self._recorded_modules: set[nn.Module] = set()
+        self._in_towers: set[nn.Module] = set()
+        self._pass: ForwardPass | None = None
+        # While a shadow runs, modules of its tower call the hooks of this class.
+        self._is_shadowing = False
+        self._unclaimed: list[weakref.ref[DummyGradients]] = []
+        self._is_recording = False
+        self._handles: list[Any] = []
+        if any(isinstance(hook, Hook) for hook in forward_hooks(model)):
+            raise ValueError("`model` has a shadow already. Call `remove()` on its handle.")
+        wrapper.intercept(self)
+        self._own_handles = [
+            # Before the hooks of engines, which gather parameters.
+            model.register_forward_pre_hook(Hook(self._begin), prepend=True),
+            model.register_forward_hook(Hook(self._leave)),
+        ]
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the forward passes in the `with` block.
+
+        Raises:
+            RecordError: It runs inside another record, or after `remove`.
+        """
+        if self._is_recording or not self._own_handles:
+            where = "runs inside another record" if self._is_recording else "was removed"
+            raise RecordError(f"The shadow {where}, so that it cannot record.")
+        self._forget()
+        recorder = Recorder(self.model, self._wrapper.parameters)
+        self._is_recording = True
+        try:
+            with recorder.recording():
+                yield
+        finally:
+            self._is_recording = False
+        calls: dict[nn.Module, list[TowerCall]] = {}
+        for recorded in recorder.passes:
+            numbers: Counter[nn.Module] = Counter()
+            for call in recorded:
+                numbers[call.tower] += 1
+                if numbers[call.tower] > len(calls.setdefault(call.tower, [])):
+                    calls[call.tower].append(call)  # it is a later one than in earlier passes
+        check_record(self._wrapper.parameters, recorder.towers, calls)
+        self._keys, self._calls = recorder.towers, calls
+        self._recorded_modules = set(self.model.modules())
+        self._in_towers = {module for tower in calls for module in tower.modules()}
+
+    def remove(self) -> None:
+        """Leave the model and the wrapper as they were."""
+        self._forget()
+        for handle in self._own_handles:
+            handle.remove()
+        self._own_handles = []
+        self._wrapper.intercept(None)
+
+    def covers(self, slot: ParameterSlot) -> bool:
+        """Whether a parameter is in a tower that this object shadows."""
+        return slot[0] in self._in_towers
+
+    def claim(self, step: Step, loss: Tensor) -> tuple[Step, Tensor]:
+        """Take over the dummy gradients of shadowed parameters, for a loss of forward passes."""
+        self.shadowed = tuple(key for key in self.shadowed if key not in step.active_keys)
+        for reference in reversed(self._unclaimed):
+            if (dummies := reference()) is not None:
+                step = dummies.claim(step)
+                loss = apply_function(NoteUpstream, loss, dummies)
+        self._unclaimed = []
+        return step, loss
+
+    def _set_hooks(self) -> None:
+        """Watch the towers and stations; after the hooks of engines made since the record."""
+        outer = {
+            wrapped: module
+            for module in self.model.modules()
+            for _, wrapped in wrapped_modules(module)
+            if module not in self._recorded_modules
+        }
+        for tower in list(self._calls):
+            for call in self._calls[tower]:
+                call.move(outer)
+                self._at.setdefault(call.station, []).append(call)
+            self._calls[outer.get(tower, tower)] = self._calls.pop(tower)
+            self._keys[outer.get(tower, tower)] = self._keys[tower]
+        points = {*self._at, *(p for calls in self._calls.values() for c in calls for p in c.ties)}
+        before = {point.module for point in points if not point.after} | self._calls.keys()
+        after = {point.module for point in points if point.after} - {self.model}
+        self._handles = [
+            module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
+            for module in before
+        ]
+        self._handles += [module.register_forward_hook(Hook(self._leave)) for module in after]
+
+    def _forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._keys, self._calls, self._at = {}, {}, {}
+        self._in_towers = set()
+
+    def _begin(self, *_: Any) -> None:
+        self._pass, self.shadowed = None, ()
+        if self.is_paused or self._is_recording:
+            return
+        if not self._calls:
+            raise RecordError(
+                "The shadow has no record. Record a forward pass first: pass `examples=` to "
+                "`shadow_inactive`, or call the model in `with handle.record():`."
+            )
+        if not self._handles:
+            text = "\n".join(c.text(self.model) for calls in self._calls.values() for c in calls)
+            check_same_text(
+                self._wrapper,
+                text,
+                self._group,
+                "Ranks have recorded different forward passes. Let every rank record the same "
+                "examples, in the same order.",
+            )
+            self._set_hooks()
+        self._pass = ForwardPass(self._wrapper.scale)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        current = self._pass
+        if current is None or self._is_shadowing:
+            return None
+        if module in self._calls:
+            self._enter_tower(current, module)
+            return None
+        point = current.reach(module)
+        self._catch_up(current, self._at.get(point, []))
+        paths = [path for call, _ in current.untied for path in call.ties.get(point, ())]
+        if not paths or not torch.is_grad_enabled():
+            return None
+        found, structure = tree_flatten_with_path((args, kwargs))
+        leaves = [leaf for _, leaf in found]
+        for place, (path, leaf) in enumerate(found):
+            # An input that comes from a tower alone is not there without it.
+            if path in paths and is_floating(leaf):
+                calls = [call for call, _ in current.untied if path in call.ties.get(point, ())]
+                current.tie(leaves, place, calls)
+        return tree_unflatten(leaves, structure)
+
+    def _enter_tower(self, current: ForwardPass, tower: nn.Module) -> None:
+        number = current.num_runs[tower]
+        if number == len(self._calls[tower]):
+            raise RecordError(
+                f"{describe(tower)}, a tower, is called {number + 1} times in this forward pass "
+                f"and {number} times in the record. Give each kind of call a key of the map, and "
+                "record a batch that contains all modalities."
+            )
+        call = self._calls[tower][number]
+        self._catch_up(current, self._at[call.station], call)
+        current.num_runs[tower] += 1
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        current = self._pass
+        if current is None or self._is_shadowing:
+            return None
+        self._catch_up(current, self._at.get(current.reach(module, after=True), []))
+        return self._end(current, output) if module is self.model else None
+
+    def _end(self, current: ForwardPass, output: Any) -> Any:
+        self._pass = None
+        for tower, calls in self._calls.items():
+            if (number := current.num_runs[tower]) < len(calls):
+                raise RecordError(
+                    f"{describe(tower)}, a tower, was called {number} times in this forward pass, "
+                    f"and the call of {describe(calls[number].station.module)} that follows it in "
+                    "the record did not come. Record again if the model has changed."
+                )
+        keys = {key for tower in current.shadowed for key in self._keys[tower]}
+        self.shadowed = tuple(key for key in self._wrapper.parameters.paths if key in keys)
+        if current.shadowed and current.has_grad:
+            self._unclaimed.append(weakref.ref(current.dummies))
+        if not current.untied:
+            return None
+        leaves, structure = tree_flatten(output)
+        places = [place for place, leaf in enumerate(leaves) if is_floating(leaf)]
+        calls = [call for call, _ in current.untied]
+        return tree_unflatten(current.tie(leaves, places[0], calls), structure)
+
+    def _catch_up(
+        self, current: ForwardPass, calls: Iterable[TowerCall], until: TowerCall | None = None
+    ) -> None:
+        """Shadow those of `calls` before `until` that this rank has not made."""
+        for call in calls:
+            if call is until:
+                return
+            if current.num_runs[call.tower] <= self._calls[call.tower].index(call):
+                current.num_runs[call.tower] += 1
+                self._shadow(current, call)
+
+    def _shadow(self, current: ForwardPass, call: TowerCall) -> None:
+        """Call a tower on its recorded arguments."""
+        args, kwargs = call.arguments(self.model)
+        has_grad = current.has_grad and (call.has_grad or call.checkpoint is True)
+        hooks = [
+            module.register_forward_pre_hook(current.dummies.watch)
+            for module in (call.tower.modules() if has_grad else ())
+        ]
+        # A checkpoint around the station must not count the tensors that are saved here.
+        saving = saved_tensors_hooks(_same, _same)
+        self._is_shadowing = True
+        try:
+            with without_trace(call.tower), torch.set_grad_enabled(has_grad), saving:
+                output = (
+                    call.tower(*args, **kwargs)
+                    if call.checkpoint is None
+                    else checkpoint(call.tower, *args, use_reentrant=call.checkpoint, **kwargs)
+                )
+        finally:
+            self._is_shadowing = False
+            for hook in hooks:
+                hook.remove()
+        current.shadowed.append(call.tower)
+        current.dummies.modules.update(call.tower.modules())
+        leaves, _ = tree_flatten(output)
+        if outputs := [leaves[i] for i in call.outputs if leaves[i].requires_grad]:
+            current.untied.append((call, outputs))
+
+
+class Hook:
+    """A hook of a module; in a copy or a pickle of the module it does nothing."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> Any:
+        return Hook, (_do_nothing,)
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,125 @@
+"""With a shadow, ranks with different modalities are right under engines that need the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from modaldummy import DummyLossWrapper, RankDisagreementError, preflight, shadow_inactive
+from tests.distributed.engines import (
+    AGREEING,
+    DDPS,
+    FSDP,
+    FSDP1,
+    FSDPS,
+    TOWERS,
+    Checkpointed,
+    fsdp,
+    fsdp1,
+    needs_averages,
+    shadowed,
+)
+from tests.distributed.oracle import (
+    MAP,
+    NAMES,
+    Make,
+    Model,
+    Outcome,
+    Run,
+    Schedule,
+    batch_of,
+    held_against_truth,
+)
+from tests.distributed.schedules import check_schedules
+from tests.fleet import Fleet
+
+PARTS = [*TOWERS, "fusion", "trunk.0", "trunk.1"]
+ENGINES: dict[str, Make] = {
+    **AGREEING,
+    "FSDP2, all parts": fsdp(*PARTS),
+    "FSDP2, all parts, checkpoints": fsdp(*PARTS, model=lambda: Checkpointed(False)),
+    "FSDP2, root": FSDPS["FSDP2, root"],
+    "FSDP1, towers": fsdp1(*TOWERS, "fusion", kind=FSDP1),
+    "FSDP1, root": fsdp1(kind=FSDP1),
+    "DDP, several buckets": DDPS["DDP, several buckets"],
+    "DDP, checkpoints": DDPS["DDP, checkpoints"],
+}
+
+
+def outcome(
+    rank: int, engine: str, scale: float | None, schedule: Schedule, agree: bool = False
+) -> Outcome:
+    return held_against_truth(rank, shadowed(ENGINES[engine]), scale, schedule, agree)
+
+
+@needs_averages
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_are_the_average_over_ranks(two: Fleet, engine: str) -> None:
+    """And `check_ranks` is silent before each forward pass."""
+    check_schedules(two, outcome, engine, (1e-7, 0.0, None), num_examples=6, agree=True)
+
+
+@needs_averages
+def test_gradients_are_the_average_over_four_ranks(fleets: Any) -> None:
+    check_schedules(fleets(4), outcome, "FSDP2, towers", (1e-7,), num_examples=6, agree=True)
+
+
+def wrapped_by_fsdp1(model: Model) -> nn.Module:
+    options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    for part in (*TOWERS, "trunk"):
+        unit = FullyShardedDataParallel(model.get_submodule(part), **options)
+        nn.Module.set_submodule(model, part, unit)
+    return FullyShardedDataParallel(model, **options)
+
+
+def sharded_by_fsdp2(model: Model) -> Any:
+    for part in (*TOWERS, "trunk"):
+        fully_shard(model.get_submodule(part))
+    return fully_shard(model)
+
+
+def recorded_before(
+    rank: int, kind: type[Run], shard: Callable[[Any], Any], schedule: Schedule
+) -> Any:
+    def make(scale: float | None) -> Run:
+        model = Model().to(kind.dtype)
+        wrapper = DummyLossWrapper(model, MAP, scale)
+        with shadow_inactive(wrapper, model).record():
+            model(batch_of(NAMES, 99, dtype=kind.dtype))
+        engine = shard(model)
+        return kind(engine, engine, wrapper)
+
+    return held_against_truth(rank, make, 1e-7, schedule)
+
+
+@needs_averages
+@pytest.mark.parametrize(
+    ("kind", "shard"), [(FSDP1, wrapped_by_fsdp1), (FSDP, sharded_by_fsdp2)], ids=["FSDP1", "FSDP2"]
+)
+def test_a_record_from_before_the_engine(two: Fleet, kind: Any, shard: Any) -> None:
+    schedule = ((("T1",), ("dMRI",)),), (((), ("T1", "dMRI")),)
+    for found in two.ask(recorded_before, kind, shard, schedule):
+        assert found.worst <= 1, found
+
+
+def different_records(rank: int) -> tuple[list[str], list[str], str]:
+    """What preflight says without a shadow and with one, and the first forward pass."""
+    run = fsdp(*TOWERS, model=lambda: Checkpointed(False) if rank else Model())(1e-7)
+    before = [finding.code for finding in preflight(run.wrapper)]
+    with shadow_inactive(run.wrapper, run.call).record():
+        run.call(batch_of(NAMES, 99, dtype=run.dtype))
+    after = [finding.code for finding in preflight(run.wrapper)]
+    try:
+        run.call(batch_of((), 0, dtype=run.dtype))
+    except RankDisagreementError as error:
+        return before, after, str(error)
+    return before, after, ""
+
+
+def test_ranks_with_different_records_are_refused(two: Fleet) -> None:
+    for before, after, text in two.ask(different_records):
+        assert (before, after) == (["MD104"], [])
+        assert "Ranks have recorded different forward passes" in text
