@@ -341,6 +341,31 @@ def test_towers_without_a_trunk_are_tied_to_the_output(active: list[str]) -> Non
         assert (module.weight.grad.abs().max() < 1e-6) == (name not in active)
 
 
+@pytest.mark.parametrize(
+    "examples",
+    [
+        [{"a": X, "b": X}],
+        [{"b": X}, {"a": X, "b": X}],
+        [{"a": X}, {"a": X, "b": X}],
+        [{"a": X}, {"b": X}],
+        [{"b": X}, {"a": X}, {"a": X, "b": X}],
+    ],
+    ids=str,
+)
+def test_towers_run_in_the_order_of_the_model(examples: Any) -> None:
+    """Whichever of them are real, and in whatever order the examples have them."""
+    model = TwoTowers(lambda: nn.Linear(3, 4))
+    called: list[str] = []
+    for name in "ab":
+        module = getattr(model, name)
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    shadow_inactive(DummyLossWrapper(model, MAPS), model, examples=examples)
+    for batch in ({}, {"a": X}, {"b": X}, {"a": X, "b": X}):
+        called.clear()
+        model(**batch)
+        assert called == ["a", "b"]
+
+
 def test_a_backward_pass_while_recording_is_ignored() -> None:
     case = Shadowed(Model())
     with case.handle.record():

@@ -295,6 +295,31 @@ def _ties(
     return ties
 
 
+def merge(passes: Sequence[Sequence[TowerCall]]) -> list[TowerCall]:
+    """The calls of all recorded passes in one order, each call number of a tower once.
+
+    A call that earlier passes lack goes before the next one that they have. Ranks that run other
+    towers for real then call all of them in the order of the model.
+    """
+    order: list[TowerCall] = []
+    for recorded in sorted(passes, key=len, reverse=True):  # long ones say most about the order
+        known: dict[tuple[nn.Module, int], int] = {}
+        counts: Counter[nn.Module] = Counter()
+        for place, call in enumerate(order):
+            known[call.tower, counts[call.tower]] = place
+            counts[call.tower] += 1
+        remaining = Counter(call.tower for call in recorded)
+        place = len(order)
+        for call in reversed(recorded):
+            remaining[call.tower] -= 1
+            found = known.get((call.tower, remaining[call.tower]))
+            if found is None:
+                order.insert(place, call)
+            else:
+                place = found
+    return order
+
+
 def check_record(
     parameters: ParameterMap,
     towers: Mapping[nn.Module, Collection[ModalityKey]],

@@ -32,6 +32,7 @@ from modaldummy._shadow.record import (
     TowerCall,
     check_record,
     is_floating,
+    merge,
     without_trace,
 )
 
@@ -96,6 +97,7 @@ class Shadow:
         self._group = group
         self._keys: dict[nn.Module, set[ModalityKey]] = {}
         self._calls: dict[nn.Module, list[TowerCall]] = {}
+        self._order: list[TowerCall] = []
         self._at: dict[Point, list[TowerCall]] = {}
         self._recorded_modules: set[nn.Module] = set()
         self._in_towers: set[nn.Module] = set()
@@ -132,15 +134,12 @@ class Shadow:
                 yield
         finally:
             self._is_recording = False
+        order = merge(recorder.passes)
         calls: dict[nn.Module, list[TowerCall]] = {}
-        for recorded in recorder.passes:
-            numbers: Counter[nn.Module] = Counter()
-            for call in recorded:
-                numbers[call.tower] += 1
-                if numbers[call.tower] > len(calls.setdefault(call.tower, [])):
-                    calls[call.tower].append(call)  # it is a later one than in earlier passes
+        for call in order:
+            calls.setdefault(call.tower, []).append(call)
         check_record(self._wrapper.parameters, recorder.towers, calls)
-        self._keys, self._calls = recorder.towers, calls
+        self._keys, self._calls, self._order = recorder.towers, calls, order
         self._recorded_modules = set(self.model.modules())
         self._in_towers = {module for tower in calls for module in tower.modules()}
 
@@ -174,10 +173,10 @@ class Shadow:
             for _, wrapped in wrapped_modules(module)
             if module not in self._recorded_modules
         }
+        for call in self._order:
+            call.move(outer)
+            self._at.setdefault(call.station, []).append(call)
         for tower in list(self._calls):
-            for call in self._calls[tower]:
-                call.move(outer)
-                self._at.setdefault(call.station, []).append(call)
             self._calls[outer.get(tower, tower)] = self._calls.pop(tower)
             self._keys[outer.get(tower, tower)] = self._keys[tower]
         points = {*self._at, *(p for calls in self._calls.values() for c in calls for p in c.ties)}
@@ -193,7 +192,7 @@ class Shadow:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._keys, self._calls, self._at = {}, {}, {}
+        self._keys, self._calls, self._order, self._at = {}, {}, [], {}
         self._in_towers = set()
 
     def _begin(self, *_: Any) -> None:
@@ -206,7 +205,7 @@ class Shadow:
                 "`shadow_inactive`, or call the model in `with handle.record():`."
             )
         if not self._handles:
-            text = "\n".join(c.text(self.model) for calls in self._calls.values() for c in calls)
+            text = "\n".join(call.text(self.model) for call in self._order)
             check_same_text(
                 self._wrapper,
                 text,
