@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modaldummy import DummyLossWrapper, RankDisagreementError
-from modaldummy._ranks.agreement import check_same_map
+from modaldummy._ranks.agreement import check_same_map, check_same_text
 from tests.preflight.models import Model
 
 PATHS = {"T1": "towers.T1", "dMRI": ["towers.dMRI.weight", "towers.dMRI.bias"]}
@@ -65,3 +65,11 @@ def test_maps_that_differ_are_refused_each_time(other: OtherRank) -> None:
             check_same_map(wrapper, None, "it")
     other.old = b""
     check_same_map(wrapper, None, "it")
+
+
+def test_texts_are_compared_by_their_digests(other: OtherRank) -> None:
+    check_same_text(wrapper_of(), "the same", None, "Texts differ.")
+    assert other.num_calls == 1
+    other.old = b"anything"
+    with pytest.raises(RankDisagreementError, match=r"Texts differ\."):
+        check_same_text(wrapper_of(), "another", None, "Texts differ.")

@@ -499,8 +499,9 @@ def test_a_forward_pass_without_a_record() -> None:
 
 def test_one_shadow_for_each_wrapper_and_model() -> None:
     model, wrapper, handle = two_towers()
-    with pytest.raises(ValueError, match="shadow already"):
-        shadow_inactive(wrapper, model)
+    for called in (model, nn.Sequential(model)):
+        with pytest.raises(ValueError, match="shadow already"):
+            shadow_inactive(wrapper, called)
     with pytest.raises(ValueError, match="shadow already"):
         shadow_inactive(DummyLossWrapper(model, MAPS), model)
     with handle.record():
