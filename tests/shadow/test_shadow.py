@@ -113,6 +113,14 @@ def test_a_pass_without_backward_leaves_no_hooks() -> None:
     assert not bias._backward_hooks
 
 
+def test_passes_without_a_loss_are_forgotten() -> None:
+    """As in an evaluation that does not disable gradients."""
+    case = Shadowed(Model())
+    for _ in range(5):
+        case.loss("T1")
+    assert len(vars(case.wrapper.interceptor)["_unclaimed"]) == 1
+
+
 def test_without_gradients_and_paused() -> None:
     case = Shadowed(Model())
     with torch.no_grad():

@@ -97,7 +97,7 @@ class BatchReader:
         if resolver is not None and not callable(resolver):
             raise TypeError(f"`resolver` must be callable or None, got {describe(resolver)}.")
         self.modalities: tuple[str, ...] = tuple(modalities)
-        self._known_names = frozenset(self.modalities)
+        self.known_names = frozenset(self.modalities)
         self.resolver = resolver
         forms = [normalize(form, name) for form in ("NFC", "NFD") for name in self.modalities]
         # Those that only print like a modality are refused, where other keys are ignored.
@@ -186,7 +186,7 @@ class BatchReader:
 
     def _known(self, name: object, where: str) -> str:
         """The known modality that `name` is; a member of a string Enum becomes a plain string."""
-        if isinstance(name, str) and name in self._known_names:
+        if isinstance(name, str) and name in self.known_names:
             return str.__str__(name)
         raise unknown_modality(name, self.modalities, where)
 

@@ -129,7 +129,7 @@ class CallReader:
 
     def _ask(self, argument: Any, name: str) -> tuple[set[str] | None, str]:
         """The modalities that `argument` names, or None and why it could not be read."""
-        resolver, known = self._reader.resolver, set(self._reader.modalities)
+        resolver, known = self._reader.resolver, self._reader.known_names
         if is_data(argument) or (resolver is None and not may_contain_metadata(argument, known)):
             return None, " (not asked)"
         if resolver is None:

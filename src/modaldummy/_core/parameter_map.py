@@ -98,7 +98,7 @@ class ParameterMap:
         for given, spec in modality_param_map.items():
             _check_key(given, seen)
             # Plain strings in place of members of a string Enum, which print differently.
-            names = tuple(map(str.__str__, _members(given)))
+            names = tuple(map(str.__str__, modalities_of(given)))
             key: ModalityKey = names if isinstance(given, tuple) else names[0]
             where = _where(key)
             paths = tuple(dict.fromkeys(_paths_of(spec, names_in_model, where)))
@@ -111,7 +111,7 @@ class ParameterMap:
             if any(is_flat_parameter(parameter) for _, parameter, _ in trainable):
                 raise ParameterMapError(f"{where}: {FSDP1_FLAT}")
             check_connectable([entry for entry in trainable if not is_lazy(entry[1])], where)
-        members = (name for key in self.paths for name in _members(key))
+        members = (name for key in self.paths for name in modalities_of(key))
         self.modalities: tuple[str, ...] = tuple(dict.fromkeys(members))
 
     def split(self, active: Collection[str]) -> Step:
@@ -151,7 +151,7 @@ class ParameterMap:
     def active_keys(self, active: Collection[str]) -> tuple[ModalityKey, ...]:
         """Keys of the map all of whose modalities are active."""
         names = set(active)
-        return tuple(key for key in self.paths if names.issuperset(_members(key)))
+        return tuple(key for key in self.paths if names.issuperset(modalities_of(key)))
 
     def all(self) -> dict[int, OwnedParameter]:
         """All parameters of the map, frozen ones included, by `id`."""
@@ -175,9 +175,9 @@ class ParameterMap:
         Raises:
             UnknownModalityError: The map has no such modality.
         """
-        names = _members(key)
+        names = modalities_of(key)
         self._check_names(names, "`modality`")
-        keys = [other for other in self.paths if set(_members(other)) == set(names)]
+        keys = [other for other in self.paths if set(modalities_of(other)) == set(names)]
         return {owned.name: owned.parameter for owned in self.of_keys(keys).values()}
 
     def _check_names(self, names: Iterable[str], where: str) -> None:
@@ -214,7 +214,8 @@ def _where(key: ModalityKey) -> str:
     return f"`modality_param_map[{key!r}]`"
 
 
-def _members(key: ModalityKey) -> tuple[str, ...]:
+def modalities_of(key: ModalityKey) -> tuple[str, ...]:
+    """The modalities that a key names, one or several."""
     return key if isinstance(key, tuple) else (key,)
 
 
@@ -226,7 +227,7 @@ def _check_key(key: ModalityKey, seen: dict[frozenset[str] | str, ModalityKey]) 
         seen: Keys by their modalities, and keys and modalities by how they are written. What `key`
             contains is added.
     """
-    names = _members(key)
+    names = modalities_of(key)
     valid = all(isinstance(name, str) and name for name in names)
     if not names or not valid or len(set(names)) < len(names):
         raise ParameterMapError(
@@ -246,7 +247,7 @@ def _check_key(key: ModalityKey, seen: dict[frozenset[str] | str, ModalityKey]) 
                 "`inactive`, `]`, line breaks, outer spaces, and `__MIN` or `__MAX` at the end."
             )
         other = seen.setdefault(_nfc(text_of(part)), part)
-        if set(_members(other)) != set(_members(part)):
+        if set(modalities_of(other)) != set(modalities_of(part)):
             raise ParameterMapError(
                 f"{other!a} and {part!a} in the keys of `modality_param_map` are both written "
                 f"{text_of(part)!r} in logs and findings. Rename a modality."

@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modaldummy._arguments import wrappers_in
 from modaldummy._core.parameter import is_sparse_table
+from modaldummy._core.parameter_map import modalities_of
 from modaldummy._engines import (
     DDP_MARKS_TWICE,
     EngineConflict,
@@ -81,7 +82,7 @@ def _check_sharding(setup: Setup) -> Iterator[Finding]:
 def _check_recompile_limit(setup: Setup) -> Iterator[Finding]:
     for module in filter(is_compiled, setup.modules):
         keys = setup.keys_of([id(parameter) for parameter in module.parameters()])
-        names = {name for key in keys for name in ([key] if isinstance(key, str) else key)}
+        names = {name for key in keys for name in modalities_of(key)}
         num_sets, limit = 2 ** len(names) - 1, recompile_limit(module)
         if num_sets > limit:
             yield Finding(

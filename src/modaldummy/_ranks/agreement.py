@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter_map import ModalityKey
+from modaldummy._core.parameter_map import ModalityKey, modalities_of
 from modaldummy._core.paths import strip_wrappers
 from modaldummy._errors import RankDisagreementError, first_few
 from modaldummy._group import num_ranks, tensor_device
@@ -24,7 +24,7 @@ _AGREED = weakref.WeakKeyDictionary()
 
 def keys_in_order(keys: Collection[ModalityKey]) -> list[ModalityKey]:
     """The keys in an order that is the same on all ranks, even if a `set` made the map."""
-    return sorted(keys, key=_modalities_in_order)
+    return sorted(keys, key=lambda key: sorted(modalities_of(key)))
 
 
 def check_same_map(
@@ -44,15 +44,15 @@ def check_same_map(
     if (key := group or dist.group.WORLD) in agreed:
         return
     paths = {
-        "-".join(_modalities_in_order(key)): sorted(map(strip_wrappers, paths))
+        "-".join(sorted(modalities_of(key))): sorted(map(strip_wrappers, paths))
         for key, paths in wrapper.parameters.paths.items()
     }
-    text = json.dumps(paths, sort_keys=True).encode()
-    digests = gather(wrapper, hashlib.blake2b(text, digest_size=16).digest(), group, caller)
-    if len(set(map(bytes, digests.values()))) > 1:
-        lengths = gather(wrapper, len(text).to_bytes(8), group, caller)
+    text = json.dumps(paths, sort_keys=True)
+    if not _is_same(wrapper, text, group, caller):
+        data = text.encode()
+        lengths = gather(wrapper, len(data).to_bytes(8), group, caller)
         length = max(int.from_bytes(row) for row in lengths.values())
-        texts = gather(wrapper, text.ljust(length), group, caller)
+        texts = gather(wrapper, data.ljust(length), group, caller)
         raise _disagreement({rank: json.loads(bytes(row)) for rank, row in texts.items()})
     agreed.add(key)
 
@@ -65,11 +65,17 @@ def check_same_text(
     Raises:
         RankDisagreementError: On every rank, with `message`: the texts differ.
     """
+    caller = "the model for the first time with its shadow"
+    if num_ranks(group) > 1 and not _is_same(wrapper, text, group, caller):
+        raise RankDisagreementError(message)
+
+
+def _is_same(
+    wrapper: DummyLossWrapper, text: str, group: "dist.ProcessGroup | None", caller: str
+) -> bool:
+    """Whether all ranks of a group have this text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    if num_ranks(group) > 1:
-        digests = gather(wrapper, digest, group, "the model for the first time with its shadow")
-        if len(set(map(bytes, digests.values()))) > 1:
-            raise RankDisagreementError(message)
+    return len(set(map(bytes, gather(wrapper, digest, group, caller).values()))) == 1
 
 
 def gather(
@@ -126,7 +132,3 @@ def _disagreement(maps: Mapping[int, Mapping[str, list[str]]]) -> RankDisagreeme
         f"{differing[0]} are on {owned}. Give every rank the same keys and paths. If only some "
         "ranks share this model, pass them as `group=`."
     )
-
-
-def _modalities_in_order(key: ModalityKey) -> list[str]:
-    return sorted([key] if isinstance(key, str) else key)

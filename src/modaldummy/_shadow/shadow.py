@@ -225,15 +225,14 @@ class Shadow:
             return None
         point = current.reach(module)
         self._catch_up(current, self._at.get(point, []))
-        paths = [path for call, _ in current.untied for path in call.ties.get(point, ())]
-        if not paths or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not any(point in c.ties for c, _ in current.untied):
             return None
         found, structure = tree_flatten_with_path((args, kwargs))
         leaves = [leaf for _, leaf in found]
         for place, (path, leaf) in enumerate(found):
+            calls = [call for call, _ in current.untied if path in call.ties.get(point, ())]
             # An input that comes from a tower alone is not there without it.
-            if path in paths and is_floating(leaf):
-                calls = [call for call, _ in current.untied if path in call.ties.get(point, ())]
+            if calls and is_floating(leaf):
                 current.tie(leaves, place, calls)
         return tree_unflatten(leaves, structure)
 
@@ -267,6 +266,8 @@ class Shadow:
                 )
         keys = {key for tower in current.shadowed for key in self._keys[tower]}
         self.shadowed = tuple(key for key in self._wrapper.parameters.paths if key in keys)
+        # Passes whose graph is gone need no loss any more.
+        self._unclaimed = [reference for reference in self._unclaimed if reference() is not None]
         if current.shadowed and current.has_grad:
             self._unclaimed.append(weakref.ref(current.dummies))
         if not current.untied:
