@@ -119,6 +119,9 @@ def test_passes_without_a_loss_are_forgotten() -> None:
     for _ in range(5):
         case.loss("T1")
     assert len(vars(case.wrapper.interceptor)["_unclaimed"]) == 1
+    loss = torch.ones((), dtype=case.dtype, requires_grad=True)  # of no pass of the model
+    case.wrapper.total(loss, "T1").backward()
+    assert case.model.towers["dMRI"].bias.grad.unique().tolist() == [pytest.approx(1e-7)]
 
 
 def test_without_gradients_and_paused() -> None:
