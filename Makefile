@@ -6,12 +6,11 @@ CONSTRAINTS := requirements/constraints.txt
 STEPS ?= 200
 WORKERS := --numprocesses auto --dist loadgroup
 
-DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 AUDIT := .venv-audit
 LOWEST_PINS := requirements/lowest.txt
 
-.PHONY: demo test docs typing test-wheel test-integrations test-lowest test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
+.PHONY: demo test docs typing test-wheel test-integrations test-lowest test-distributed test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
 	bench-ddp gpu figures lint types clean
 
 demo: $(VENV)/.demo
@@ -28,9 +27,12 @@ test-integrations: $(VENV)/.dev $(VENV)/.integrations
 test-lowest: $(LOWEST)/.dev
 	$(LOWEST)/bin/python -m pytest
 
-# What needs DeepSpeed, in an environment of its own.
-test-deepspeed: $(DEEPSPEED)/.installed
-	$(DEEPSPEED)/bin/python -m pytest tests/distributed/test_deepspeed.py
+# Every engine on several ranks; about half an hour on 2 cores. `make test-deepspeed` runs those of DeepSpeed alone.
+test-distributed: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/distributed -m "long or not long"
+
+test-deepspeed: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/distributed -k "deepspeed or ZeRO" -m "long or not long"
 
 # The site, into site-output/index.html; any warning is an error. Needs no network once installed.
 docs: $(VENV)/.docs
@@ -106,20 +108,15 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DEEPSPEED) $(AUDIT) *-output demo-output* mutants dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(AUDIT) *-output demo-output* mutants dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps make a second run start at once, and a changed pyproject install again.
+# DeepSpeed builds nothing: its operators for GPUs are not tested.
 $(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
-	touch $@
-
-# DeepSpeed builds nothing here: its operators for GPUs are not what is tested.
-$(DEEPSPEED)/.installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(DEEPSPEED)
-	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[deepspeed,testing]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
 	touch $@
 
 # By itself: what it needs is not what it audits.

@@ -1,7 +1,7 @@
 """Gradients under DeepSpeed are those of one process, or what goes wrong is said."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tests.distributed.test_table import AGREE, check_row, rows
 from tests.fleet import Fleet
 
 if find_spec("deepspeed") is None:
-    pytest.skip("DeepSpeed is not installed: `make test-deepspeed`", allow_module_level=True)
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 from tests.distributed.deepspeed_engines import (
     AGREEING,
@@ -54,8 +54,24 @@ from tests.distributed.deepspeed_engines import (
 PAGE = Path(__file__).parents[2] / "docs/how-to/deepspeed.md"
 # Towers of one shape, so that what is mixed up fits.
 TOWERS: Schedule = (((("T1",), ("rsfMRI",)),),)
+# What `make test` runs of the engines with a shadow.
+CORE = {"ZeRO-1, overlapping", "ZeRO-2, small buckets", "ZeRO-3, overlapping"}
 
 
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    """Ranks of their own: DeepSpeed changes functions of torch in its process."""
+    with Fleet(request.param) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Fleet]:
+    with Fleet(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_are_read_right(two: Fleet, engine: str) -> None:
     """Nothing is inactive here, so that the wrapper adds nothing."""
@@ -65,23 +81,29 @@ def test_gradients_are_read_right(two: Fleet, engine: str) -> None:
         assert found.worst <= 1, found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", DIFFERING)
 def test_gradients_are_the_average_over_ranks(fleet: Fleet, engine: str) -> None:
     check_zero(fleet, engine, (1e-7, 0.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", COMPLETE)
 def test_gradients_are_the_average_where_all_towers_count(fleet: Fleet, engine: str) -> None:
     """There is no dummy term then."""
     check_zero(fleet, engine, (0.0,))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", AGREEING)
 def test_gradients_are_the_average_over_ranks_that_agree(fleet: Fleet, engine: str) -> None:
     check_zero(fleet, engine, (1e-7, 0.0), agreeing=True)
 
 
-@pytest.mark.parametrize("engine", SHADOWED)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=[pytest.mark.long] * (name not in CORE)) for name in SHADOWED],
+)
 def test_with_a_shadow_ranks_may_differ(two: Fleet, engine: str) -> None:
     check_zero(two, engine, (1e-7, 0.0, None), outcome_with_shadow)
 
@@ -108,6 +130,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("engine", "scale", "remedy"), REFUSED)
 def test_divergent_ranks_are_refused_on_all_of_them(
     fleet: Fleet, engine: str, scale: float | None, remedy: str
@@ -125,6 +148,7 @@ def refusal(rank: int, engine: str, scale: float | None, schedule: Schedule) -> 
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "scale"), [("ZeRO-1", None), ("ZeRO-1, overlapping", 1e-7), ("ZeRO-2", 1e-7)]
 )
@@ -134,6 +158,7 @@ def test_what_is_refused_would_be_wrong(two: Fleet, engine: str, scale: float | 
         assert found.error > 0.1 * found.largest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
@@ -149,6 +174,7 @@ def test_upstream_stops_where_a_parameter_gets_no_gradient(
         assert words in text
 
 
+@pytest.mark.long
 def test_upstream_stops_where_micro_batches_differ_and_communication_overlaps(two: Fleet) -> None:
     schedule: Schedule = (((("T1",),) * 2, (("dMRI",),) * 2),)
     for text in two.ask(ending, "ZeRO-1, overlapping, two micro-batches", 1e-7, schedule):
@@ -298,6 +324,7 @@ def snippets(rank: int, code: list[str]) -> None:
         exec(compile(block, str(PAGE), "exec"), namespace)
 
 
+@pytest.mark.long
 def test_snippets_of_the_page_run(two: Fleet) -> None:
     code = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert len(code) == 6
@@ -308,6 +335,7 @@ def verdict_of(rank: int, engine: str, scale: float | None, schedule: Schedule) 
     return verdict(rank, ENGINES[engine], scale, schedule)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", [engine for engine in rows() if "ZeRO" in engine])
 def test_what_the_table_says_is_what_happens(two: Fleet, engine: str) -> None:
     check_row(two, verdict_of, engine)
