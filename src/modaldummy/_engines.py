@@ -39,6 +39,7 @@ without_tensor_subclasses = torch._C.DisableTorchFunctionSubclass
 
 # Calls of torch without a public name that walk through nested containers.
 tree_flatten = pytree.tree_flatten
+tree_map = pytree.tree_map
 tree_flatten_with_path = pytree.tree_flatten_with_path
 tree_unflatten = pytree.tree_unflatten
 _CHECKPOINT_CODE = inspect.unwrap(checkpoint).__code__

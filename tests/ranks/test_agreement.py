@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modaldummy import DummyLossWrapper, RankDisagreementError
-from modaldummy._ranks.agreement import check_same_map, check_same_text
+from modaldummy._ranks.agreement import check_same_map, gather_objects, is_same_text
 from tests.preflight.models import Model
 
 PATHS = {"T1": "towers.T1", "dMRI": ["towers.dMRI.weight", "towers.dMRI.bias"]}
@@ -68,8 +68,16 @@ def test_maps_that_differ_are_refused_each_time(other: OtherRank) -> None:
 
 
 def test_texts_are_compared_by_their_digests(other: OtherRank) -> None:
-    check_same_text(wrapper_of(), "the same", None, "Texts differ.")
+    assert is_same_text(wrapper_of(), "the same", None, "it")
     assert other.num_calls == 1
     other.old = b"anything"
-    with pytest.raises(RankDisagreementError, match=r"Texts differ\."):
-        check_same_text(wrapper_of(), "another", None, "Texts differ.")
+    assert not is_same_text(wrapper_of(), "another", None, "it")
+
+
+def test_a_rank_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, group: Any) -> None:
+        raise RuntimeError("Timed out")
+
+    monkeypatch.setattr(dist, "all_gather_object", fail)
+    with pytest.raises(RankDisagreementError, match="Not all ranks called it before the timeout"):
+        gather_objects("anything", None, "it")

@@ -176,6 +176,10 @@ class TwoTowers(nn.Module):
         self.trunk: Any = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
         self.options = options
 
+    def append(self, name: str, module: nn.Module) -> "TwoTowers":
+        self.add_module(name, module)
+        return self
+
     def forward(self, a: Tensor | None = None, b: Tensor | None = None) -> dict[str, Tensor]:
         hidden = torch.zeros(2, 4)
         for name, data in (("a", a), ("b", b)):
@@ -276,9 +280,10 @@ def test_a_tower_inside_a_checkpoint(use_reentrant: bool) -> None:
 
 def test_a_frozen_trunk_gets_the_graph_that_it_has_on_other_ranks() -> None:
     """There, backward goes through it to the tower."""
-    model, wrapper, _ = two_towers(TwoTowers(lambda: nn.Linear(3, 4)))
-    model.trunk.requires_grad_(False)
-    model.a.requires_grad_(False)
+    frozen: Any = TwoTowers(lambda: nn.Linear(3, 4))
+    frozen.trunk.requires_grad_(False)
+    frozen.a.requires_grad_(False)
+    model, wrapper, _ = two_towers(frozen)
     total = wrapper.total(model(a=X)["loss"], "a")
     assert total.requires_grad
     total.backward()
@@ -436,14 +441,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, Any, type[Exception], str
         RecordError,
         "no call of a tower of b. Record a batch",
     ),
-    "no examples": (TwoTowers, MAPS, [], RecordError, "no call of a tower of a, b"),
-    "a parameter alone": (
-        TwoTowers,
-        {"a": "a.layers.0.weight", "b": "b"},
-        [{"a": X, "b": X}],
-        RecordError,
-        "no call of a tower of a",
-    ),
+    "no examples": (TwoTowers, MAPS, [], RecordError, "Record a forward pass first"),
     "a tower inside another": (
         Nested,
         {"a": "a", "b": ["b", "a.1"]},
@@ -459,11 +457,32 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, Any, type[Exception], str
         "does not depend on a Traces module",
     ),
     "a reentrant checkpoint after the tower": (
-        lambda: TwoTowers(use_reentrant=True),
+        lambda: TwoTowers(lambda: nn.Linear(3, 4), use_reentrant=True),
         MAPS,
         [{"a": X, "b": X}],
         UnsupportedEngineError,
         "reentrant checkpoint. Pass `use_reentrant=False`",
+    ),
+    "batch norm inside a checkpoint": (
+        lambda: TwoTowers(use_reentrant=False),
+        MAPS,
+        [{"a": X, "b": X}],
+        UnsupportedEngineError,
+        "a BatchNorm1d module in a tower runs inside a checkpoint",
+    ),
+    "batch norm over ranks": (
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(TwoTowers()),
+        MAPS,
+        [{"a": X, "b": X}],
+        UnsupportedEngineError,
+        "a SyncBatchNorm module in a tower averages over all ranks",
+    ),
+    "several devices": (
+        lambda: TwoTowers(lambda: nn.Linear(3, 4)).append("unused", nn.Linear(3, 4, device="meta")),
+        MAPS,
+        [{"a": X, "b": X}],
+        UnsupportedEngineError,
+        "on several devices: cpu, meta",
     ),
     "one call for two keys": (
         Video,
@@ -492,13 +511,55 @@ def test_records_that_are_refused(
 
 def test_a_forward_pass_that_does_not_fit_the_record() -> None:
     model: Any = Video()
+    model.trunk = nn.Sequential(model.trunk, nn.Identity())
     wrapper = DummyLossWrapper(model, {"image": "visual"})
     shadow_inactive(wrapper, model, examples=[(X, X)])
     with pytest.raises(RecordError, match="is called 2 times in this forward pass and 1 times"):
         model(X, X, X)
-    model.trunk = nn.Linear(3, 3)
-    with pytest.raises(RecordError, match=r"was called 0 times.*Record again if the model has"):
+    model.trunk = nn.Identity()
+    with pytest.raises(RecordError, match=r"was called 0 times.*has changed, record again"):
         model(X)
+
+
+def test_a_projector_that_the_map_forgot_is_named() -> None:
+    class Projected(TwoTowers):
+        def run(self, part: nn.Module, data: Tensor) -> Tensor:
+            output = super().run(part, data)
+            projector: Any = self.projector
+            return projector(output) if part is self.b else output
+
+    model = Projected(lambda: nn.Linear(3, 4)).append("projector", nn.Linear(4, 4))
+    shadow_inactive(DummyLossWrapper(model, MAPS), model, examples=[{"a": X, "b": X}])
+    with pytest.raises(RecordError, match=r"of a Linear module that follows.*add it to the key"):
+        model(a=X)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda model: model.a.requires_grad_(False), "`weight` of a Linear module is new"),
+        (lambda model: model.append("b", nn.Linear(3, 4)), "`weight` of a Linear module is new"),
+        (lambda model: model.b.register_parameter("lora", nn.Parameter(X)), "`lora` of a Linear"),
+        (nn.Module.eval, r"The record is of training mode\. Call `model\.train\(\)`"),
+    ],
+    ids=["frozen", "replaced", "adapter", "evaluation"],
+)
+def test_a_model_that_has_changed_since_the_record(change: Any, text: str) -> None:
+    model, _, handle = two_towers(TwoTowers(lambda: nn.Linear(3, 4)))
+    change(model)
+    with pytest.raises(RecordError, match=text):
+        model(a=X)
+    with handle.record():
+        model(a=X, b=X)
+    model(a=X)
+    assert keys(handle) == ["b"]
+
+
+def test_evaluation_without_gradients_fits_a_record_of_training() -> None:
+    model, _, handle = two_towers(TwoTowers(lambda: nn.Linear(3, 4)))
+    with torch.no_grad():
+        model.eval()(a=X)
+    assert keys(handle) == ["b"]
 
 
 def test_a_forward_pass_without_a_record() -> None:

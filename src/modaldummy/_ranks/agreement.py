@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import json
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def check_same_map(
         for key, paths in wrapper.parameters.paths.items()
     }
     text = json.dumps(paths, sort_keys=True)
-    if not _is_same(wrapper, text, group, caller):
+    if not is_same_text(wrapper, text, group, caller):
         data = text.encode()
         lengths = gather(wrapper, len(data).to_bytes(8), group, caller)
         length = max(int.from_bytes(row) for row in lengths.values())
@@ -57,23 +58,12 @@ def check_same_map(
     agreed.add(key)
 
 
-def check_same_text(
-    wrapper: DummyLossWrapper, text: str, group: "dist.ProcessGroup | None", message: str
-) -> None:
-    """Compare a digest of a text over ranks; a single rank does nothing.
-
-    Raises:
-        RankDisagreementError: On every rank, with `message`: the texts differ.
-    """
-    caller = "the model for the first time with its shadow"
-    if num_ranks(group) > 1 and not _is_same(wrapper, text, group, caller):
-        raise RankDisagreementError(message)
-
-
-def _is_same(
+def is_same_text(
     wrapper: DummyLossWrapper, text: str, group: "dist.ProcessGroup | None", caller: str
 ) -> bool:
-    """Whether all ranks of a group have this text."""
+    """Whether all ranks of a group have this text, by a digest; a single rank gathers nothing."""
+    if num_ranks(group) == 1:
+        return True
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return len(set(map(bytes, gather(wrapper, digest, group, caller).values()))) == 1
 
@@ -90,16 +80,35 @@ def gather(
     device = tensor_device(group, parameter.device)
     sent = torch.tensor(list(row), dtype=torch.uint8, device=device)
     received = sent.new_empty(num_ranks(group), len(row))
-    try:
+    with _in_time(caller):
         dist.all_gather(list(received), sent, group=group)
         rows: list[list[int]] = received.tolist()
+    return dict(zip(dist.get_process_group_ranks(group), rows, strict=True))
+
+
+def gather_objects(value: Any, group: "dist.ProcessGroup | None", caller: str) -> list[Any]:
+    """What each rank of `group` sends, in the order of the ranks, as Python objects.
+
+    Raises:
+        RankDisagreementError: Another rank did not send any in time.
+    """
+    values = [None] * num_ranks(group)
+    with _in_time(caller):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def _in_time(caller: str) -> Iterator[None]:
+    """Say what to look for if another rank does not take part in a collective."""
+    try:
+        yield
     except RuntimeError as error:
         raise RankDisagreementError(
             f"Not all ranks called {caller} before the timeout of their group. A rank has ended, "
             "hangs, or runs another part of the program. Look at what each rank printed last, and "
             f"let all ranks call {caller} equally often."
         ) from error
-    return dict(zip(dist.get_process_group_ranks(group), rows, strict=True))
 
 
 def text_by_rank(words: Mapping[int, Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,33 +17,36 @@ from modaldummy._core.parameter import ParameterSlot
 from modaldummy._core.parameter_map import ModalityKey, Step
 from modaldummy._engines import (
     apply_function,
+    direct_parameters,
     forward_hooks,
     tree_flatten,
     tree_flatten_with_path,
     tree_unflatten,
     wrapped_modules,
 )
-from modaldummy._errors import RecordError, describe
-from modaldummy._ranks.agreement import check_same_text
+from modaldummy._errors import RecordError, UnsupportedEngineError, describe, first_few
+from modaldummy._group import num_ranks
+from modaldummy._shadow.calls import Point, TowerCall, is_floating
 from modaldummy._shadow.functions import DummyGradients, NoteUpstream, Tie
 from modaldummy._shadow.record import (
-    Point,
-    Recorder,
-    TowerCall,
-    check_record,
-    is_floating,
-    merge,
-    without_trace,
+    Pass,
+    Record,
+    check_parameters_without_tower,
+    passes_of_all_ranks,
+    towers_of,
 )
+from modaldummy._shadow.recorder import Recorder, without_trace
 
 
 class ForwardPass:
     """What has happened in one forward pass of the model.
 
     Args:
+        record: The record that it has to fit.
         scale: The scale of the wrapper.
 
     Attributes:
+        record: As given.
         dummies: Add dummy gradients to the parameters that this pass shadows.
         has_grad: Whether gradients were enabled when the pass began.
         num_calls: How often each module was called, and how often such a call has ended.
@@ -52,7 +55,8 @@ class ForwardPass:
         untied: Calls of shadowed towers, and their outputs that have no tie yet.
     """
 
-    def __init__(self, scale: float | None) -> None:
+    def __init__(self, record: Record, scale: float | None) -> None:
+        self.record = record
         self.dummies = DummyGradients(scale)
         self.has_grad = torch.is_grad_enabled()
         self.num_calls: Counter[tuple[nn.Module, bool]] = Counter()
@@ -95,11 +99,13 @@ class Shadow:
         self.shadowed: tuple[ModalityKey, ...] = ()
         self._wrapper = wrapper
         self._group = group
-        self._keys: dict[nn.Module, set[ModalityKey]] = {}
-        self._calls: dict[nn.Module, list[TowerCall]] = {}
-        self._order: list[TowerCall] = []
-        self._at: dict[Point, list[TowerCall]] = {}
-        self._recorded_modules: set[nn.Module] = set()
+        self._towers: dict[nn.Module, set[ModalityKey]] = {}
+        self._passes: Sequence[Pass] = ()
+        self._record: Record | None = None
+        # Where the record is from: whether each parameter was trained, and all modules.
+        self._trained: dict[ParameterSlot, bool] = {}
+        self._modules: set[nn.Module] = set()
+        self._was_training = True
         self._in_towers: set[nn.Module] = set()
         self._pass: ForwardPass | None = None
         # While a shadow runs, modules of its tower call the hooks of this class.
@@ -127,21 +133,20 @@ class Shadow:
             where = "runs inside another record" if self._is_recording else "was removed"
             raise RecordError(f"The shadow {where}, so that it cannot record.")
         self._forget()
-        recorder = Recorder(self.model, self._wrapper.parameters)
+        self._towers = towers_of(self._wrapper.parameters, self.model)
+        recorder = Recorder(self.model, self._towers)
         self._is_recording = True
         try:
             with recorder.recording():
                 yield
         finally:
             self._is_recording = False
-        order = merge(recorder.passes)
-        calls: dict[nn.Module, list[TowerCall]] = {}
-        for call in order:
-            calls.setdefault(call.tower, []).append(call)
-        check_record(self._wrapper.parameters, recorder.towers, calls)
-        self._keys, self._calls, self._order = recorder.towers, calls, order
-        self._recorded_modules = set(self.model.modules())
-        self._in_towers = {module for tower in calls for module in tower.modules()}
+        self._passes = recorder.passes
+        self._modules, self._trained = set(self.model.modules()), _trained(self.model)
+        self._was_training = self.model.training
+        self._in_towers = {module for tower in self._towers for module in tower.modules()}
+        if num_ranks(self._group) == 1:
+            self._record = self._agree()
 
     def remove(self) -> None:
         """Leave the model and the wrapper as they were."""
@@ -165,66 +170,95 @@ class Shadow:
         self._unclaimed = []
         return step, loss
 
-    def _set_hooks(self) -> None:
-        """Watch the towers and stations; after the hooks of engines made since the record."""
-        outer = {
-            wrapped: module
-            for module in self.model.modules()
-            for _, wrapped in wrapped_modules(module)
-            if module not in self._recorded_modules
-        }
-        for call in self._order:
-            call.move(outer)
-            self._at.setdefault(call.station, []).append(call)
-        for tower in list(self._calls):
-            self._calls[outer.get(tower, tower)] = self._calls.pop(tower)
-            self._keys[outer.get(tower, tower)] = self._keys[tower]
-        points = {*self._at, *(p for calls in self._calls.values() for c in calls for p in c.ties)}
-        before = {point.module for point in points if not point.after} | self._calls.keys()
+    def _agree(self) -> Record:
+        """One record, made of those of all ranks."""
+        devices = {str(parameter.device) for parameter in self.model.parameters()}
+        if len(devices) > 1:
+            raise UnsupportedEngineError(
+                f"The parameters of the model are on several devices: {first_few(sorted(devices))}."
+                " A shadow supports one device for each process."
+            )
+        passes = passes_of_all_ranks(self._passes, self._wrapper, self.model, self._group)
+        if not passes:
+            raise RecordError(
+                "The shadow has no record. Record a forward pass first: pass `examples=` to "
+                "`shadow_inactive`, or call the model in `with handle.record():`."
+            )
+        record = Record(passes, self._towers, self._wrapper.parameters)
+        self._in_towers = record.modules()
+        check_parameters_without_tower(self._wrapper, self.model)
+        return record
+
+    def _check_unchanged(self) -> None:
+        """Refuse a forward pass of a model that is not the recorded one any more.
+
+        Raises:
+            RecordError: It has other parameters, or trains others, or is in another mode.
+        """
+        now = _trained(self.model)
+        if changed := [slot for slot, flag in now.items() if self._trained.get(slot) is not flag]:
+            module, name = changed[0]
+            raise RecordError(
+                f"`{name}` of {describe(module)} is new, or its `requires_grad` has changed since "
+                "the record. Record again."
+            )
+        if torch.is_grad_enabled() and self.model.training is not self._was_training:
+            raise RecordError(
+                f"The record is of {'training' if self._was_training else 'evaluation'} mode. Call "
+                "`model.train()` and record again, so that dropout and checkpoints are those of "
+                "training."
+            )
+
+    def _set_hooks(self, record: Record) -> Record:
+        """Watch the towers and stations; after the hooks of engines made since the record.
+
+        Returns:
+            The record, with the modules that engines have put around those that it has.
+        """
+        outer: dict[nn.Module, nn.Module] = {}
+        for module in self.model.modules():
+            outer.setdefault(module, module)
+            for _, wrapped in wrapped_modules(module):
+                if module not in self._modules:
+                    outer[wrapped] = outer[module]
+        order = [call.renamed(outer) for call in record.order]
+        towers = {outer[tower]: keys for tower, keys in self._towers.items()}
+        record = Record([order], towers, self._wrapper.parameters)
+        points = {*record.at, *(point for call in order for point in call.ties)}
+        before = {point.module for point in points if not point.after} | record.calls.keys()
         after = {point.module for point in points if point.after} - {self.model}
         self._handles = [
             module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
             for module in before
         ]
         self._handles += [module.register_forward_hook(Hook(self._leave)) for module in after]
+        self._in_towers = record.modules()
+        return record
 
     def _forget(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._keys, self._calls, self._order, self._at = {}, {}, [], {}
-        self._in_towers = set()
+        self._passes, self._record, self._in_towers = (), None, set()
 
     def _begin(self, *_: Any) -> None:
         self._pass, self.shadowed = None, ()
         if self.is_paused or self._is_recording:
             return
-        if not self._calls:
-            raise RecordError(
-                "The shadow has no record. Record a forward pass first: pass `examples=` to "
-                "`shadow_inactive`, or call the model in `with handle.record():`."
-            )
-        if not self._handles:
-            text = "\n".join(call.text(self.model) for call in self._order)
-            check_same_text(
-                self._wrapper,
-                text,
-                self._group,
-                "Ranks have recorded different forward passes. Let every rank record the same "
-                "examples, in the same order.",
-            )
-            self._set_hooks()
-        self._pass = ForwardPass(self._wrapper.scale)
+        record = self._record or self._agree()
+        self._check_unchanged()
+        self._record = record if self._handles else self._set_hooks(record)
+        self._pass = ForwardPass(self._record, self._wrapper.scale)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         current = self._pass
         if current is None or self._is_shadowing:
             return None
-        if module in self._calls:
+        if module in current.record.calls:
             self._enter_tower(current, module)
             return None
         point = current.reach(module)
-        self._catch_up(current, self._at.get(point, []))
+        self._catch_up(current, current.record.at.get(point, []))
         if not torch.is_grad_enabled() or not any(point in c.ties for c, _ in current.untied):
             return None
         found, structure = tree_flatten_with_path((args, kwargs))
@@ -237,34 +271,37 @@ class Shadow:
         return tree_unflatten(leaves, structure)
 
     def _enter_tower(self, current: ForwardPass, tower: nn.Module) -> None:
-        number = current.num_runs[tower]
-        if number == len(self._calls[tower]):
+        number, calls = current.num_runs[tower], current.record.calls[tower]
+        if number == len(calls):
             raise RecordError(
                 f"{describe(tower)}, a tower, is called {number + 1} times in this forward pass "
                 f"and {number} times in the record. Give each kind of call a key of the map, and "
-                "record a batch that contains all modalities."
+                "record a batch that contains all modalities. Call towers in an order that does "
+                "not depend on the batch."
             )
-        call = self._calls[tower][number]
-        self._catch_up(current, self._at[call.station], call)
+        self._catch_up(current, current.record.at[calls[number].station], calls[number])
         current.num_runs[tower] += 1
 
     def _leave(self, module: nn.Module, _args: Any, output: Any) -> Any:
         current = self._pass
         if current is None or self._is_shadowing:
             return None
-        self._catch_up(current, self._at.get(current.reach(module, after=True), []))
+        self._catch_up(current, current.record.at.get(current.reach(module, after=True), []))
         return self._end(current, output) if module is self.model else None
 
     def _end(self, current: ForwardPass, output: Any) -> Any:
         self._pass = None
-        for tower, calls in self._calls.items():
+        for tower, calls in current.record.calls.items():
             if (number := current.num_runs[tower]) < len(calls):
                 raise RecordError(
                     f"{describe(tower)}, a tower, was called {number} times in this forward pass, "
                     f"and the call of {describe(calls[number].station.module)} that follows it in "
-                    "the record did not come. Record again if the model has changed."
+                    "the record did not come. If that module runs only with this tower, as a "
+                    "projector does, add it to the key of the tower. If it runs once for each "
+                    "modality, let it run in every forward pass. If the model has changed, record "
+                    "again."
                 )
-        keys = {key for tower in current.shadowed for key in self._keys[tower]}
+        keys = {key for tower in current.shadowed for key in current.record.keys[tower]}
         self.shadowed = tuple(key for key in self._wrapper.parameters.paths if key in keys)
         # Passes whose graph is gone need no loss any more.
         self._unclaimed = [reference for reference in self._unclaimed if reference() is not None]
@@ -284,13 +321,13 @@ class Shadow:
         for call in calls:
             if call is until:
                 return
-            if current.num_runs[call.tower] <= self._calls[call.tower].index(call):
+            if current.num_runs[call.tower] <= call.number:
                 current.num_runs[call.tower] += 1
                 self._shadow(current, call)
 
     def _shadow(self, current: ForwardPass, call: TowerCall) -> None:
         """Call a tower on its recorded arguments."""
-        args, kwargs = call.arguments(self.model)
+        args, kwargs = call.copy_arguments(self.model)
         has_grad = current.has_grad and (call.has_grad or call.checkpoint is True)
         hooks = [
             module.register_forward_pre_hook(current.dummies.watch)
@@ -315,6 +352,16 @@ class Shadow:
         leaves, _ = tree_flatten(output)
         if outputs := [leaves[i] for i in call.outputs if leaves[i].requires_grad]:
             current.untied.append((call, outputs))
+
+
+def _trained(model: nn.Module) -> dict[ParameterSlot, bool]:
+    """Which parameters a model has, and whether they are trained."""
+    return {
+        (module, name): parameter.requires_grad
+        for module in model.modules()
+        for name, parameter in direct_parameters(module).items()
+        if parameter is not None
+    }
 
 
 class Hook:

@@ -1,0 +1,133 @@
+"""A recorded call of a tower: with what, when, and where its outputs go."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modaldummy._engines import tree_map
+from modaldummy._errors import UnsupportedEngineError, describe
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of a forward pass: before or after the n-th call of a module.
+
+    Attributes:
+        module: The module; its name in the model while ranks exchange records.
+        number: How often it was called before in this forward pass.
+        after: Whether the call has ended.
+    """
+
+    module: Any
+    number: int
+    after: bool = False
+
+    def renamed(self, new: Mapping[Any, Any]) -> "Point":
+        """The same point of the module that `new` has for this one."""
+        return dataclasses.replace(self, module=new[self.module])
+
+
+@dataclass(frozen=True, eq=False)
+class TowerCall:
+    """A recorded call of a tower.
+
+    Attributes:
+        tower: The module; its name in the model while ranks exchange records.
+        number: How often the tower was called before in this forward pass.
+        arguments: Its positional and its keyword arguments, detached.
+        device: Of the parameters of the tower at that time, outside of forward.
+        dtype: Likewise.
+        checkpoint: `use_reentrant` of the checkpoint around it, None without one.
+        has_grad: Whether gradients were enabled.
+        outputs: Places of its output tensors that the loss depends on.
+        station: When the tower has run at the latest.
+        ties: Points from the station on at which tensors that the loss depends on go into modules
+            of the trunk, with their paths among the arguments there. The first that a forward pass
+            has is tied, else the output of the model.
+    """
+
+    tower: Any
+    number: int
+    arguments: tuple[Any, Any]
+    device: torch.device
+    dtype: torch.dtype
+    checkpoint: bool | None
+    has_grad: bool
+    outputs: tuple[int, ...] = ()
+    station: Point = Point(None, 0)
+    ties: dict[Point, list[Any]] = field(default_factory=dict)
+
+    def renamed(self, new: Mapping[Any, Any]) -> "TowerCall":
+        """The same call, with what `new` has for each module."""
+        return dataclasses.replace(
+            self,
+            tower=new[self.tower],
+            station=self.station.renamed(new),
+            ties={point.renamed(new): paths for point, paths in self.ties.items()},
+        )
+
+    def copy_arguments(self, model: nn.Module) -> Any:
+        """Positional and keyword arguments for another call.
+
+        Tensors of the device and the dtype that the tower had are of those that it has now.
+        """
+        device, dtype = placement_of(self.tower)
+
+        def moved(leaf: Any) -> Any:
+            leaf = copied(leaf, model)
+            if not isinstance(leaf, Tensor):
+                return leaf
+            new_device = device if leaf.device == self.device else leaf.device
+            new_dtype = dtype if leaf.dtype == self.dtype else leaf.dtype
+            return leaf.to(new_device, new_dtype)
+
+        return tree_map(moved, self.arguments)
+
+
+def placement_of(tower: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first parameter of a tower."""
+    parameter = next(tower.parameters())
+    return parameter.device, parameter.dtype
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf of a tree is a tensor that may need a gradient."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+class _CopiesGraphless(TorchFunctionMode):
+    """Lets `copy.deepcopy` copy tensors that have a graph, without it."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        copied_tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return memo.setdefault(id(tensor), copied_tensor)
+
+
+def copied(leaf: Any, model: nn.Module) -> Any:
+    """A copy of an argument, without a graph. A call may change it: a cache grows by each call.
+
+    Raises:
+        UnsupportedEngineError: It cannot be copied.
+    """
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return leaf
+    if type(leaf) is Tensor:
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    kept = {id(module): module for module in model.modules()}
+    try:
+        with _CopiesGraphless():
+            return copy.deepcopy(leaf, kept)
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedEngineError(
+            f"A tower is called with {describe(leaf)}, which cannot be copied: {error}. Keep it in "
+            "the tower, or pass tensors and plain values in its place."
+        ) from error
