@@ -5,10 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from modaldummy import DummyLossWrapper, RecordError, preflight, shadow_inactive
+from modaldummy import (
+    DummyLossWrapper,
+    RecordError,
+    hold_inactive,
+    preflight,
+    shadow_inactive,
+)
 from tests.distributed.engines import (
     AGREEING,
     DDPS,
@@ -33,6 +39,7 @@ from tests.distributed.oracle import (
     Schedule,
     batch_of,
     held_against_truth,
+    loss_of,
 )
 from tests.distributed.schedules import check_schedules
 from tests.fleet import Fleet
@@ -132,3 +139,49 @@ def test_ranks_with_different_models_are_refused(two: Fleet) -> None:
     for before, after, text in two.ask(different_records):
         assert (before, after) == (["MD104"], [])
         assert "was recorded in two ways: inside a checkpoint and outside of one" in text
+
+
+def raised_in_a_tower(rank: int) -> None:
+    """Only the first rank runs the tower on its data, where it raises."""
+    run = shadowed(fsdp(*TOWERS))(1e-7)
+
+    def fail(*_: Any) -> None:
+        if rank == 0:
+            raise ValueError("no such scan")
+
+    run.bare.get_submodule("towers.T1").register_forward_hook(fail)
+    loss = loss_of(run.call(batch_of(("T1",) if rank == 0 else (), 0, dtype=run.dtype)))
+    run.wrapper.total(loss, ("T1",) if rank == 0 else ()).backward()
+
+
+def test_an_error_in_one_rank_ends_the_others_within_the_timeout() -> None:
+    with Fleet(2, timeout=5, limit=60, quiet=True) as fleet:
+        first, second = fleet.answers(raised_in_a_tower)
+    assert first.message == "no such scan"
+    assert second.kind != "hangs"
+
+
+def held(rank: int) -> list[list[str]]:
+    """Parameters that AdamW moves in each of three steps, with a shadow and a hold."""
+    run = shadowed(fsdp(*TOWERS))(1e-7)
+    optimizer = torch.optim.AdamW(run.bare.parameters(), 0.1)
+    hold_inactive(run.wrapper, optimizer)
+    moved = []
+    for place, ranks in enumerate([(("T1",), ()), (("dMRI",), ("dMRI",)), ((), ("rsfMRI",))]):
+        before = run.values()
+        loss = loss_of(run.call(batch_of(ranks[rank], place, rank, dtype=run.dtype)))
+        run.wrapper.total(loss, ranks[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = run.values()
+        moved.append([name for name in NAMES if is_moved(before, after, f"towers.{name}.weight")])
+    return moved
+
+
+def is_moved(before: dict[str, Tensor], after: dict[str, Tensor], name: str) -> bool:
+    return not torch.equal(before[name], after[name])
+
+
+def test_a_hold_lets_go_of_what_any_rank_trains(two: Fleet) -> None:
+    for moved in two.ask(held):
+        assert moved == [["T1"], ["dMRI"], ["rsfMRI"]]

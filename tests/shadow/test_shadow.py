@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from modaldummy import (
     RecordError,
     ShadowHandle,
     UnsupportedEngineError,
+    diagnose,
     gradient_norms,
     preflight,
     shadow_inactive,
@@ -86,6 +88,20 @@ def test_norms_label_shadowed_parameters_inactive() -> None:
     case.total("T1").backward()
     norms = gradient_norms(case.wrapper)
     assert norms["grad/[inactive]/towers.dMRI.bias"] == pytest.approx(2e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 0.0, None])
+def test_the_doctor_finds_nothing_in_the_log_of_a_healthy_run(scale: float | None) -> None:
+    case = Shadowed(Model(), scale)
+    choices = random.Random(0)
+    rows = []
+    for step in range(50):
+        active = [name for name in NAMES if choices.random() < 0.5]
+        case.total(*active).backward()
+        assert case.wrapper.last is not None
+        rows.append({"step": step} | case.wrapper.last.as_dict() | gradient_norms(case.wrapper))
+        case.step()
+    assert diagnose(rows) == []
 
 
 def test_several_forward_passes_before_one_backward() -> None:
