@@ -373,6 +373,42 @@ def test_towers_without_a_trunk_are_tied_to_the_output(active: list[str]) -> Non
         assert (module.weight.grad.abs().max() < 1e-6) == (name not in active)
 
 
+class Outputs(nn.Module):
+    """The loss is made of the last output alone, and no module of the trunk follows the towers."""
+
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+        self.made = made
+
+    def forward(self, a: Any = None, b: Any = None) -> Any:
+        output = self.trunk(X)
+        for tower, data in ((self.a, a), (self.b, b)):
+            output = output if data is None else output + tower(data)
+        return self.made(output)
+
+
+@pytest.mark.parametrize(
+    ("made", "loss_of"),
+    [
+        (lambda output: (output.detach() * 2, output), lambda outputs: outputs[1].mean()),
+        (lambda output: (X, {"logits": output}), lambda outputs: outputs[1]["logits"].mean()),
+        (lambda output: {"logits": output * 1, "loss": output.mean()}, lambda found: found["loss"]),
+    ],
+    ids=["tuple", "nested", "loss"],
+)
+def test_towers_are_tied_to_the_output_that_the_loss_is_made_of(made: Any, loss_of: Any) -> None:
+    model = Outputs(made)
+    wrapper = DummyLossWrapper(model, MAPS)
+    shadow_inactive(wrapper, model, examples=[(X, X)])
+    outputs = model(a=X)
+    wrapper.total(loss_of(outputs), "a").backward()
+    assert wrapper.last is not None
+    assert wrapper.last.num_params == 0
+    gradient: Any = model.b.weight.grad
+    assert gradient.unique().tolist() == [pytest.approx(1e-7)]
+
+
 @pytest.mark.parametrize(
     "examples",
     [

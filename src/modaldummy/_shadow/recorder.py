@@ -170,12 +170,18 @@ def _check_batch_norm(call: _Call) -> None:
         )
 
 
+def loss_places(output: Any) -> list[int]:
+    """The place of the leaf called `loss` in the output of a model, else those of all tensors."""
+    leaves, _ = tree_flatten(output)
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    return [place for place in tensors if leaves[place] is loss] or tensors
+
+
 def _tower_calls(root: _Call, output: Any) -> list[TowerCall]:
     """The calls of towers in a recorded forward pass, in order, with their stations and ties."""
     leaves, _ = tree_flatten(output)
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    results = [loss] if loss is not None else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    reached = reached_nodes([result.grad_fn for result in results])
+    reached = reached_nodes([leaves[place].grad_fn for place in loss_places(output)])
     calls = list(root.walk())
     found = []
     for call in calls:

@@ -1,16 +1,13 @@
 """Calls the towers that a rank does not run, so that it takes part in their collectives."""
 
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import ParameterSlot
@@ -19,15 +16,12 @@ from modaldummy._engines import (
     apply_function,
     direct_parameters,
     forward_hooks,
-    tree_flatten,
-    tree_flatten_with_path,
-    tree_unflatten,
     wrapped_modules,
 )
 from modaldummy._errors import RecordError, UnsupportedEngineError, describe, first_few
 from modaldummy._group import num_ranks
-from modaldummy._shadow.calls import Point, TowerCall, is_floating
-from modaldummy._shadow.functions import DummyGradients, NoteUpstream, Tie
+from modaldummy._shadow.forward_pass import ForwardPass
+from modaldummy._shadow.functions import DummyGradients, NoteUpstream
 from modaldummy._shadow.record import (
     Pass,
     Record,
@@ -35,46 +29,7 @@ from modaldummy._shadow.record import (
     passes_of_all_ranks,
     towers_of,
 )
-from modaldummy._shadow.recorder import Recorder, without_trace
-
-
-class ForwardPass:
-    """What has happened in one forward pass of the model.
-
-    Args:
-        record: The record that it has to fit.
-        scale: The scale of the wrapper.
-
-    Attributes:
-        record: As given.
-        dummies: Add dummy gradients to the parameters that this pass shadows.
-        has_grad: Whether gradients were enabled when the pass began.
-        num_calls: How often each module was called, and how often such a call has ended.
-        num_runs: How often each tower has run, for real or as a shadow.
-        shadowed: The towers that were shadowed.
-        untied: Calls of shadowed towers, and their outputs that have no tie yet.
-    """
-
-    def __init__(self, record: Record, scale: float | None) -> None:
-        self.record = record
-        self.dummies = DummyGradients(scale)
-        self.has_grad = torch.is_grad_enabled()
-        self.num_calls: Counter[tuple[nn.Module, bool]] = Counter()
-        self.num_runs: Counter[nn.Module] = Counter()
-        self.shadowed: list[nn.Module] = []
-        self.untied: list[tuple[TowerCall, list[Tensor]]] = []
-
-    def reach(self, module: nn.Module, *, after: bool = False) -> Point:
-        """The point that the pass reaches by this call of a module, or by its end."""
-        self.num_calls[module, after] += 1
-        return Point(module, self.num_calls[module, after] - 1, after)
-
-    def tie(self, leaves: list[Any], place: int, calls: list[TowerCall]) -> list[Any]:
-        """The leaves; that at `place` is tied to the outputs of these calls."""
-        outputs = [output for call, own in self.untied if call in calls for output in own]
-        self.untied = [(call, own) for call, own in self.untied if call not in calls]
-        leaves[place] = apply_function(Tie, leaves[place], self.dummies, *outputs)
-        return leaves
+from modaldummy._shadow.recorder import Recorder
 
 
 class Shadow:
@@ -108,8 +63,6 @@ class Shadow:
         self._was_training = True
         self._in_towers: set[nn.Module] = set()
         self._pass: ForwardPass | None = None
-        # While a shadow runs, modules of its tower call the hooks of this class.
-        self._is_shadowing = False
         self._unclaimed: list[weakref.ref[DummyGradients]] = []
         self._is_recording = False
         self._handles: list[Any] = []
@@ -119,7 +72,7 @@ class Shadow:
         self._own_handles = [
             # Before the hooks of engines, which gather parameters.
             model.register_forward_pre_hook(Hook(self._begin), prepend=True),
-            model.register_forward_hook(Hook(self._leave)),
+            model.register_forward_hook(Hook(self._end)),
         ]
 
     @contextmanager
@@ -146,7 +99,7 @@ class Shadow:
         self._was_training = self.model.training
         self._in_towers = {module for tower in self._towers for module in tower.modules()}
         if num_ranks(self._group) == 1:
-            self._record = self._agree()
+            self._agree()
 
     def remove(self) -> None:
         """Leave the model and the wrapper as they were."""
@@ -171,7 +124,7 @@ class Shadow:
         return step, loss
 
     def _agree(self) -> Record:
-        """One record, made of those of all ranks."""
+        """Make one record of those of all ranks."""
         devices = {str(parameter.device) for parameter in self.model.parameters()}
         if len(devices) > 1:
             raise UnsupportedEngineError(
@@ -184,9 +137,12 @@ class Shadow:
                 "The shadow has no record. Record a forward pass first: pass `examples=` to "
                 "`shadow_inactive`, or call the model in `with handle.record():`."
             )
-        record = Record(passes, self._towers, self._wrapper.parameters)
-        self._in_towers = record.modules()
+        record = self._use(Record(passes, self._towers, self._wrapper.parameters))
         check_parameters_without_tower(self._wrapper, self.model)
+        return record
+
+    def _use(self, record: Record) -> Record:
+        self._record, self._in_towers = record, record.modules()
         return record
 
     def _check_unchanged(self) -> None:
@@ -212,8 +168,7 @@ class Shadow:
     def _set_hooks(self, record: Record) -> Record:
         """Watch the towers and stations; after the hooks of engines made since the record.
 
-        Returns:
-            The record, with the modules that engines have put around those that it has.
+        The record gets the modules that engines have put around those that it has.
         """
         outer: dict[nn.Module, nn.Module] = {}
         for module in self.model.modules():
@@ -232,8 +187,7 @@ class Shadow:
             for module in before
         ]
         self._handles += [module.register_forward_hook(Hook(self._leave)) for module in after]
-        self._in_towers = record.modules()
-        return record
+        return self._use(record)
 
     def _forget(self) -> None:
         for handle in self._handles:
@@ -247,111 +201,29 @@ class Shadow:
             return
         record = self._record or self._agree()
         self._check_unchanged()
-        self._record = record if self._handles else self._set_hooks(record)
-        self._pass = ForwardPass(self._record, self._wrapper.scale)
+        if not self._handles:
+            record = self._set_hooks(record)
+        self._pass = ForwardPass(self.model, record, self._wrapper.scale)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        current = self._pass
-        if current is None or self._is_shadowing:
-            return None
-        if module in current.record.calls:
-            self._enter_tower(current, module)
-            return None
-        point = current.reach(module)
-        self._catch_up(current, current.record.at.get(point, []))
-        if not torch.is_grad_enabled() or not any(point in c.ties for c, _ in current.untied):
-            return None
-        found, structure = tree_flatten_with_path((args, kwargs))
-        leaves = [leaf for _, leaf in found]
-        for place, (path, leaf) in enumerate(found):
-            calls = [call for call, _ in current.untied if path in call.ties.get(point, ())]
-            # An input that comes from a tower alone is not there without it.
-            if calls and is_floating(leaf):
-                current.tie(leaves, place, calls)
-        return tree_unflatten(leaves, structure)
+        return None if self._pass is None else self._pass.enter(module, args, kwargs)
 
-    def _enter_tower(self, current: ForwardPass, tower: nn.Module) -> None:
-        number, calls = current.num_runs[tower], current.record.calls[tower]
-        if number == len(calls):
-            raise RecordError(
-                f"{describe(tower)}, a tower, is called {number + 1} times in this forward pass "
-                f"and {number} times in the record. Give each kind of call a key of the map, and "
-                "record a batch that contains all modalities. Call towers in an order that does "
-                "not depend on the batch."
-            )
-        self._catch_up(current, current.record.at[calls[number].station], calls[number])
-        current.num_runs[tower] += 1
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._pass is not None:
+            self._pass.leave(module)
 
-    def _leave(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        current = self._pass
-        if current is None or self._is_shadowing:
+    def _end(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        current, self._pass = self._pass, None
+        if current is None:
             return None
-        self._catch_up(current, current.record.at.get(current.reach(module, after=True), []))
-        return self._end(current, output) if module is self.model else None
-
-    def _end(self, current: ForwardPass, output: Any) -> Any:
-        self._pass = None
-        for tower, calls in current.record.calls.items():
-            if (number := current.num_runs[tower]) < len(calls):
-                raise RecordError(
-                    f"{describe(tower)}, a tower, was called {number} times in this forward pass, "
-                    f"and the call of {describe(calls[number].station.module)} that follows it in "
-                    "the record did not come. If that module runs only with this tower, as a "
-                    "projector does, add it to the key of the tower. If it runs once for each "
-                    "modality, let it run in every forward pass. If the model has changed, record "
-                    "again."
-                )
+        output = current.end(output)
         keys = {key for tower in current.shadowed for key in current.record.keys[tower]}
         self.shadowed = tuple(key for key in self._wrapper.parameters.paths if key in keys)
         # Passes whose graph is gone need no loss any more.
         self._unclaimed = [reference for reference in self._unclaimed if reference() is not None]
         if current.shadowed and current.has_grad:
             self._unclaimed.append(weakref.ref(current.dummies))
-        if not current.untied:
-            return None
-        leaves, structure = tree_flatten(output)
-        places = [place for place, leaf in enumerate(leaves) if is_floating(leaf)]
-        calls = [call for call, _ in current.untied]
-        return tree_unflatten(current.tie(leaves, places[0], calls), structure)
-
-    def _catch_up(
-        self, current: ForwardPass, calls: Iterable[TowerCall], until: TowerCall | None = None
-    ) -> None:
-        """Shadow those of `calls` before `until` that this rank has not made."""
-        for call in calls:
-            if call is until:
-                return
-            if current.num_runs[call.tower] <= call.number:
-                current.num_runs[call.tower] += 1
-                self._shadow(current, call)
-
-    def _shadow(self, current: ForwardPass, call: TowerCall) -> None:
-        """Call a tower on its recorded arguments."""
-        args, kwargs = call.copy_arguments(self.model)
-        has_grad = current.has_grad and (call.has_grad or call.checkpoint is True)
-        hooks = [
-            module.register_forward_pre_hook(current.dummies.watch)
-            for module in (call.tower.modules() if has_grad else ())
-        ]
-        # A checkpoint around the station must not count the tensors that are saved here.
-        saving = saved_tensors_hooks(_same, _same)
-        self._is_shadowing = True
-        try:
-            with without_trace(call.tower), torch.set_grad_enabled(has_grad), saving:
-                output = (
-                    call.tower(*args, **kwargs)
-                    if call.checkpoint is None
-                    else checkpoint(call.tower, *args, use_reentrant=call.checkpoint, **kwargs)
-                )
-        finally:
-            self._is_shadowing = False
-            for hook in hooks:
-                hook.remove()
-        current.shadowed.append(call.tower)
-        current.dummies.modules.update(call.tower.modules())
-        leaves, _ = tree_flatten(output)
-        if outputs := [leaves[i] for i in call.outputs if leaves[i].requires_grad]:
-            current.untied.append((call, outputs))
+        return output
 
 
 def _trained(model: nn.Module) -> dict[ParameterSlot, bool]:
@@ -379,7 +251,3 @@ class Hook:
 
 def _do_nothing(*_: Any) -> None:
     pass
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
