@@ -1,12 +1,11 @@
-"""Train under FSDP2, with towers sharded one by one or the model as a whole.
+"""Train under FSDP2 with a unit for each tower, on ranks that have different modalities.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
-Each rank gets a GPU where there are any, else all share the CPU. With towers sharded one by one,
-all ranks need the same modalities at each step: a sampler sees to it, a check makes sure. `--whole`
-shards the model as a whole, and ranks may differ. `--disagree` lets them differ where they must
-not, which is refused. The scans come with `pip install '.[demo]'`. Exit code 0 means that
-all promises held on every rank.
+Each rank gets a GPU where there are any, else all share the CPU. A shadow lets each rank take part
+in the collectives of towers that it does not run. `--no-shadow` leaves it out, which `check_ranks`
+refuses. The scans come with `pip install '.[demo]'`. Exit code 0 means that all promises held on
+every rank.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count, islice
 from typing import Any
 
@@ -31,6 +31,7 @@ from modaldummy import (
     check_ranks,
     hold_inactive,
     missing_gradients,
+    shadow_inactive,
 )
 from modaldummy.demo.model import MaskedAutoencoder, parameter_map
 from modaldummy.demo.scans import load_scans
@@ -43,10 +44,9 @@ def train(options: argparse.Namespace, device: torch.device) -> bool:
     torch.manual_seed(options.seed)  # the same on all ranks, each of which keeps its shards
     model = MaskedAutoencoder({name: data.shape[1] for name, data in scans.items()}).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    if not options.whole:
-        for name in scans:
-            fully_shard(model.vision_tower[f"{name}_patch_embed"], mesh=mesh)
-            fully_shard(model.heads[name], mesh=mesh)
+    for name in scans:
+        fully_shard(model.vision_tower[f"{name}_patch_embed"], mesh=mesh)
+        fully_shard(model.heads[name], mesh=mesh)
     fully_shard(model, mesh=mesh)
     wrapper = DummyLossWrapper(model, parameter_map(tuple(scans)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # after sharding, of the shards
@@ -54,9 +54,12 @@ def train(options: argparse.Namespace, device: torch.device) -> bool:
 
     before = evaluate(model, scans, device)
     masks = torch.Generator(device).manual_seed(options.seed + rank)
-    agree = not (options.whole or options.disagree)
+    shadow = None
+    if not options.no_shadow:  # recorded with a single sample of each modality
+        examples = [({name: data[:1].to(device)}, masks) for name, data in scans.items()]
+        shadow = shadow_inactive(wrapper, model, examples=examples)
     drawn: list[str] = []
-    for batch in islice(batches(scans, options.seed, agree), options.steps):
+    for batch in islice(batches(scans, options.seed + rank), options.steps):
         batch = {name: samples.to(device) for name, samples in batch.items()}
         check_ranks(wrapper, batch)  # raises on every rank
         drawn.extend(batch)
@@ -65,7 +68,8 @@ def train(options: argparse.Namespace, device: torch.device) -> bool:
         wrapper.total(loss, batch).backward()
         missing_gradients(wrapper, strict=True)  # raises if any is
         optimizer.step()
-    after = evaluate(model, scans, device)
+    with shadow.paused() if shadow else nullcontext():  # all ranks do the same there
+        after = evaluate(model, scans, device)
 
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (drawn, after))
@@ -77,7 +81,7 @@ def train(options: argparse.Namespace, device: torch.device) -> bool:
         "the error fell for each modality": all(after[name] < before[name] for name in scans),
     }
     if rank == 0:
-        print(f"Ranks held different modalities at {differing} of {options.steps} steps.")
+        print(f"Ranks had different modalities at {differing} of {options.steps} steps.")
         print("modality   steps of each rank   error before   after")
         for name in scans:
             steps = [history.count(name) for history in histories]
@@ -87,15 +91,11 @@ def train(options: argparse.Namespace, device: torch.device) -> bool:
     return all(promises.values())
 
 
-def batches(scans: dict[str, Tensor], seed: int, agree: bool) -> Iterator[dict[str, Tensor]]:
-    """Batches of one modality without end; if ranks `agree`, of the same at each step."""
+def batches(scans: dict[str, Tensor], seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of one modality without end, drawn as if this rank were alone."""
     samples: Any = [(name, sample) for name, data in scans.items() for sample in data]
     names = [name for name, _ in samples]
-    if agree:
-        sampler = ModalityBatchSampler(names, 64, seed=seed)
-    else:  # as if this rank were alone
-        seed += dist.get_rank()
-        sampler = ModalityBatchSampler(names, 64, seed=seed, num_replicas=1, rank=0)
+    sampler = ModalityBatchSampler(names, 64, seed=seed, num_replicas=1, rank=0)
     loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate)
     for epoch in count():
         sampler.set_epoch(epoch)
@@ -120,9 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--whole", action="store_true", help="shard the model alone; ranks differ")
-    modes.add_argument("--disagree", action="store_true", help="let ranks differ nevertheless")
+    parser.add_argument("--no-shadow", action="store_true", help="see what is refused without it")
     options = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ from tests.distributed.oracle import (
     MAP,
     NAMES,
     Active,
+    Late,
     Make,
     Model,
     Outcome,
@@ -108,6 +109,10 @@ class Zero(Run):
         read = getattr(deepspeed_on_cpus().utils, function)
         named = self.bare.named_parameters()
         return {name.removeprefix("parts."): read(p).detach().double() for name, p in named}
+
+
+class LateZero(Zero):
+    reference = Late
 
 
 class Rough(Zero):
@@ -266,6 +271,8 @@ SHADOWED: dict[str, Make] = {
     "ZeRO-3, nothing persists": zero(3, **NOTHING_PERSISTS),
     "ZeRO-3, overlapping": zero(3, overlap_comm=True, **NOTHING_PERSISTS),
     "ZeRO-3, bfloat16": zero(3, kind=Rough, model=Narrow, config=BF16),
+    "ZeRO-2, towers last": zero(2, kind=LateZero, model=Late),
+    "ZeRO-3, towers last": zero(3, kind=LateZero, model=Late, **NOTHING_PERSISTS),
 }
 ENGINES = DIFFERING | COMPLETE | AGREEING | STOPPING
 

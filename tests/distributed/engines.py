@@ -26,6 +26,7 @@ from tests.distributed.oracle import (
     MAP,
     NAMES,
     Active,
+    Late,
     Make,
     Model,
     Outcome,
@@ -134,6 +135,14 @@ class FSDP1(Exact):
             return {strip_wrappers(name): read(p) for name, p in model.named_parameters()}
 
 
+class LateFSDP(FSDP):
+    reference = Late
+
+
+class LateFSDP1(FSDP1):
+    reference = Late
+
+
 class FSDP1WithoutDummies(FSDP1):
     """FSDP1 itself gives inactive parameters gradients, of zero."""
 
@@ -219,12 +228,16 @@ def bf16_hook(
 
 
 def fsdp1(
-    *parts: str, early: bool = False, kind: type[Run] = FSDP1WithoutDummies, **options: Any
+    *parts: str,
+    model: Callable[[], Model] = Model,
+    early: bool = False,
+    kind: type[Run] = FSDP1WithoutDummies,
+    **options: Any,
 ) -> Make:
     """`FullyShardedDataParallel` around parts, one by one, and the whole; see `fsdp`."""
 
     def make(scale: float | None) -> Run:
-        bare: nn.Module = Model().to(kind.dtype)
+        bare: nn.Module = model().to(kind.dtype)
         wrapper = DummyLossWrapper(bare, MAP, scale) if early else None
         options["device_id"] = torch.device("cpu")
         for part in parts:

@@ -50,6 +50,19 @@ class Model(nn.Module):
         return self.run(self.trunk, hidden)
 
 
+class Late(Model):
+    """All towers run after the trunk."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        hidden: Tensor = self.run(self.trunk, batch["text"])
+        for name in NAMES:
+            if name in batch:
+                hidden = hidden + self.run(self.towers[name], batch[name])[:, :2].tanh()
+        if {"T1", "dMRI"} <= batch.keys():
+            hidden = hidden + self.run(self.fusion, hidden.repeat(1, 2))[:, :2]
+        return hidden
+
+
 def batch_of(active: Active, *place: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The data of a rank, the same whoever asks."""
     generator = torch.Generator().manual_seed(sum(n * 100**i for i, n in enumerate(place)))
@@ -74,11 +87,13 @@ class Run:
         dtype: Of parameters and data.
         relative: By what part of its size, as of `Expected`, a gradient may be wrong.
         absolute: By how much more.
+        reference: What one process trains instead.
     """
 
     dtype = torch.float32
     relative = 2**-20
     absolute = 0.0
+    reference: type[Model] = Model
 
     def __init__(self, call: nn.Module, bare: nn.Module, wrapper: DummyLossWrapper) -> None:
         self.call, self.bare, self.wrapper = call, bare, wrapper
@@ -136,10 +151,10 @@ class Expected(NamedTuple):
 
 
 def truth(
-    values: dict[str, Tensor], scale: float | None, step: Step, place: int
+    model: Model, values: dict[str, Tensor], scale: float | None, step: Step, place: int
 ) -> dict[str, Expected]:
     """The average over ranks and micro-batches of real gradients plus `scale` where inactive."""
-    model = Model().double()
+    model = model.double()
     model.load_state_dict(values)
     owned = {name: key for key, path in MAP.items() for name in _below(model, path)}
     parts: dict[str, list[Tensor]] = {
@@ -211,7 +226,7 @@ def held_against_truth(
                     check_ranks(run.wrapper, run.running(active), model=run.call)
                 real = loss_of(run.call(batch))
                 run.learn(real, active, len(step))
-        _compare(found, run, truth(values, run.wrapper.scale, step, place), place)
+        _compare(found, run, truth(run.reference(), values, run.wrapper.scale, step, place), place)
         run.step()
     return found
 

@@ -66,7 +66,7 @@ def uneven(rank: int, scale: float | None) -> float:
             wrapper.total(loss_of(ddp(batch)), [n for n in batch if n != "text"]).backward()
             values = {name: p.double() for name, p in ddp.module.named_parameters()}
             step = (tuple(sets[0] for sets in others),)
-            right = truth(values, scale, step, place)
+            right = truth(Model(), values, scale, step, place)
             for name, parameter in ddp.module.named_parameters():
                 assert parameter.grad is not None
                 error = parameter.grad.double() - right[name].gradient * len(others) / 2

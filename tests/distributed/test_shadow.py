@@ -23,6 +23,8 @@ from tests.distributed.engines import (
     FSDPS,
     TOWERS,
     Checkpointed,
+    LateFSDP,
+    LateFSDP1,
     fsdp,
     fsdp1,
     needs_averages,
@@ -32,6 +34,7 @@ from tests.distributed.oracle import (
     MAP,
     NAMES,
     Active,
+    Late,
     Make,
     Model,
     Outcome,
@@ -49,8 +52,10 @@ ENGINES: dict[str, Make] = {
     **AGREEING,
     "FSDP2, all parts": fsdp(*PARTS),
     "FSDP2, all parts, checkpoints": fsdp(*PARTS, model=lambda: Checkpointed(False)),
+    "FSDP2, towers last": fsdp(*TOWERS, "fusion", model=Late, kind=LateFSDP),
     "FSDP2, root": FSDPS["FSDP2, root"],
     "FSDP1, towers": fsdp1(*TOWERS, "fusion", kind=FSDP1),
+    "FSDP1, towers last": fsdp1(*TOWERS, "fusion", model=Late, kind=LateFSDP1),
     "FSDP1, root": fsdp1(kind=FSDP1),
     "DDP, several buckets": DDPS["DDP, several buckets"],
     "DDP, checkpoints": DDPS["DDP, checkpoints"],
@@ -100,7 +105,7 @@ def recorded_before(
     rank: int, kind: type[Run], shard: Callable[[Any], Any], recorded: str, schedule: Schedule
 ) -> Any:
     def make(scale: float | None) -> Run:
-        model = Model().to(kind.dtype)
+        model = kind.reference().to(kind.dtype)
         wrapper = DummyLossWrapper(model, MAP, scale)
         with shadow_inactive(wrapper, model).record():
             model(batch_of(RECORDED[recorded][rank], 99, dtype=kind.dtype))
@@ -113,7 +118,14 @@ def recorded_before(
 @needs_averages
 @pytest.mark.parametrize("recorded", RECORDED)
 @pytest.mark.parametrize(
-    ("kind", "shard"), [(FSDP1, wrapped_by_fsdp1), (FSDP, sharded_by_fsdp2)], ids=["FSDP1", "FSDP2"]
+    ("kind", "shard"),
+    [
+        (FSDP1, wrapped_by_fsdp1),
+        (LateFSDP1, wrapped_by_fsdp1),
+        (FSDP, sharded_by_fsdp2),
+        (LateFSDP, sharded_by_fsdp2),
+    ],
+    ids=["FSDP1", "FSDP1, towers last", "FSDP2", "FSDP2, towers last"],
 )
 def test_a_record_from_before_the_engine(two: Fleet, kind: Any, shard: Any, recorded: str) -> None:
     schedule = ((("T1",), ("dMRI",)),), (((), ("T1", "dMRI")),)

@@ -104,6 +104,15 @@ def test_the_doctor_finds_nothing_in_the_log_of_a_healthy_run(scale: float | Non
     assert diagnose(rows) == []
 
 
+def test_each_backward_pass_through_a_loss_adds_one_dummy_gradient() -> None:
+    case = Shadowed(Model())
+    total = case.total("T1")
+    for factor, expected in ((1.0, 1e-7), (2.0, 3e-7)):
+        (factor * total).backward(retain_graph=True)
+        gradient = case.model.towers["dMRI"].bias.grad
+        assert gradient.unique().tolist() == [pytest.approx(expected)]
+
+
 def test_several_forward_passes_before_one_backward() -> None:
     """Of one loss each parameter gets one dummy gradient, of several losses one each."""
     case = Shadowed(Model(), scale=0.5)

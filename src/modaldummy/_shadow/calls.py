@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modaldummy._engines import tree_map
+from modaldummy._engines import apply_function, tree_map
 from modaldummy._errors import UnsupportedEngineError, describe
+from modaldummy._shadow.functions import Probe
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class TowerCall:
             ties={point.renamed(new): paths for point, paths in self.ties.items()},
         )
 
+    def outside(self, outer: Mapping[nn.Module, nn.Module]) -> "TowerCall":
+        """The same call, of what an engine has put around each module since the record."""
+        # A module ends before what is around it does.
+        station = self.station if self.station.after else self.station.renamed(outer)
+        return dataclasses.replace(self.renamed(outer), station=station)
+
     def copy_arguments(self, model: nn.Module) -> Any:
         """Positional and keyword arguments for another call.
 
@@ -85,7 +92,10 @@ class TowerCall:
                 return leaf
             new_device = device if leaf.device == self.device else leaf.device
             new_dtype = dtype if leaf.dtype == self.dtype else leaf.dtype
-            return leaf.to(new_device, new_dtype)
+            leaf = leaf.to(new_device, new_dtype)
+            # Real inputs are not leaves of the graph. Autograd visits leaves in an order that
+            # depends on their number, and ZeRO-2 needs the same order on all ranks.
+            return apply_function(Probe, leaf) if leaf.requires_grad else leaf
 
         return tree_map(moved, self.arguments)
 

@@ -71,11 +71,13 @@ class ForwardPass:
             return None
         found, structure = tree_flatten_with_path((args, kwargs))
         leaves = [leaf for _, leaf in found]
-        for place, (path, leaf) in enumerate(found):
-            calls = [call for call, _ in self._untied if path in call.ties.get(point, ())]
-            # An input that comes from a tower alone is not there without it.
-            if calls and is_floating(leaf):
-                self._tie(leaves, [place], calls)
+        floating = [place for place, leaf in enumerate(leaves) if is_floating(leaf)]
+        floating.sort(key=lambda place: not leaves[place].requires_grad)
+        for call in [call for call, _ in self._untied if point in call.ties] if floating else ():
+            recorded = [place for place in floating if found[place][0] in call.ties[point]]
+            # An input that comes from a tower alone is not there without it. Another one takes its
+            # place, so that backward runs the module as on other ranks.
+            self._tie(leaves, (recorded or floating)[:1], [call])
         return tree_unflatten(leaves, structure)
 
     def leave(self, module: nn.Module) -> None:

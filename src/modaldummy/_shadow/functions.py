@@ -15,7 +15,10 @@ from modaldummy._core.term import product_without_underflow
 
 
 class Probe(torch.autograd.Function):
-    """A copy whose node shows whether the loss depends on it; nothing goes through its backward."""
+    """A copy with a node of its own, through which no gradient goes.
+
+    While recording, the node shows whether the loss depends on the tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -23,7 +26,7 @@ class Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
-        """Ignored while recording: engines would keep parts of it for the first real step."""
+        """Nothing: engines would keep parts of a recorded backward pass for the first real step."""
 
 
 class Tie(torch.autograd.Function):
@@ -55,7 +58,7 @@ class NoteUpstream(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.dummies.upstream = gradient.sum(dtype=accumulation_dtype([gradient.dtype]))
+        ctx.dummies.begin(gradient.sum(dtype=accumulation_dtype([gradient.dtype])))
         return gradient, None
 
 
@@ -69,15 +72,18 @@ class DummyGradients:
         scale: The scale of the wrapper.
 
     Attributes:
-        upstream: The gradient of the loss, once backward has begun.
         modules: The modules of shadowed towers.
     """
 
     def __init__(self, scale: float | None) -> None:
-        self.upstream: Tensor | None = None
         self.modules: set[nn.Module] = set()
         self._scale = scale
+        self._upstream: Tensor | None = None
+        # `scale` times the upstream gradient, by dtype.
+        self._dummies: dict[torch.dtype, Tensor] = {}
         self._handles: dict[ParameterSlot, RemovableHandle] = {}
+        # Parameters that get a dummy gradient, and those that have none yet in this backward pass.
+        self._claimed: set[ParameterSlot] = set()
         self._due: set[ParameterSlot] = set()
 
     def watch(self, module: nn.Module, _args: Any) -> None:
@@ -94,15 +100,22 @@ class DummyGradients:
         A parameter that a tower never uses gets no gradient: where the tower runs it has none.
         """
         inactive = set(map(slot_of, step.inactive_entries))
-        self._due = self._handles.keys() & inactive
+        self._claimed = self._handles.keys() & inactive
         return step.without([slot for slot in inactive if slot[0] in self.modules])
+
+    def begin(self, upstream: Tensor) -> None:
+        """A backward pass has reached the loss, with this gradient."""
+        self._upstream, self._dummies, self._due = upstream, {}, set(self._claimed)
 
     def add_to(self, gradient: Tensor, slot: ParameterSlot) -> Tensor | None:
         """The gradient plus the dummy gradient of a parameter, which it gets once."""
-        if self.upstream is None or not self._scale or slot not in self._due:
+        if self._upstream is None or not self._scale or slot not in self._due:
             return None
         self._due.discard(slot)
-        return gradient + product_without_underflow(self.upstream, self._scale, gradient.dtype)
+        dtype = gradient.dtype
+        if dtype not in self._dummies:
+            self._dummies[dtype] = product_without_underflow(self._upstream, self._scale, dtype)
+        return gradient + self._dummies[dtype]
 
     def __del__(self) -> None:
         for handle in self._handles.values():

@@ -72,7 +72,8 @@ class Shadow:
         self._own_handles = [
             # Before the hooks of engines, which gather parameters.
             model.register_forward_pre_hook(Hook(self._begin), prepend=True),
-            model.register_forward_hook(Hook(self._end)),
+            # Before those that reshard, as a tower that runs in forward does.
+            model.register_forward_hook(Hook(self._end), prepend=True),
         ]
 
     @contextmanager
@@ -176,7 +177,7 @@ class Shadow:
             for _, wrapped in wrapped_modules(module):
                 if module not in self._modules:
                     outer[wrapped] = outer[module]
-        order = [call.renamed(outer) for call in record.order]
+        order = [call.outside(outer) for call in record.order]
         towers = {outer[tower]: keys for tower, keys in self._towers.items()}
         record = Record([order], towers, self._wrapper.parameters)
         points = {*record.at, *(point for call in order for point in call.ties)}
@@ -186,7 +187,9 @@ class Shadow:
             module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
             for module in before
         ]
-        self._handles += [module.register_forward_hook(Hook(self._leave)) for module in after]
+        self._handles += [
+            module.register_forward_hook(Hook(self._leave), prepend=True) for module in after
+        ]
         return self._use(record)
 
     def _forget(self) -> None:
