@@ -105,9 +105,9 @@ class Zero(Run):
             torch.testing.assert_close(after, expected, rtol=0, atol=1e-6, msg=f"step of {name}")
 
     def _read(self, function: str) -> dict[str, Tensor]:
-        """Parameters or gradients put together from what the ranks have, in float64."""
+        """Trained parameters or gradients, put together from all ranks, in float64."""
         read = getattr(deepspeed_on_cpus().utils, function)
-        named = self.bare.named_parameters()
+        named = [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
         return {name.removeprefix("parts."): read(p).detach().double() for name, p in named}
 
 
@@ -191,21 +191,27 @@ def zero(
     paths = {key: prefix + path for key, path in MAP.items()}
 
     def make(scale: float | None) -> Run:
-        deepspeed = deepspeed_on_cpus()
         bare = model()
         wrapper = DummyLossWrapper(bare, paths, scale) if early else None
-        common = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_clipping": 0.0,  # the default is 1
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, **options},
-        }
-        engine, *_ = deepspeed.initialize(
-            model=bare, optimizer=SGD(bare.parameters(), LR), config=common | (config or {})
-        )
+        engine = initialized(bare, stage, config or {}, **options)
         return kind(engine, bare, wrapper or DummyLossWrapper(engine, paths, scale))
 
     return make
+
+
+def initialized(model: nn.Module, stage: int, config: dict[str, Any], **options: Any) -> Any:
+    """DeepSpeed's engine around a model; the arguments are as for `zero`."""
+    common = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,  # the default is 1
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, **options},
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed_on_cpus().initialize(
+        model=model, optimizer=SGD(trained, LR), config=common | config
+    )
+    return engine
 
 
 TWICE = {"gradient_accumulation_steps": 2}

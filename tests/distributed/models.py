@@ -1,22 +1,18 @@
-"""Models of transformers under FSDP2 whose ranks have batches with different modalities."""
+"""Small models of transformers whose towers need not run, with batches for them."""
 
-import itertools
-import random
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from modaldummy import DummyLossWrapper
-from modaldummy._shadow import shadow_inactive
-from tests.distributed.oracle import whole
-from tests.fleet import Fleet
 
-pytestmark = pytest.mark.long
+# What is active in a batch, and the batch.
+Batch: TypeAlias = tuple[list[str], dict[str, Tensor]]
 
 SCALE = 1e-3  # large enough to show beside real gradients
+
 TOKENS = {"image": 31, "video": 30, "audio": 29}
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 TEXT = SIZES | {
@@ -53,7 +49,7 @@ class Case(NamedTuple):
     inputs: dict[str, dict[str, Any]]
 
 
-CASES = {
+CASES: dict[str, Case] = {
     # It reads the output of the last layer but one: the last layer gets no gradient.
     "LLaVA": Case(
         "LlavaConfig",
@@ -75,6 +71,7 @@ CASES = {
         "Qwen2_5OmniThinkerConfig",
         "Qwen2_5OmniThinkerForConditionalGeneration",
         {
+            "vision_start_token_id": 28,
             "vision_config": QWEN | {"window_size": 8, "fullatt_block_indexes": [1]},
             "audio_config": {
                 "num_mel_bins": 4,
@@ -125,23 +122,54 @@ CASES = {
 }
 
 
+# What stays trained if the towers are frozen.
+PROJECTORS = ("multi_modal_projector", "merger", "audio_tower.proj")
+TRUNK = ("language_model", "lm_head")
+
+
 def make(name: str, variant: str) -> nn.Module:
-    """A model with the same values on each rank, none of which is zero."""
+    """A model with the same values on each rank, none of which is zero.
+
+    Args:
+        name: A key of `CASES`.
+        variant: "frozen trunk", "only projectors", "checkpoints", "reentrant checkpoints" or
+            "LoRA" make it special; any other string does not.
+    """
     import transformers
 
     torch.manual_seed(0)
     config, kind, options, *_ = CASES[name]
     ids = {f"{key}_token_{end}": TOKENS[key] for key in TOKENS for end in ("id", "index")}
-    made: nn.Module = getattr(transformers, kind)(
+    model: Any = getattr(transformers, kind)(
         getattr(transformers, config)(**{"text_config": TEXT} | options | ids)
     )
-    projectors = ("multi_modal_projector", "merger", "audio_tower.proj")
-    for path, parameter in made.named_parameters():
-        nn.init.normal_(parameter, std=0.2)  # gates are zero in a new model
-        parameter.requires_grad_(variant != "frozen" or any(part in path for part in projectors))
-    if variant == "checkpointed":
-        made.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return made.train()
+    if variant == "LoRA":
+        add_adapters(model)
+    for path, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.2)  # gates and adapters are zero in a new model
+        if variant == "only projectors":
+            parameter.requires_grad_(any(part in path for part in PROJECTORS))
+        elif variant == "frozen trunk" and any(part in path for part in TRUNK):
+            parameter.requires_grad_(path.startswith(tuple(tower_paths(name))))
+    if "checkpoints" in variant:
+        model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in variant})
+    made: nn.Module = model.train()
+    return made
+
+
+def add_adapters(model: nn.Module) -> None:
+    """Freeze the model, and add a LoRA adapter to each linear layer of its trunk and towers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    targets = [path for path in linear if path != "lm_head"]
+    inject_adapter_in_model(LoraConfig(target_modules=targets, r=2), model)
+
+
+def tower_paths(name: str) -> list[str]:
+    """The towers of a model."""
+    specs = CASES[name].paths.values()
+    return [path for spec in specs for path in ([spec] if isinstance(spec, str) else spec)]
 
 
 def batch_of(name: str, active: list[str], *place: int) -> dict[str, Tensor]:
@@ -158,78 +186,45 @@ def batch_of(name: str, active: list[str], *place: int) -> dict[str, Tensor]:
     return batch
 
 
-def shard(model: nn.Module) -> nn.Module:
-    """Make each block of a tower and each layer of the trunk an FSDP2 unit."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for unit in (*itertools.chain(*lists), model):
-        fully_shard(unit)
-    return model
-
-
 def real_gradients(plain: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     plain.zero_grad()
     loss = plain(**batch).loss
     if loss.requires_grad:  # not with text alone and a frozen trunk
         loss.backward()
-    return {path: p.grad for path, p in plain.named_parameters() if p.grad is not None}
+    return {path: p.grad.float() for path, p in plain.named_parameters() if p.grad is not None}
 
 
-def compare(rank: int, name: str, variant: str, has_shadow: bool) -> tuple[list[str], list[Any]]:
-    """What differs from one process in steps with random modalities, and what was shadowed."""
-    plain, model = make(name, variant), shard(make(name, variant))
-    keys = list(CASES[name].inputs)
-    wrapper = DummyLossWrapper(model, CASES[name].paths, SCALE)
-    owned = {key: set(wrapper.named_parameters(key)) for key in keys}
-    everything = batch_of(name, keys, 99)
-    used = real_gradients(plain, everything).keys()
-    shadow = shadow_inactive(wrapper, model, examples=[everything]) if has_shadow else None
-    wrong, shadowed = [], []
-    choices = random.Random(1)
-    for step in range(6):
-        expected: dict[str, Tensor] = {}
-        for other in range(2):
-            active = [key for key in keys if choices.random() < 0.5]
-            batch = batch_of(name, active, step, other)
-            parts = real_gradients(plain, batch)
-            inactive = (set().union(*owned.values()) & used).difference(*(owned[k] for k in active))
+class Truth:
+    """The average over ranks and micro-batches of real gradients, plus the scale where inactive.
+
+    Args:
+        name: A key of `CASES`.
+        plain: The model, in one process.
+
+    Attributes:
+        keys: Of the map.
+        everything: A batch that contains them all.
+        used: Parameters that get a gradient from such a batch.
+    """
+
+    def __init__(self, name: str, plain: nn.Module) -> None:
+        self.name, self.plain = name, plain
+        self.keys = list(CASES[name].inputs)
+        self.everything = batch_of(name, self.keys, 99)
+        wrapper = DummyLossWrapper(plain, CASES[name].paths)
+        self.owned = {key: set(wrapper.named_parameters(key)) for key in self.keys}
+        self.used = real_gradients(plain, self.everything).keys()
+
+    def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The gradients that all of these batches should give together."""
+        summed: dict[str, Tensor] = {}
+        for active, batch in batches:
+            parts = real_gradients(self.plain, batch)
+            owned = self.owned.values()
+            inactive = set().union(*owned).difference(*(self.owned[key] for key in active))
             assert not inactive & parts.keys()
-            parts |= {path: torch.full_like(plain.get_parameter(path), SCALE) for path in inactive}
+            for path in inactive & self.used:
+                parts[path] = torch.full_like(self.plain.get_parameter(path), SCALE).float()
             for path, part in parts.items():
-                expected[path] = expected.get(path, 0) + part / 2
-            if other == rank:
-                mine = active, batch
-        with torch.no_grad():
-            evaluated = [m.eval()(**mine[1]).loss for m in (plain, model)]
-        wrong += [] if torch.equal(*evaluated) else [f"step {step}: losses {evaluated}"]
-        wrapper.total(model.train()(**mine[1]).loss, mine[0]).backward()
-        plain.train()
-        shadowed += [*shadow.shadowed] if shadow else []
-        for path, parameter in model.named_parameters():
-            right = expected.get(path)
-            if parameter.grad is None or right is None:
-                if parameter.grad is not right:
-                    wrong.append(f"step {step}, {path}: {parameter.grad} in place of {right}")
-                continue
-            error = (whole(parameter.grad) - right).abs().max()
-            if error > 1e-5 * right.abs().max() + 1e-8:
-                wrong.append(f"step {step}, {path}: {error} wrong of {right.abs().max()}")
-            with torch.no_grad():
-                plain.get_parameter(path).sub_(right, alpha=0.1)
-                parameter.sub_(parameter.grad, alpha=0.1)
-        model.zero_grad()
-    return wrong, shadowed
-
-
-@pytest.mark.parametrize("variant", ["trained", "frozen", "checkpointed"])
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_one_process(two: Fleet, name: str, variant: str) -> None:
-    """Every block and layer is an FSDP2 unit; losses in evaluation mode are compared as well."""
-    for wrong, shadowed in two.ask(compare, name, variant, True):
-        assert wrong == []
-        assert set(shadowed) == CASES[name].inputs.keys()
-
-
-def test_without_a_shadow_they_are_not() -> None:
-    fleet = Fleet(2, timeout=5, limit=60, quiet=True)
-    with fleet, pytest.raises(RuntimeError, match="ranks failed"):
-        fleet.ask(compare, "LLaVA", "trained", False)
+                summed[path] = summed.get(path, 0) + part
+        return {path: total / len(batches) for path, total in summed.items()}
