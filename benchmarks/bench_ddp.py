@@ -111,7 +111,8 @@ def measure(num_ranks: int, shape: str, rounds: int, device: torch.device, memor
     with Fleet(num_ranks, device.type, limit=LIMIT) as fleet:
         seconds = fleet.ask(timed, shape, rounds, device.type)
     slowest = {name: np.max([found[name] for found in seconds], axis=0) for name in WAYS}
-    times = {name: Times(each, np.zeros_like(each)) for name, each in slowest.items()}
+    nothing = np.zeros(rounds)
+    times = {name: Times(each, nothing, nothing) for name, each in slowest.items()}
     with torch.device("meta"):
         params = list(Model(SHAPES[shape]).parameters())
     rows = []

@@ -35,10 +35,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round, of shape `[rounds]`."""
+    """Seconds of each round, of shape `[rounds]`.
+
+    Attributes:
+        forward: Until forward has ended.
+        backward: From then on.
+        processor: What this process kept processors busy in both, without the time that it waited.
+    """
 
     forward: np.ndarray[Any, Any]
     backward: np.ndarray[Any, Any]
+    processor: np.ndarray[Any, Any]
 
     @property
     def both(self) -> np.ndarray[Any, Any]:
@@ -78,7 +85,7 @@ def take_turns(
     Each runs twice in a row and the second time counts, so that what ran before it does not matter.
     """
     order, draw = list(contenders), random.Random(0)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
     for number in range(rounds + 2):
         draw.shuffle(order)
         for name in order:
@@ -89,18 +96,18 @@ def take_turns(
     return {name: Times(*np.array(timed).T) for name, timed in seconds.items()}
 
 
-def _once(contender: Contender, device: torch.device) -> tuple[float, float]:
+def _once(contender: Contender, device: torch.device) -> tuple[float, float, float]:
     contender.reset()
     _wait(device)
-    start = time.perf_counter()
+    busy, start = time.process_time(), time.perf_counter()
     result = contender.forward()
     _wait(device)
     middle = time.perf_counter()
     if contender.backward is None:
-        return middle - start, 0.0
+        return middle - start, 0.0, time.process_time() - busy
     contender.backward(result)
     _wait(device)
-    return middle - start, time.perf_counter() - middle
+    return middle - start, time.perf_counter() - middle, time.process_time() - busy
 
 
 def _wait(device: torch.device) -> None:

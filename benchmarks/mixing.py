@@ -1,6 +1,5 @@
 """What `show_silent_mixing.py` trains: a model under engines, held against one process."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from from_tests import deepspeed_on_cpus
 from modaldummy import DummyLossWrapper, check_ranks
 
 NAMES = ("T1", "rsfMRI", "dMRI")
@@ -122,10 +122,7 @@ def zero(stage: int) -> Callable[[Model], Engine]:
     """DeepSpeed's ZeRO with its default configuration."""
 
     def make(model: Model) -> Engine:
-        os.environ.update({"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"})
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__ = {}  # which it would compile at first use
+        deepspeed = deepspeed_on_cpus()
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.Adam(model.parameters(), lr=0.0),
