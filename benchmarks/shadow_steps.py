@@ -1,8 +1,8 @@
 """Training steps that `bench_shadow.py` times: a model, its engines, contenders, check."""
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,8 @@ class Model(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        layers = blocks(size.num_layers, size.width)
-        self.tower = nn.Sequential(nn.Linear(PATCH, size.width), layers)
+        encoder = blocks(size.num_layers, size.width)
+        self.tower = nn.Sequential(nn.Linear(PATCH, size.width), encoder)
         self.embedding = nn.Embedding(NUM_WORDS, size.width)
         self.trunk = blocks(size.num_layers, size.width)
         self.head = nn.Linear(size.width, NUM_CLASSES)
@@ -65,8 +65,9 @@ class Model(nn.Module):
 
 def fsdp2(model: Model) -> Engine:
     """FSDP2 with each block as a unit."""
-    for block in (*model.tower[1], *model.trunk):
-        fully_shard(block)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            fully_shard(module)
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
@@ -116,7 +117,7 @@ class Training:
 
     Attributes:
         contender: What is timed.
-        record_bytes: The tensors that the record keeps.
+        record_bytes: Of tensors that stay alive because of the shadow.
     """
 
     def __init__(self, name: str, engine: str, size: Size) -> None:
@@ -128,16 +129,22 @@ class Training:
         self._wrapper: DummyLossWrapper | None = None
         self.record_bytes = 0
         if name in (SHADOW, ALL_SHADOW):
-            self._wrapper = DummyLossWrapper(self._engine.call, {"image": "tower"})
-            example = {"text": torch.zeros(1, 1, dtype=torch.long), "images": one_patch()}
-            shadow = shadow_inactive(self._wrapper, self._engine.call, examples=[example])
-            self.record_bytes = sum(
-                leaf.nbytes
-                for call in shadow._shadow._order
-                for leaf in call.leaves
-                if isinstance(leaf, Tensor)
-            )
+            self._install_shadow()
         self.contender = Contender(self._forward, self._backward, dist.barrier)
+
+    def _install_shadow(self) -> None:
+        example = {"text": torch.zeros(1, 1, dtype=torch.long), "images": one_patch()}
+
+        def step() -> None:
+            self._engine.backward(self._engine.call(**example).sum())
+            self._engine.clear()
+
+        step()  # an engine allocates buffers in the first one
+        before = living_bytes()
+        self._wrapper = DummyLossWrapper(self._engine.call, {"image": "tower"})
+        shadow_inactive(self._wrapper, self._engine.call, examples=[example])
+        step()
+        self.record_bytes = living_bytes() - before
 
     def _forward(self) -> Tensor:
         logits = self._engine.call(**self._inputs)
@@ -162,6 +169,14 @@ class Training:
         gradient = self._engine.gradient(parameter)
         assert gradient is not None, "an engine gives each parameter a gradient here"
         return gradient.clone()
+
+
+def living_bytes() -> int:
+    """Of all tensors of this process, each storage once."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def one_patch() -> Tensor:
