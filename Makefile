@@ -11,7 +11,7 @@ AUDIT := .venv-audit
 LOWEST_PINS := requirements/lowest.txt
 
 .PHONY: demo test docs typing test-wheel test-integrations test-lowest test-distributed test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
-	bench-ddp gpu figures lint types clean
+	bench-ddp bench-shadow gpu figures lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -93,6 +93,10 @@ bench-monitor: $(VENV)/.dev
 # The tables of docs/explanation/ranks.md; about a quarter of an hour on 2 cores.
 bench-ddp: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_ddp.py --csv
+
+# The table of docs/explanation/cost.md for shadows; about ten minutes on 2 cores.
+bench-shadow: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_shadow.py --csv
 
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

@@ -16,6 +16,10 @@ RUNS: dict[str, tuple[str, str]] = {
     "bench_maps.py": ("--rounds 1 --keys 5 10", "| total and backward | 10 |"),
     "bench_drift.py": ("--optimizers Adam --steps 10 --workers 1", "| Adam | never active"),
     "bench_ddp.py": ("--ranks 2 --shapes tiny --rounds 2", "2 ranks, gloo, tiny"),
+    "bench_shadow.py": (
+        "--engine fsdp2 --rounds 1 --width 24 --layers 1 --patches 4 --tokens 4",
+        "| fsdp2 | shadow / fake image, one patch |",
+    ),
     "bench_import.py": ("--rounds 1", "modaldummy"),
     "show_alternatives.py": ("--device cpu --width 8 --batch 2 --rounds 1", "fake, one sample"),
     "show_silent_mixing.py": ("--engines 'FSDP2, the whole'", "FSDP2, the whole"),
