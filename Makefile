@@ -94,7 +94,7 @@ bench-monitor: $(VENV)/.dev
 bench-ddp: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_ddp.py --csv
 
-# The table of docs/explanation/cost.md for shadows; about ten minutes on 2 cores.
+# The table of docs/explanation/cost.md for shadows; about a quarter of an hour on 2 busy cores.
 bench-shadow: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_shadow.py --csv
 

@@ -169,7 +169,7 @@ def print_tables(rows: Rows) -> None:
         if row["contender"] == contender:
             met = verdict(row[title], row[f"{title}_low"], aim)
             what = f"{contender}, {title.replace('_', ' ')}"
-            print_row(row["engine"], what, f"{aim:.2f}", f"{row[title]:.3f}", met)
+            print_row(row["engine"], what, f"{aim:.2f}", with_interval(row, title), met)
 
 
 def print_row(*cells: object) -> None:

@@ -205,7 +205,7 @@ def check(found: Mapping[str, Training], names: Iterable[str]) -> None:
     expected = found[first].gradients()
     for name in others:
         for parameter, gradient in found[name].gradients().items():
-            message = f"gradient of {parameter} with {name!r} against {first!r}"
+            what = f"the gradient of `{parameter}` with {name!r} instead of {first!r}: "
             torch.testing.assert_close(
-                gradient, expected[parameter], rtol=1e-4, atol=1e-6, msg=message
+                gradient, expected[parameter], rtol=1e-4, atol=1e-6, msg=what.__add__
             )
