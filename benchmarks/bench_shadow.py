@@ -102,7 +102,7 @@ def main() -> None:
 
 def measure(engine: str, size: Size, rounds: int) -> Rows:
     """One row for each contender."""
-    with Fleet(2, limit=LIMIT) as fleet:
+    with Fleet(2, limit=LIMIT, quiet=True) as fleet:  # engines and profiler print much
         ranks = fleet.ask(measured, engine, size, rounds)
     found = {name: seconds([rank[name]["times"] for rank in ranks]) for name in CONTENDERS}
     rows = []
