@@ -197,3 +197,56 @@ def is_moved(before: dict[str, Tensor], after: dict[str, Tensor], name: str) -> 
 def test_a_hold_lets_go_of_what_any_rank_trains(two: Fleet) -> None:
     for moved in two.ask(held):
         assert moved == [["T1"], ["dMRI"], ["rsfMRI"]]
+
+
+class Frozen(nn.Module):
+    """A unit with parameters of its own, which uses the output of a tower if it gets one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, hidden: Tensor, *, states: Tensor | None = None) -> Tensor:
+        hidden = hidden * self.factor
+        return hidden if states is None else hidden + states
+
+
+class FrozenTrunk(nn.Module):
+    """Without the tower nothing before the loss needs a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.text, self.trunk, self.head = nn.Linear(4, 4), Frozen(), nn.Linear(4, 2)
+        self.requires_grad_(False)
+        self.tower = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+
+    def forward(self, text: Tensor, image: Tensor | None = None) -> Tensor:
+        states = None if image is None else self.tower(image)
+        return loss_of(self.head(self.trunk(self.text(text), states=states)))
+
+
+def frozen_trunk(rank: int) -> dict[str, float]:
+    """Errors of the gradients of the tower, which only the second rank runs on data."""
+    plain, model = FrozenTrunk(), FrozenTrunk()
+    for part in (model.text, *model.tower, model.trunk, model.head, model):
+        fully_shard(part)
+    run = FSDP(model, model, DummyLossWrapper(model, {"image": "tower"}, 1e-3))
+    inputs = torch.ones(2, 4), torch.ones(2, 3)
+    shadow_inactive(run.wrapper, model, examples=[inputs])
+    run.learn(model(*inputs[: rank + 1]), ("image",) * rank, 1)
+    plain(*inputs).backward()
+    actual = run.gradients()
+    errors = {}
+    for name, parameter in plain.tower.named_parameters(prefix="tower"):
+        gradient, real = actual[name], parameter.grad
+        assert gradient is not None
+        assert real is not None
+        errors[name] = float((gradient - (real + 1e-3) / 2).abs().max())
+    return errors
+
+
+@needs_averages
+def test_backward_runs_a_frozen_module_that_gets_the_tower_as_an_option(two: Fleet) -> None:
+    for errors in two.ask(frozen_trunk):
+        assert max(errors.values()) < 1e-6

@@ -52,6 +52,9 @@ class Engine(nn.Module):
         self._stage = stage
         self._overlap = overlap
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
     def zero_optimization_stage(self) -> int:
         return self._stage
 

@@ -1,6 +1,9 @@
 """One record is made of several forward passes, of this rank and of others."""
 
 import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from modaldummy import (
     UnsupportedEngineError,
     shadow_inactive,
 )
+from tests.preflight.models import Engine, partition
 
 X = torch.ones(2, 3)
 NAMES = ("a", "b", "c")
@@ -254,3 +258,75 @@ def test_they_are_refused_where_they_are_sharded(process_group: None) -> None:
     text = r"No recorded call of a tower reaches listed\.0, named\.b, token\. FSDP2 has resharded"
     with pytest.raises(UnsupportedEngineError, match=text):
         shadow_inactive(wrapper, model, examples=[batch("ab")])
+
+
+# --- the order of gradients -------------------------------------------------------------------
+
+
+class Recurrent(InOrderOfTheBatch):
+    """Backward of an LSTM gives four parameters their gradients at once."""
+
+    def __init__(self, tower: Any = nn.LSTM) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({name: tower(3, 4) for name in NAMES})
+
+    def run(self, tower: nn.Module, data: Tensor) -> Tensor:
+        output = tower(data)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+class Normed(nn.Sequential):
+    """Backward of a norm gives two parameters their gradients at once, and its input too."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(nn.LayerNorm(num_inputs), nn.Linear(num_inputs, num_outputs))
+
+
+@pytest.mark.parametrize(
+    ("engine", "refused"),
+    [
+        (lambda model: model, False),
+        (lambda model: Engine(model, 1), False),
+        (lambda model: Engine(model, 1, overlap=True), True),
+        (lambda model: Engine(model, 2), True),
+        (lambda model: Engine(model, 3), True),
+    ],
+    ids=["no engine", "ZeRO-1", "ZeRO-1, overlapping", "ZeRO-2", "ZeRO-3"],
+)
+def test_gradients_without_an_order_are_refused_where_it_matters(
+    engine: Callable[[nn.Module], nn.Module], refused: bool
+) -> None:
+    model = engine(Recurrent())
+    wrapper = DummyLossWrapper(model, PATHS)
+    with (
+        pytest.raises(UnsupportedEngineError, match="LSTM module, a tower, gives three or more")
+        if refused
+        else nullcontext()
+    ):
+        shadow_inactive(wrapper, model, examples=[batch("abc")])
+
+
+def test_parameters_that_zero_has_partitioned_need_the_engine() -> None:
+    model = Recurrent()
+    partition(model, "_hp_mapping")
+    with pytest.raises(UnsupportedEngineError, match="pass the engine as `model`"):
+        shadow_inactive(DummyLossWrapper(model, PATHS), model, examples=[batch("abc")])
+
+
+@pytest.mark.parametrize("tower", [nn.Linear, Normed])
+def test_gradients_of_other_towers_arrive_in_one_order(tower: Any) -> None:
+    """Whichever towers are shadowed; inputs that need a gradient are no leaves in a shadow."""
+    orders = set()
+    for count in range(5):
+        for names in combinations("abcd", count):
+            model = Recurrent(tower)
+            model.towers["d"] = tower(3, 4)
+            wrapper = DummyLossWrapper(model, PATHS | {"d": "towers.d"})
+            data = nn.Linear(3, 3)(X)
+            shadow_inactive(wrapper, model, examples=[dict.fromkeys("abcd", data)])
+            order: list[str] = []
+            for name, parameter in model.named_parameters():
+                parameter.register_hook(lambda _, add=order.append, name=name: add(name))
+            wrapper.total(model(**dict.fromkeys(names, data)), list(names)).backward()
+            orders.add(tuple(order))
+    assert len(orders) == 1

@@ -50,6 +50,14 @@ def reached_nodes(
     return visited
 
 
+def most_leaves(nodes: Iterable[Any]) -> int:
+    """The largest number of leaves that one of the `nodes` hands a gradient itself."""
+    return max(
+        (sum(hasattr(after, "variable") for after, _ in node.next_functions) for node in nodes),
+        default=0,
+    )
+
+
 def leaves_of(nodes: Iterable[Any]) -> set[int] | None:
     """`id` of each leaf that one of the `nodes` hands a gradient; None as for `reached_leaves`."""
     leaves = set()

@@ -221,6 +221,17 @@ def _zero_conflict(engine: Any, trainable: bool, scale: float | None) -> EngineC
     return ZERO1_SCALE_NONE if scale is None else None
 
 
+def fills_buckets_on_arrival(model: nn.Module) -> bool:
+    """Whether DeepSpeed reduces gradients in the order in which they arrive, or may do so.
+
+    Without an engine in the model, its parameters do not say which stage has partitioned them.
+    """
+    engines: list[Any] = [m for m in model.modules() if is_deepspeed_engine(type(m))]
+    if not engines:
+        return any(map(is_zero_parameter, model.parameters()))
+    return any(zero_stage(e) > 1 or zero_overlaps_communication(e) for e in engines)
+
+
 def _conflict_without_engine(parameter: nn.Parameter) -> EngineConflict | None:
     """The conflict that the parameter itself shows, or None.
 

@@ -46,6 +46,8 @@ class TowerCall:
         dtype: Likewise.
         checkpoint: `use_reentrant` of the checkpoint around it, None without one.
         has_grad: Whether gradients were enabled.
+        num_leaves: The largest number of parameters and inputs that one step of its backward pass
+            gives a gradient.
         outputs: Places of its output tensors that the loss depends on.
         station: When the tower has run at the latest.
         ties: Points from the station on at which tensors that the loss depends on go into modules
@@ -60,6 +62,7 @@ class TowerCall:
     dtype: torch.dtype
     checkpoint: bool | None
     has_grad: bool
+    num_leaves: int = 0
     outputs: tuple[int, ...] = ()
     station: Point = Point(None, 0)
     ties: dict[Point, list[Any]] = field(default_factory=dict)

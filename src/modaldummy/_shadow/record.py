@@ -18,7 +18,7 @@ from modaldummy._errors import (
 )
 from modaldummy._ownership import owners_of
 from modaldummy._ranks.agreement import gather_objects, is_same_text
-from modaldummy._ranks.conflicts import find_conflicts
+from modaldummy._ranks.conflicts import fills_buckets_on_arrival, find_conflicts
 from modaldummy._shadow.calls import Point, TowerCall
 
 _CALLER = "the model for the first time with its shadow"
@@ -198,6 +198,26 @@ def _text(call: TowerCall) -> str:
     """What has to be the same on all ranks; not the arguments."""
     kind = call.checkpoint, call.has_grad, call.outputs
     return f"{call.tower} {call.number} {kind} {call.station} {list(call.ties.items())}"
+
+
+def check_order_of_gradients(record: Record, model: nn.Module) -> None:
+    """Refuse towers whose gradients arrive in another order on each rank, if the engine needs one.
+
+    Of the leaves that one node of a graph has, autograd visits the first two in their order. The
+    order of more depends on how many other nodes wait to run.
+
+    Raises:
+        UnsupportedEngineError: There is such a tower.
+    """
+    towers = [call.tower for call in record.order if call.num_leaves > 2]
+    if towers and fills_buckets_on_arrival(model):
+        raise UnsupportedEngineError(
+            f"One step of the backward pass of {describe(towers[0])}, a tower, gives three or more "
+            "parameters and inputs their gradients, as that of an LSTM does. ZeRO-2, ZeRO-3 and "
+            "`overlap_comm` need the same order of gradients on all ranks, and that of these "
+            "depends on the batch. Use FSDP or ZeRO-1 without `overlap_comm`, and pass the engine "
+            "as `model`."
+        )
 
 
 def check_parameters_without_tower(wrapper: DummyLossWrapper, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modaldummy._core.graph import leaves_of, reached_nodes
+from modaldummy._core.graph import leaves_of, most_leaves, reached_nodes
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._engines import (
     apply_function,
@@ -84,7 +84,7 @@ class Recorder:
             stack.enter_context(without_trace(self._model))
             for module in self._model.modules():
                 before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
-                after = module.register_forward_hook(self._leave)
+                after = module.register_forward_hook(self._leave, with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             yield
@@ -126,10 +126,12 @@ class Recorder:
         call.paths = [path for path, _ in inputs]
         return tree_unflatten(self._probed(call, [leaf for _, leaf in inputs]), structure)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _leave(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._stack.pop()
         if call.tower_call is not None:
             leaves, structure = tree_flatten(output)
+            num_leaves = _most_leaves(tree_flatten((args, kwargs))[0], leaves)
+            call.tower_call = dataclasses.replace(call.tower_call, num_leaves=num_leaves)
             if call.tower_call.checkpoint is True:
                 call.probes = {n: None for n, leaf in enumerate(leaves) if is_floating(leaf)}
             return tree_unflatten(self._probed(call, leaves), structure)
@@ -146,6 +148,14 @@ class Recorder:
                 leaves[place] = apply_function(Probe, leaf)
                 call.probes[place] = leaves[place].grad_fn
         return leaves
+
+
+def _most_leaves(inputs: list[Any], outputs: list[Any]) -> int:
+    """The largest number of leaves of the graph that one node between inputs and outputs has."""
+    before, after = (
+        {leaf.grad_fn for leaf in found if isinstance(leaf, Tensor)} for found in (inputs, outputs)
+    )
+    return most_leaves(reached_nodes(after - before, without=before))
 
 
 def _check_batch_norm(call: _Call) -> None:

@@ -25,6 +25,7 @@ from modaldummy._shadow.functions import DummyGradients, NoteUpstream
 from modaldummy._shadow.record import (
     Pass,
     Record,
+    check_order_of_gradients,
     check_parameters_without_tower,
     passes_of_all_ranks,
     towers_of,
@@ -140,6 +141,7 @@ class Shadow:
             )
         record = self._use(Record(passes, self._towers, self._wrapper.parameters))
         check_parameters_without_tower(self._wrapper, self.model)
+        check_order_of_gradients(record, self.model)
         return record
 
     def _use(self, record: Record) -> Record:
