@@ -327,7 +327,7 @@ def snippets(rank: int, code: list[str]) -> None:
 @pytest.mark.long
 def test_snippets_of_the_page_run(two: Fleet) -> None:
     code = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(code) == 6
+    assert len(code) == 7
     two.ask(snippets, code)
 
 
