@@ -47,10 +47,21 @@ from tests.distributed.oracle import (
 from tests.distributed.schedules import check_schedules
 from tests.fleet import Fleet
 
+
+class Compiled(Model):
+    """Each tower and each layer of the trunk is a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in (*self.towers.values(), self.fusion, *self.trunk):
+            part.compile(backend="aot_eager")
+
+
 PARTS = [*TOWERS, "fusion", "trunk.0", "trunk.1"]
 ENGINES: dict[str, Make] = {
     **AGREEING,
     "FSDP2, all parts": fsdp(*PARTS),
+    "FSDP2, all parts, compiled one by one": fsdp(*PARTS, model=Compiled),
     "FSDP2, all parts, checkpoints": fsdp(*PARTS, model=lambda: Checkpointed(False)),
     "FSDP2, towers last": fsdp(*TOWERS, "fusion", model=Late, kind=LateFSDP),
     "FSDP2, root": FSDPS["FSDP2, root"],

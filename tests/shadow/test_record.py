@@ -306,6 +306,15 @@ def test_gradients_without_an_order_are_refused_where_it_matters(
         shadow_inactive(wrapper, model, examples=[batch("abc")])
 
 
+def test_a_compiled_tower_is_refused_there_too() -> None:
+    model = InOrderOfTheBatch()
+    model.towers["b"].compile(backend="aot_eager")
+    engine = Engine(model, 2)
+    wrapper = DummyLossWrapper(engine, PATHS)
+    with pytest.raises(UnsupportedEngineError, match="or of a compiled module"):
+        shadow_inactive(wrapper, engine, examples=[batch("abc")])
+
+
 def test_parameters_that_zero_has_partitioned_need_the_engine() -> None:
     model = Recurrent()
     partition(model, "_hp_mapping")

@@ -154,9 +154,11 @@ class ForwardPass:
         try:
             with without_trace(call.tower), torch.set_grad_enabled(has_grad), saving:
                 output = (
-                    call.tower(*args, **kwargs)
+                    _run(call.tower, *args, **kwargs)
                     if call.checkpoint is None
-                    else checkpoint(call.tower, *args, use_reentrant=call.checkpoint, **kwargs)
+                    else checkpoint(
+                        _run, call.tower, *args, use_reentrant=call.checkpoint, **kwargs
+                    )
                 )
         finally:
             self._is_shadowing = False
@@ -174,6 +176,12 @@ class ForwardPass:
         self._untied = [(call, own) for call, own in self._untied if call not in calls]
         for place in places:
             leaves[place] = apply_function(Tie, leaves[place], self.dummies, *outputs)
+
+
+def _run(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a tower eagerly, so that it has the hooks that give dummy gradients."""
+    with torch.compiler.set_stance("force_eager"):
+        return tower(*args, **kwargs)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ def shadow_inactive(
         wrapper: The wrapper, whose map names the towers.
         model: The module that training calls: an FSDP root, a DeepSpeed engine, DDP, or the plain
             module before any of these.
-        examples: Batches that together contain every modality, the same on every rank. Each is
-            passed to the model, ``model(**batch)`` for a mapping and ``model(*batch)`` otherwise,
-            without a backward pass. Small ones make cheap shadows.
+        examples: Batches that together contain every modality. Each is passed to the model,
+            ``model(**batch)`` for a mapping and ``model(*batch)`` otherwise, without a backward
+            pass. Small ones make cheap shadows. Under an engine all ranks need the same.
         group: The ranks that train together; all ranks by default. They compare their records once,
             in the first forward pass.
 
@@ -46,11 +46,12 @@ def shadow_inactive(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The wrapper has a shadow already, or ``model`` shares no parameter with it.
-        RecordError: From the record: a key of the map has no tower that was called, or not as often
-            as it has keys. From a forward pass: its calls do not fit the record.
-        UnsupportedEngineError: From the record: a tower runs inside another one, or an argument of
-            it cannot be copied, or a reentrant checkpoint follows it.
-        RankDisagreementError: From the first forward pass: ranks have different records.
+        RecordError: From the record, or with several ranks from the first forward pass: a key of
+            the map has no tower that was called, or towers were called in different orders. From
+            any forward pass: it does not fit the record, or the model has changed.
+        UnsupportedEngineError: From the same places: a tower runs inside another one, an argument
+            of it cannot be copied, or something else that the how-to page lists.
+        RankDisagreementError: From the first forward pass: another rank did not come to it in time.
     """
     check_wrapper(wrapper, model)
     check_model(model)

@@ -9,6 +9,7 @@ from torch import nn
 
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey, ParameterMap, text_of
+from modaldummy._engines import is_compiled
 from modaldummy._errors import (
     RankDisagreementError,
     RecordError,
@@ -209,14 +210,18 @@ def check_order_of_gradients(record: Record, model: nn.Module) -> None:
     Raises:
         UnsupportedEngineError: There is such a tower.
     """
-    towers = [call.tower for call in record.order if call.num_leaves > 2]
+    towers = [
+        call.tower
+        for call in record.order
+        if call.num_leaves > 2 or any(map(is_compiled, call.tower.modules()))
+    ]
     if towers and fills_buckets_on_arrival(model):
         raise UnsupportedEngineError(
             f"One step of the backward pass of {describe(towers[0])}, a tower, gives three or more "
-            "parameters and inputs their gradients, as that of an LSTM does. ZeRO-2, ZeRO-3 and "
-            "`overlap_comm` need the same order of gradients on all ranks, and that of these "
-            "depends on the batch. Use FSDP or ZeRO-1 without `overlap_comm`, and pass the engine "
-            "as `model`."
+            "parameters and inputs their gradients, as that of an LSTM or of a compiled module "
+            "does. ZeRO-2, ZeRO-3 and `overlap_comm` need the same order of gradients on all "
+            "ranks, and that of these depends on the batch. Use FSDP or ZeRO-1 without "
+            "`overlap_comm`, and pass the engine as `model`."
         )
 
 

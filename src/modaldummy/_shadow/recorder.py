@@ -82,6 +82,7 @@ class Recorder:
         """Record the forward passes in the `with` block, which leave no trace in the model."""
         with ExitStack() as stack:
             stack.enter_context(without_trace(self._model))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module in self._model.modules():
                 before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 after = module.register_forward_hook(self._leave, with_kwargs=True)

@@ -242,10 +242,13 @@ def _trained(model: nn.Module) -> dict[ParameterSlot, bool]:
 
 
 class Hook:
-    """A hook of a module; in a copy or a pickle of the module it does nothing."""
+    """A hook of a module; in a copy or a pickle of the module it does nothing.
+
+    A graph that `torch.compile` makes of the module ends at the hook, so that it runs each time.
+    """
 
     def __init__(self, function: Any) -> None:
-        self._function = function
+        self._function = torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
