@@ -494,6 +494,25 @@ def logits_of(container: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS.keys())
+def test_a_wrapped_loss_puts_the_total_into_its_result(make: Callable[[Tensor], Any]) -> None:
+    def loss_fn(output: Tensor, batch: Any) -> Any:
+        return make(output)
+
+    wrapper = brain().wrapper()
+    result = wrapper(loss_fn)(OUT, T1_BATCH)
+    loss = find_loss(result)[1]
+    assert isinstance(loss, Tensor)
+    assert torch.equal(loss, OUT + last_report(wrapper).dummy)
+    assert loss is not OUT
+    assert logits_of(result) is LOGITS
+
+
+def test_a_loss_without_gradients_gets_all_of_its_arguments() -> None:
+    with torch.no_grad():
+        assert brain().wrapper()(keyword_only)(OUT, batch=T1_BATCH).item() == 2
+
+
+@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS.keys())
 def test_only_the_loss_is_replaced_and_on_a_copy(make: Callable[[Tensor], Any]) -> None:
     """The new container is of the same type, contains the rest as it was, and shares no state."""
     result = make(OUT)

@@ -174,6 +174,14 @@ def test_gradients_that_were_put_aside_and_came_back_count() -> None:
     assert training.step() == {"rsfMRI", "dMRI"}
 
 
+def test_gradients_that_were_put_aside_twice_and_came_back_count() -> None:
+    training = Training()
+    everything = [put_aside(training, name) for name in NAMES]
+    for parameter, gradients in zip(training.model.parameters(), zip(*everything), strict=True):
+        parameter.grad = torch.stack(gradients).sum(0)
+    assert training.step() == set()
+
+
 def test_a_frozen_parameter_has_no_gradient_that_came_back() -> None:
     training = Training()
     training.model.towers["dMRI"].bias.requires_grad_(False)
