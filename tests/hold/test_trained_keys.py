@@ -177,7 +177,9 @@ def test_gradients_that_were_put_aside_and_came_back_count() -> None:
 def test_gradients_that_were_put_aside_twice_and_came_back_count() -> None:
     training = Training()
     everything = [put_aside(training, name) for name in NAMES]
-    for parameter, gradients in zip(training.model.parameters(), zip(*everything), strict=True):
+    for parameter, gradients in zip(
+        training.model.parameters(), zip(*everything, strict=True), strict=True
+    ):
         parameter.grad = torch.stack(gradients).sum(0)
     assert training.step() == set()
 
