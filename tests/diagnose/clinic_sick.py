@@ -227,11 +227,11 @@ SICK: dict[str, tuple[set[str], Callable[[], History]]] = {
     "a tower times 0": ({"MD217"}, lambda: (spoilt_tower(Run(), lambda x: 0 * x), {})),
     "Adam with a large rate": (
         {"MD205"},
-        lambda: (classified(Run(make=AdamW, lr=10.0, steps=400)), {}),
+        lambda: (classified(Run(make=AdamW, lr=30.0, steps=400)), {}),
     ),
     "RMSprop with a large rate": (
         {"MD205"},
-        lambda: (plain(Run(make=torch.optim.RMSprop, lr=0.5, steps=400, seed=3)), {}),
+        lambda: (plain(Run(make=torch.optim.RMSprop, lr=1.0, steps=400, seed=3)), {}),
     ),
     "scale 0 by mistake": ({"MD211"}, lambda: (plain(Run(scale=0.0)), {})),
     "a dummy times 0": ({"MD211"}, lambda: (run_with(Run(), total=zeroed), {})),
