@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
+from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
 
 from modaldummy._errors import UnsupportedEngineError
@@ -33,24 +33,26 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 Uninitialized = UninitializedTensorMixin
 # Calls that torch has no public name for.
 foreach_norm = torch._foreach_norm
-# A context manager: subclasses of Tensor are handled like plain tensors.
+# Context managers: subclasses of Tensor are handled like plain tensors, and modes that see each
+# operation do not see any.
+without_dispatch_modes = _python_dispatch._disable_current_modes
 without_tensor_subclasses = torch._C.DisableTorchFunctionSubclass
 
 
-# Calls of torch without a public name that walk through nested containers.
-tree_flatten = pytree.tree_flatten
-tree_map = pytree.tree_map
-tree_flatten_with_path = pytree.tree_flatten_with_path
-tree_unflatten = pytree.tree_unflatten
 _CHECKPOINT_CODE = inspect.unwrap(checkpoint).__code__
 
 
-def checkpoint_kind() -> bool | None:
-    """`use_reentrant` of the checkpoint that is running, None without one."""
+def running_checkpoint() -> FrameType | None:
+    """The frame of the checkpoint that is running, None without one."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not _CHECKPOINT_CODE:
         frame = frame.f_back
-    return None if frame is None else bool(frame.f_locals["use_reentrant"])
+    return frame
+
+
+def is_reentrant(frame: FrameType) -> bool:
+    """`use_reentrant` of a running checkpoint."""
+    return bool(frame.f_locals["use_reentrant"])
 
 
 def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
@@ -71,6 +73,11 @@ def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def forward_hooks(module: nn.Module) -> Iterable[Any]:
     """The forward hooks that are registered on a module."""
     return module._forward_hooks.values()
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def version_of(tensor: Tensor) -> int:

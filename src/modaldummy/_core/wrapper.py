@@ -22,7 +22,7 @@ Observer: TypeAlias = Callable[[Step, Tensor], None]
 class Interceptor(Protocol):
     """What changes steps and losses before the dummy term; for code that extends this package."""
 
-    def claim(self, step: Step, loss: Tensor) -> tuple[Step, Tensor]:
+    def claim(self, step: Step, loss: Tensor, scale: float | None) -> tuple[Step, Tensor]:
         """The step without parameters that get their dummy gradients elsewhere, and the loss."""
 
     def covers(self, slot: ParameterSlot) -> bool:
@@ -239,10 +239,10 @@ class DummyLossWrapper:
             UnknownModalityError: ``active`` names a modality that is not in the map.
         """
         step = self.parameters.split(active)
-        if self._interceptor is not None and loss is not None:
-            step, loss = self._interceptor.claim(step, loss)
-        device = self._device(step.inactive_entries) if loss is None else loss.device
         scale = None if self._scale is None else self._scale * share
+        if self._interceptor is not None and loss is not None:
+            step, loss = self._interceptor.claim(step, loss, scale)
+        device = self._device(step.inactive_entries) if loss is None else loss.device
         read_values = self.reads_parameters
         term = dummy_term(
             term_inputs(step.inactive_entries, scale, read_values=read_values, device=device),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modaldummy._engines import apply_function, tree_map
+from modaldummy._engines import apply_function
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._shadow.functions import Probe
+from modaldummy._shadow.trees import leaves_of, replaced
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class TowerCall:
     Attributes:
         tower: The module; its name in the model while ranks exchange records.
         number: How often the tower was called before in this forward pass.
-        arguments: Its positional and its keyword arguments, detached.
+        arguments: A copy of its positional and its keyword arguments.
         device: Of the parameters of the tower at that time, outside of forward.
         dtype: Likewise.
         checkpoint: `use_reentrant` of the checkpoint around it, None without one.
         has_grad: Whether gradients were enabled.
+        is_inference: Whether inference mode was on.
+        autocast: The dtype of autocast, None if it was off.
         num_leaves: The largest number of parameters and inputs that one step of its backward pass
             gives a gradient.
         outputs: Places of its output tensors that the loss depends on.
@@ -62,6 +65,8 @@ class TowerCall:
     dtype: torch.dtype
     checkpoint: bool | None
     has_grad: bool
+    is_inference: bool
+    autocast: torch.dtype | None
     num_leaves: int = 0
     outputs: tuple[int, ...] = ()
     station: Point = Point(None, 0)
@@ -89,18 +94,17 @@ class TowerCall:
         """
         device, dtype = placement_of(self.tower)
 
-        def moved(leaf: Any) -> Any:
-            leaf = copied(leaf, model)
-            if not isinstance(leaf, Tensor):
-                return leaf
-            new_device = device if leaf.device == self.device else leaf.device
-            new_dtype = dtype if leaf.dtype == self.dtype else leaf.dtype
-            leaf = leaf.to(new_device, new_dtype)
-            # Real inputs are not leaves of the graph. Autograd visits leaves in an order that
-            # depends on their number, and ZeRO-2 needs the same order on all ranks.
-            return apply_function(Probe, leaf) if leaf.requires_grad else leaf
-
-        return tree_map(moved, self.arguments)
+        arguments = copied(self.arguments, model)
+        new = {}
+        for _, leaf in leaves_of(arguments):
+            if isinstance(leaf, Tensor):
+                new_device = device if leaf.device == self.device else leaf.device
+                new_dtype = dtype if leaf.dtype == self.dtype else leaf.dtype
+                moved = leaf.to(new_device, new_dtype)
+                # Real inputs are not leaves of the graph. Autograd visits leaves in an order that
+                # depends on their number, and ZeRO-2 needs the same order on all ranks.
+                new[id(leaf)] = apply_function(Probe, moved) if moved.requires_grad else moved
+        return replaced(arguments, new)
 
 
 def placement_of(tower: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -125,22 +129,18 @@ class _CopiesGraphless(TorchFunctionMode):
         return memo.setdefault(id(tensor), copied_tensor)
 
 
-def copied(leaf: Any, model: nn.Module) -> Any:
-    """A copy of an argument, without a graph. A call may change it: a cache grows by each call.
+def copied(arguments: Any, model: nn.Module) -> Any:
+    """A copy of arguments, without a graph. A call may change them: a cache grows by each call.
 
     Raises:
-        UnsupportedEngineError: It cannot be copied.
+        UnsupportedEngineError: They cannot be copied.
     """
-    if leaf is None or isinstance(leaf, (bool, int, float, str)):
-        return leaf
-    if type(leaf) is Tensor:
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
     kept = {id(module): module for module in model.modules()}
     try:
         with _CopiesGraphless():
-            return copy.deepcopy(leaf, kept)
+            return copy.deepcopy(arguments, kept)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedEngineError(
-            f"A tower is called with {describe(leaf)}, which cannot be copied: {error}. Keep it in "
-            "the tower, or pass tensors and plain values in its place."
+            f"A tower is called with {describe(arguments)}, of which something cannot be copied: "
+            f"{error}. Keep that in the tower, or pass tensors and plain values in its place."
         ) from error

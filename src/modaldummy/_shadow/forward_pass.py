@@ -1,7 +1,8 @@
 """One forward pass, in which towers that this rank does not run are shadowed."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,17 +10,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from modaldummy._engines import (
-    apply_function,
-    tree_flatten,
-    tree_flatten_with_path,
-    tree_unflatten,
-)
+from modaldummy._engines import apply_function, without_dispatch_modes
 from modaldummy._errors import RecordError, describe
 from modaldummy._shadow.calls import Point, TowerCall, is_floating
 from modaldummy._shadow.functions import DummyGradients, Tie
 from modaldummy._shadow.record import Record
-from modaldummy._shadow.recorder import loss_places, without_trace
+from modaldummy._shadow.recorder import losses_in, without_trace
+from modaldummy._shadow.trees import leaves_of, replaced
 
 
 class ForwardPass:
@@ -28,7 +25,7 @@ class ForwardPass:
     Args:
         model: The model that training calls.
         record: The record that the pass has to fit.
-        scale: The scale of the wrapper.
+        number: Of the pass; later ones have larger numbers.
 
     Attributes:
         record: As given.
@@ -37,9 +34,9 @@ class ForwardPass:
         shadowed: The towers that were shadowed.
     """
 
-    def __init__(self, model: nn.Module, record: Record, scale: float | None) -> None:
+    def __init__(self, model: nn.Module, record: Record, number: int) -> None:
         self.record = record
-        self.dummies = DummyGradients(scale)
+        self.dummies = DummyGradients(number)
         self.has_grad = torch.is_grad_enabled()
         self.shadowed: list[nn.Module] = []
         self._model = model
@@ -49,8 +46,8 @@ class ForwardPass:
         self._num_runs: Counter[nn.Module] = Counter()
         # Calls of shadowed towers, and their outputs that have no tie yet.
         self._untied: list[tuple[TowerCall, list[Tensor]]] = []
-        # While a shadow runs, modules of its tower call the hooks too.
-        self._is_shadowing = False
+        # While a tower runs, for real or as a shadow, modules inside it call the hooks too.
+        self._is_in_tower = False
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A tower or a module of the trunk is called.
@@ -61,7 +58,7 @@ class ForwardPass:
         Raises:
             RecordError: A tower is called more often than in the record.
         """
-        if self._is_shadowing:
+        if self._is_in_tower:
             return None
         if module in self.record.calls:
             self._enter_tower(module)
@@ -69,20 +66,17 @@ class ForwardPass:
         point = self._reach(module)
         if not torch.is_grad_enabled() or not any(point in c.ties for c, _ in self._untied):
             return None
-        found, structure = tree_flatten_with_path((args, kwargs))
-        leaves = [leaf for _, leaf in found]
-        floating = [place for place, leaf in enumerate(leaves) if is_floating(leaf)]
-        floating.sort(key=lambda place: not leaves[place].requires_grad)
-        for call in [call for call, _ in self._untied if point in call.ties] if floating else ():
-            recorded = [place for place in floating if found[place][0] in call.ties[point]]
-            # An input that comes from a tower alone is not there without it. Another one takes its
-            # place, so that backward runs the module as on other ranks.
-            self._tie(leaves, (recorded or floating)[:1], [call])
-        return tree_unflatten(leaves, structure)
+        new: dict[int, Any] = {}
+        for call in [call for call, _ in self._untied if point in call.ties]:
+            if (leaf := _leaf_to_tie(call.ties[point], args, kwargs)) is not None:
+                new[id(leaf)] = self._tied(new.get(id(leaf), leaf), [call])
+        return replaced((args, kwargs), new)
 
     def leave(self, module: nn.Module) -> None:
-        """A call of a module has ended."""
-        if not self._is_shadowing:
+        """A call of a tower or of another module has ended."""
+        if module in self.record.calls:
+            self._is_in_tower = False
+        else:
             self._reach(module, after=True)
 
     def end(self, output: Any) -> Any:
@@ -107,10 +101,12 @@ class ForwardPass:
                 )
         if not self._untied:
             return output
-        leaves, structure = tree_flatten(output)
-        places = [place for place in loss_places(output) if is_floating(leaves[place])]
-        self._tie(leaves, places, [call for call, _ in self._untied])
-        return tree_unflatten(leaves, structure)
+        calls, untied = [call for call, _ in self._untied], self._untied
+        new = {}
+        for loss in filter(is_floating, losses_in(output)):
+            self._untied = untied
+            new[id(loss)] = self._tied(loss, calls)
+        return replaced(output, new)
 
     def _reach(self, module: nn.Module, *, after: bool = False) -> Point:
         """The point to which a call of a module, or its end, brings the pass."""
@@ -130,6 +126,7 @@ class ForwardPass:
             )
         self._catch_up(self.record.at[calls[number].station], calls[number])
         self._num_runs[tower] += 1
+        self._is_in_tower = True
 
     def _catch_up(self, calls: Iterable[TowerCall], until: TowerCall | None = None) -> None:
         """Shadow those of `calls` before `until` that this rank has not made."""
@@ -150,38 +147,70 @@ class ForwardPass:
         ]
         # A checkpoint around the station must not count the tensors that are saved here.
         saving = saved_tensors_hooks(_same, _same)
-        self._is_shadowing = True
+        self._is_in_tower = True
         try:
-            with without_trace(call.tower), torch.set_grad_enabled(has_grad), saving:
+            with (
+                torch.set_grad_enabled(has_grad),
+                torch.inference_mode() if call.is_inference else nullcontext(),
+                # Selective checkpoints around the station count the operations of forward.
+                without_dispatch_modes(),
+                saving,
+            ):
                 output = (
-                    _run(call.tower, *args, **kwargs)
+                    _run(call, *args, **kwargs)
                     if call.checkpoint is None
-                    else checkpoint(
-                        _run, call.tower, *args, use_reentrant=call.checkpoint, **kwargs
-                    )
+                    else checkpoint(_run, call, *args, use_reentrant=call.checkpoint, **kwargs)
                 )
         finally:
-            self._is_shadowing = False
+            self._is_in_tower = False
             for hook in hooks:
                 hook.remove()
         self.shadowed.append(call.tower)
-        self.dummies.modules.update(call.tower.modules())
-        leaves, _ = tree_flatten(output)
+        leaves = [leaf for _, leaf in leaves_of(output)]
         if outputs := [leaves[i] for i in call.outputs if leaves[i].requires_grad]:
             self._untied.append((call, outputs))
 
-    def _tie(self, leaves: list[Any], places: Iterable[int], calls: list[TowerCall]) -> None:
-        """Tie the leaves at `places` to the outputs of these calls."""
+    def _tied(self, tensor: Tensor, calls: list[TowerCall]) -> Any:
+        """The tensor, tied to the outputs of these calls, which then need no other tie."""
         outputs = [output for call, own in self._untied if call in calls for output in own]
         self._untied = [(call, own) for call, own in self._untied if call not in calls]
-        for place in places:
-            leaves[place] = apply_function(Tie, leaves[place], self.dummies, *outputs)
+        return apply_function(Tie, tensor, self.dummies, *outputs)
 
 
-def _run(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a tower eagerly, so that it has the hooks that give dummy gradients."""
-    with torch.compiler.set_stance("force_eager"):
-        return tower(*args, **kwargs)
+def recomputed(record: Record, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Arguments for a call that a checkpoint makes again during backward.
+
+    What forward has tied needs a gradient, or the checkpoint would save other tensors.
+    """
+    ties = [item for call in record.order for item in call.ties.items()]
+    paths = [path for point, own in ties if point.module is module for path in own]
+    leaf = _leaf_to_tie(paths, args, kwargs) if paths and torch.is_grad_enabled() else None
+    if leaf is None or leaf.requires_grad:
+        return None
+    return replaced((args, kwargs), {id(leaf): leaf.detach().requires_grad_()})
+
+
+def _leaf_to_tie(paths: Collection[Any], args: Any, kwargs: Any) -> Tensor | None:
+    """The input of a module that is tied: one of the recorded paths, else one with a gradient.
+
+    An input that comes from a tower alone is not there without it. Another one takes its place, so
+    that backward runs the module as on other ranks.
+    """
+    floating = [(path, leaf) for path, leaf in leaves_of((args, kwargs)) if is_floating(leaf)]
+    floating.sort(key=lambda item: (item[0] not in paths, not item[1].requires_grad))
+    return floating[0][1] if floating else None
+
+
+def _run(call: TowerCall, *args: Any, **kwargs: Any) -> Any:
+    """Call a tower as in the record, without a trace; a checkpoint runs this twice.
+
+    Eagerly, so that the tower has the hooks that give dummy gradients.
+    """
+    autocast = torch.autocast(
+        call.device.type, dtype=call.autocast, enabled=call.autocast is not None
+    )
+    with autocast, torch.compiler.set_stance("force_eager"), without_trace(call.tower):
+        return call.tower(*args, **kwargs)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 import functools
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modaldummy._core.parameter import ParameterSlot, slot_of
-from modaldummy._core.parameter_map import Step
+from modaldummy._core.parameter import ParameterSlot
 from modaldummy._core.reduce import accumulation_dtype
 from modaldummy._core.term import product_without_underflow
+from modaldummy._engines import apply_function
 
 
 class Probe(torch.autograd.Function):
@@ -52,14 +53,47 @@ class NoteUpstream(torch.autograd.Function):
     """The loss itself; its backward notes the upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, dummies: "DummyGradients") -> Tensor:
+    def forward(ctx: Any, loss: Tensor, dummies: "DummyGradients", claim: "Claim") -> Tensor:
         ctx.dummies = dummies
+        ctx.claim = claim
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.dummies.begin(gradient.sum(dtype=accumulation_dtype([gradient.dtype])))
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.claim.begin(gradient.sum(dtype=accumulation_dtype([gradient.dtype])))
+        return gradient, None, None
+
+
+class Claim:
+    """The dummy gradients that one loss gives to parameters of shadowed towers.
+
+    Args:
+        slots: The parameters.
+        scale: Factor on the upstream gradient of the loss.
+    """
+
+    def __init__(self, slots: Collection[ParameterSlot], scale: float) -> None:
+        self._slots = slots
+        self._scale = scale
+        self._upstream: Tensor | None = None
+        # `scale` times the upstream gradient, by dtype.
+        self._dummies: dict[torch.dtype, Tensor] = {}
+        # Parameters that have no dummy gradient yet in this backward pass.
+        self._due: set[ParameterSlot] = set()
+
+    def begin(self, upstream: Tensor) -> None:
+        """A backward pass has reached the loss, with this gradient."""
+        self._upstream, self._dummies, self._due = upstream, {}, set(self._slots)
+
+    def added_to(self, gradient: Tensor, slot: ParameterSlot) -> Tensor:
+        """The gradient plus the dummy gradient of a parameter, which it gets once."""
+        if self._upstream is None or slot not in self._due:
+            return gradient
+        self._due.discard(slot)
+        dtype = gradient.dtype
+        if dtype not in self._dummies:
+            self._dummies[dtype] = product_without_underflow(self._upstream, self._scale, dtype)
+        return gradient + self._dummies[dtype]
 
 
 class DummyGradients:
@@ -69,61 +103,58 @@ class DummyGradients:
     They are removed together with the graph of that forward pass.
 
     Args:
-        scale: The scale of the wrapper.
-
-    Attributes:
-        modules: The modules of shadowed towers.
+        number: Of the forward pass; later ones have larger numbers.
     """
 
-    def __init__(self, scale: float | None) -> None:
-        self.modules: set[nn.Module] = set()
-        self._scale = scale
-        self._upstream: Tensor | None = None
-        # `scale` times the upstream gradient, by dtype.
-        self._dummies: dict[torch.dtype, Tensor] = {}
-        self._handles: dict[ParameterSlot, RemovableHandle] = {}
-        # Parameters that get a dummy gradient, and those that have none yet in this backward pass.
-        self._claimed: set[ParameterSlot] = set()
-        self._due: set[ParameterSlot] = set()
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._hooks: dict[ParameterSlot, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+        self._claims: list[Claim] = []
 
     def watch(self, module: nn.Module, _args: Any) -> None:
-        """A forward pre-hook of a module in a tower, after those of engines."""
-        for name, parameter in module.named_parameters(recurse=False):
-            slot = module, name
-            if parameter.requires_grad and slot not in self._handles:
-                hook = functools.partial(_add_dummy, weakref.ref(self), slot)
-                self._handles[slot] = parameter.register_hook(hook)
+        """A forward pre-hook of a module in a tower, after those of engines.
 
-    def claim(self, step: Step) -> Step:
-        """The step without the parameters of shadowed towers.
-
-        A parameter that a tower never uses gets no gradient: where the tower runs it has none.
+        Modules below it may have parameters that are used without a call. If they are called, an
+        engine may have other tensors in place of these parameters by then.
         """
-        inactive = set(map(slot_of, step.inactive_entries))
-        self._claimed = self._handles.keys() & inactive
-        return step.without([slot for slot in inactive if slot[0] in self.modules])
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                hooked, handle = self._hooks.get((owner, name), (None, None))
+                if not parameter.requires_grad or (hooked and hooked() is parameter):
+                    continue
+                if handle is not None:
+                    handle.remove()
+                hook = functools.partial(_add_dummies, weakref.ref(self), (owner, name))
+                reference = weakref.ref[Tensor](parameter)
+                self._hooks[owner, name] = reference, parameter.register_hook(hook)
 
-    def begin(self, upstream: Tensor) -> None:
-        """A backward pass has reached the loss, with this gradient."""
-        self._upstream, self._dummies, self._due = upstream, {}, set(self._claimed)
+    def claim(self, loss: Tensor, inactive: set[ParameterSlot], scale: float | None) -> Tensor:
+        """The loss, which gives dummy gradients to those of the inactive parameters that it has.
 
-    def add_to(self, gradient: Tensor, slot: ParameterSlot) -> Tensor | None:
-        """The gradient plus the dummy gradient of a parameter, which it gets once."""
-        if self._upstream is None or not self._scale or slot not in self._due:
-            return None
-        self._due.discard(slot)
-        dtype = gradient.dtype
-        if dtype not in self._dummies:
-            self._dummies[dtype] = product_without_underflow(self._upstream, self._scale, dtype)
-        return gradient + self._dummies[dtype]
+        They are removed from `inactive`.
+        """
+        slots = self._hooks.keys() & inactive
+        inactive -= slots
+        if not slots or not scale:
+            return loss
+        self._claims.append(Claim(slots, scale))
+        claimed: Tensor = apply_function(NoteUpstream, loss, self, self._claims[-1])
+        return claimed
+
+    def added_to(self, gradient: Tensor, slot: ParameterSlot) -> Tensor:
+        """The gradient plus all dummy gradients of a parameter."""
+        # The dummy gradient of a sparse embedding has no entries.
+        for claim in () if gradient.is_sparse else self._claims:
+            gradient = claim.added_to(gradient, slot)
+        return gradient
 
     def __del__(self) -> None:
-        for handle in self._handles.values():
+        for _, handle in self._hooks.values():
             handle.remove()
 
 
-def _add_dummy(
+def _add_dummies(
     dummies: "weakref.ref[DummyGradients]", slot: ParameterSlot, gradient: Tensor
 ) -> Tensor | None:
     alive = dummies()
-    return None if alive is None else alive.add_to(gradient, slot)
+    return None if alive is None else alive.added_to(gradient, slot)

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from modaldummy._arguments import called_model, check_model, check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import ModalityKey
+from modaldummy._errors import describe
 from modaldummy._group import check_group
 from modaldummy._handles import Handle
 from modaldummy._shadow.shadow import Shadow
@@ -56,6 +57,8 @@ def shadow_inactive(
     check_wrapper(wrapper, model)
     check_model(model)
     check_group(group)
+    if examples is not None:
+        examples = _checked(examples)
     handle = ShadowHandle(Shadow(wrapper, called_model(wrapper, model), group))
     if examples is not None:
         try:
@@ -66,6 +69,19 @@ def shadow_inactive(
             handle.remove()
             raise
     return handle
+
+
+def _checked(examples: Any) -> list[Any]:
+    if isinstance(examples, (Tensor, Mapping, str)) or not isinstance(examples, Iterable):
+        raise TypeError(f"`examples` must be a list of batches, got {describe(examples)}.")
+    batches = list(examples)
+    for batch in batches:
+        if not isinstance(batch, (Mapping, tuple, list)):
+            raise TypeError(
+                "`examples` must contain mappings, for `model(**batch)`, or tuples, for "
+                f"`model(*batch)`, got {describe(batch)}. Put a single argument into a tuple."
+            )
+    return batches
 
 
 class ShadowHandle(Handle):

@@ -81,6 +81,14 @@ class Record:
         self._check_keys(parameters)
         self._check_calls(parameters)
 
+    def points(self) -> set[Point]:
+        """All stations and ties."""
+        return {*self.at, *(point for call in self.order for point in call.ties)}
+
+    def watched(self) -> set[nn.Module]:
+        """All towers, and the modules of stations and ties."""
+        return {point.module for point in self.points()} | self.calls.keys()
+
     def modules(self) -> set[nn.Module]:
         """All modules of the towers that were called."""
         return {module for tower in self.calls for module in tower.modules()}

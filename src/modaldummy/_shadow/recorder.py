@@ -5,26 +5,26 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modaldummy._core.graph import leaves_of, most_leaves, reached_nodes
+from modaldummy._core.graph import leaves_of as graph_leaves
+from modaldummy._core.graph import most_leaves, reached_nodes
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._engines import (
     apply_function,
-    checkpoint_kind,
     fsdp2_reshard_all,
+    is_reentrant,
     module_buffers,
-    tree_flatten,
-    tree_flatten_with_path,
-    tree_map,
-    tree_unflatten,
+    running_checkpoint,
 )
 from modaldummy._errors import UnsupportedEngineError, describe
 from modaldummy._shadow.calls import Point, TowerCall, copied, is_floating, placement_of
 from modaldummy._shadow.functions import Probe
+from modaldummy._shadow.trees import leaves_of, replaced
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -36,7 +36,7 @@ class _Call:
     Attributes:
         point: Which call it is.
         parent: The call around it.
-        checkpoint: As in `TowerCall`.
+        scope: The frame of the checkpoint around it, None without one.
         children: Calls of modules during this one.
         tower_call: What is recorded if it is a tower.
         probes: Nodes of its outputs, if it is a tower, else of its inputs, by their places.
@@ -45,11 +45,11 @@ class _Call:
 
     point: Point
     parent: "_Call | None"
-    checkpoint: bool | None
+    scope: FrameType | None
     children: list["_Call"] = field(default_factory=list)
     tower_call: TowerCall | None = None
     probes: dict[int, Any] = field(default_factory=dict)
-    paths: Sequence[Any] = ()
+    paths: list[Any] = field(default_factory=list)
 
     def walk(self) -> Iterator["_Call"]:
         """This call and all calls during it, in the order in which they began."""
@@ -92,74 +92,90 @@ class Recorder:
         fsdp2_reshard_all(self._model)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not self._stack:
+        if module is self._model:
+            self._stack.clear()  # an earlier forward pass may have failed
             self._counts.clear()
         parent = self._stack[-1] if self._stack else None
-        call = _Call(Point(module, self._counts[module]), parent, checkpoint_kind())
-        self._counts[module] += 1
-        around = next((c.point.module for c in self._stack if c.tower_call is not None), None)
+        call = _Call(Point(module, self._counts[module]), parent, running_checkpoint())
+        tower = next((c for c in self._stack if c.tower_call is not None), None)
         self._stack.append(call)
-        if around is not None:
-            _check_batch_norm(call)
-            if extra := self._towers.get(module, set()) - self._towers[around]:
-                names = ", ".join(sorted(map(text_of, extra)))
-                raise UnsupportedEngineError(
-                    f"{describe(module)}, a tower of {names}, runs inside {describe(around)}, a "
-                    "tower of another key. Give both to the same key."
-                )
+        if tower is not None:
+            self._check_inside(call, tower)
             return None
+        self._counts[module] += 1
         if parent is not None:
             parent.children.append(call)
         if module in self._towers:
-            _check_batch_norm(call)
+            _check_batch_norm(call, call)
+            device, dtype = self._placements[module]
             call.tower_call = TowerCall(
                 module,
                 call.point.number,
-                tree_map(lambda leaf: copied(leaf, self._model), (args, kwargs)),
-                *self._placements[module],
-                call.checkpoint,
+                copied((args, kwargs), self._model),
+                device,
+                dtype,
+                None if call.scope is None else is_reentrant(call.scope),
                 torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                autocast_dtype(device.type),
             )
             return None
-        if parent is None:
-            return None
-        inputs, structure = tree_flatten_with_path((args, kwargs))
-        call.paths = [path for path, _ in inputs]
-        return tree_unflatten(self._probed(call, [leaf for _, leaf in inputs]), structure)
+        return None if parent is None else self._probed(call, (args, kwargs))
 
     def _leave(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._stack.pop()
         if call.tower_call is not None:
-            leaves, structure = tree_flatten(output)
-            num_leaves = _most_leaves(tree_flatten((args, kwargs))[0], leaves)
+            num_leaves = _most_leaves((args, kwargs), output)
             call.tower_call = dataclasses.replace(call.tower_call, num_leaves=num_leaves)
             if call.tower_call.checkpoint is True:
-                call.probes = {n: None for n, leaf in enumerate(leaves) if is_floating(leaf)}
-            return tree_unflatten(self._probed(call, leaves), structure)
-        if self._stack:
+                leaves = enumerate(leaf for _, leaf in leaves_of(output))
+                call.probes = {place: None for place, leaf in leaves if is_floating(leaf)}
+        elif not self._stack:
+            self.passes.append(_tower_calls(call, output))
+        else:
             return None
-        self.passes.append(_tower_calls(call, output))
-        leaves, structure = tree_flatten(output)
-        return tree_unflatten(self._probed(call, leaves), structure)
+        return self._probed(call, output)
 
-    def _probed(self, call: _Call, leaves: list[Any]) -> list[Any]:
-        """The leaves; tensors with a graph go through a probe."""
-        for place, leaf in enumerate(leaves):
+    def _probed(self, call: _Call, tree: Any) -> Any:
+        """The tree; tensors with a graph go through a probe."""
+        new: dict[int, Tensor] = {}
+        for place, (path, leaf) in enumerate(leaves_of(tree)):
+            call.paths.append(path)
             if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
-                leaves[place] = apply_function(Probe, leaf)
-                call.probes[place] = leaves[place].grad_fn
-        return leaves
+                if id(leaf) not in new:
+                    new[id(leaf)] = apply_function(Probe, leaf)
+                call.probes[place] = new[id(leaf)].grad_fn
+        return replaced(tree, new)
+
+    def _check_inside(self, call: _Call, tower: _Call) -> None:
+        """Refuse a call inside a tower from which a shadow would go wrong."""
+        _check_batch_norm(call, tower)
+        keys = self._towers[tower.point.module]
+        if extra := self._towers.get(call.point.module, set()) - keys:
+            names = ", ".join(sorted(map(text_of, extra)))
+            raise UnsupportedEngineError(
+                f"{describe(call.point.module)}, a tower of {names}, runs inside "
+                f"{describe(tower.point.module)}, a tower of another key. Give both to the same "
+                "key."
+            )
 
 
-def _most_leaves(inputs: list[Any], outputs: list[Any]) -> int:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on devices of a type, None if it is off."""
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else None
+
+
+def _most_leaves(inputs: Any, outputs: Any) -> int:
     """The largest number of leaves of the graph that one node between inputs and outputs has."""
     before, after = (
-        {leaf.grad_fn for leaf in found if isinstance(leaf, Tensor)} for found in (inputs, outputs)
+        {leaf.grad_fn for _, leaf in leaves_of(tree) if isinstance(leaf, Tensor)}
+        for tree in (inputs, outputs)
     )
     return most_leaves(reached_nodes(after - before, without=before))
 
 
-def _check_batch_norm(call: _Call) -> None:
+def _check_batch_norm(call: _Call, tower: _Call) -> None:
     """Refuse batch norm in a tower that a shadow would change, on this rank or on others.
 
     Raises:
@@ -174,25 +190,44 @@ def _check_batch_norm(call: _Call) -> None:
             f"{describe(module)} in a tower averages over all ranks, also over recorded inputs. "
             f"{remedy}"
         )
-    if call.checkpoint is not None and module.track_running_stats:
+    # A checkpoint around the whole tower is part of the shadow, which leaves no trace.
+    if call.scope is not tower.scope and module.track_running_stats:
         raise UnsupportedEngineError(
-            f"{describe(module)} in a tower runs inside a checkpoint, whose second run would "
-            f"count recorded inputs in its running statistics. {remedy}"
+            f"{describe(module)} runs inside a checkpoint in a tower. Its second run would count "
+            f"recorded inputs in the running statistics. {remedy}"
         )
 
 
-def loss_places(output: Any) -> list[int]:
-    """The place of the leaf called `loss` in the output of a model, else those of all tensors."""
-    leaves, _ = tree_flatten(output)
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    return [place for place in tensors if leaves[place] is loss] or tensors
+def losses_in(output: Any) -> list[Tensor]:
+    """The tensor called `loss` in the output of a model, else all tensors."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    tensors = [leaf for _, leaf in leaves_of(output) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor is loss] or tensors
+
+
+def _check_station(tower: _Call, station: _Call) -> None:
+    """Refuse a tower and the call that follows it, or that is around it, in one checkpoint.
+
+    Raises:
+        UnsupportedEngineError: A shadow could not run in the same way.
+    """
+    if station.scope is None:
+        return
+    names = f"{describe(station.point.module)} and the tower {describe(tower.point.module)}"
+    if station.scope is tower.scope:
+        raise UnsupportedEngineError(
+            f"One checkpoint contains {names}. Checkpoint each of them alone."
+        )
+    if is_reentrant(station.scope):
+        raise UnsupportedEngineError(
+            f"{names} follow each other, and the first runs inside a reentrant checkpoint. Pass "
+            "`use_reentrant=False` to the checkpoint."
+        )
 
 
 def _tower_calls(root: _Call, output: Any) -> list[TowerCall]:
     """The calls of towers in a recorded forward pass, in order, with their stations and ties."""
-    leaves, _ = tree_flatten(output)
-    reached = reached_nodes([leaves[place].grad_fn for place in loss_places(output)])
+    reached = reached_nodes([loss.grad_fn for loss in losses_in(output)])
     calls = list(root.walk())
     found = []
     for call in calls:
@@ -203,12 +238,7 @@ def _tower_calls(root: _Call, output: Any) -> list[TowerCall]:
             places = list(call.probes)
         siblings = call.parent.children
         later = [c for c in siblings[siblings.index(call) :] if c.tower_call is None]
-        if later and later[0].checkpoint is True:
-            raise UnsupportedEngineError(
-                f"{describe(later[0].point.module)}, which runs after the tower "
-                f"{describe(tower_call.tower)}, runs inside a reentrant checkpoint. Pass "
-                "`use_reentrant=False` to the checkpoint."
-            )
+        _check_station(call, later[0] if later else call.parent)
         station = later[0].point if later else dataclasses.replace(call.parent.point, after=True)
         ties = _ties(calls, later[0], reached) if later else {}
         found.append(
@@ -227,7 +257,7 @@ def _ties(
         for place, node in call.probes.items():
             if node in reached and call.tower_call is None:
                 ties.setdefault(call.point, []).append(call.paths[place])
-                if leaves_of(reached_nodes([node], without=of_towers)) != set():
+                if graph_leaves(reached_nodes([node], without=of_towers)) != set():
                     return ties
     return ties
 

@@ -10,18 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import ParameterSlot
+from modaldummy._core.graph import reached_nodes
+from modaldummy._core.parameter import ParameterSlot, slot_of
 from modaldummy._core.parameter_map import ModalityKey, Step
 from modaldummy._engines import (
-    apply_function,
     direct_parameters,
     forward_hooks,
+    is_in_backward,
     wrapped_modules,
 )
 from modaldummy._errors import RecordError, UnsupportedEngineError, describe, first_few
 from modaldummy._group import num_ranks
-from modaldummy._shadow.forward_pass import ForwardPass
-from modaldummy._shadow.functions import DummyGradients, NoteUpstream
+from modaldummy._shadow.forward_pass import ForwardPass, recomputed
+from modaldummy._shadow.functions import DummyGradients
 from modaldummy._shadow.record import (
     Pass,
     Record,
@@ -64,17 +65,20 @@ class Shadow:
         self._was_training = True
         self._in_towers: set[nn.Module] = set()
         self._pass: ForwardPass | None = None
-        self._unclaimed: list[weakref.ref[DummyGradients]] = []
+        # Of forward passes that have shadowed a tower and whose graph is alive.
+        self._shadowing: weakref.WeakSet[DummyGradients] = weakref.WeakSet()
+        self._num_passes = 0
         self._is_recording = False
         self._handles: list[Any] = []
-        if any(isinstance(hook, Hook) for hook in forward_hooks(model)):
+        hooks = [hook for module in model.modules() for hook in forward_hooks(module)]
+        if any(isinstance(hook, Hook) and hook.is_live for hook in hooks):
             raise ValueError("`model` has a shadow already. Call `remove()` on its handle.")
         wrapper.intercept(self)
         self._own_handles = [
             # Before the hooks of engines, which gather parameters.
             model.register_forward_pre_hook(Hook(self._begin), prepend=True),
             # Before those that reshard, as a tower that runs in forward does.
-            model.register_forward_hook(Hook(self._end), prepend=True),
+            model.register_forward_hook(Hook(self._end), prepend=True, always_call=True),
         ]
 
     @contextmanager
@@ -105,6 +109,7 @@ class Shadow:
 
     def remove(self) -> None:
         """Leave the model and the wrapper as they were."""
+        self._pass = None
         self._forget()
         for handle in self._own_handles:
             handle.remove()
@@ -115,15 +120,24 @@ class Shadow:
         """Whether a parameter is in a tower that this object shadows."""
         return slot[0] in self._in_towers
 
-    def claim(self, step: Step, loss: Tensor) -> tuple[Step, Tensor]:
-        """Take over the dummy gradients of shadowed parameters, for a loss of forward passes."""
+    def claim(self, step: Step, loss: Tensor, scale: float | None) -> tuple[Step, Tensor]:
+        """Take over the dummy gradients of parameters in towers.
+
+        They come from the forward passes that the graph of the loss reaches, the last one first. A
+        parameter that no shadow has used gets none: the engine may have only a part of it here.
+        """
+        if self._record is None or self.is_paused:
+            return step, loss
         self.shadowed = tuple(key for key in self.shadowed if key not in step.active_keys)
-        for reference in reversed(self._unclaimed):
-            if (dummies := reference()) is not None:
-                step = dummies.claim(step)
-                loss = apply_function(NoteUpstream, loss, dummies)
-        self._unclaimed = []
-        return step, loss
+        covered = {slot for slot in map(slot_of, step.inactive_entries) if self.covers(slot)}
+        remaining = set(covered)
+        if self._shadowing and covered:
+            nodes = reached_nodes([loss.grad_fn])
+            found = {getattr(node, "dummies", None) for node in nodes}
+            for dummies in sorted(self._shadowing, key=lambda each: each.number, reverse=True):
+                if dummies in found:
+                    loss = dummies.claim(loss, remaining, scale)
+        return step.without(covered), loss
 
     def _agree(self) -> Record:
         """Make one record of those of all ranks."""
@@ -148,13 +162,19 @@ class Shadow:
         self._record, self._in_towers = record, record.modules()
         return record
 
-    def _check_unchanged(self) -> None:
+    def _check_unchanged(self, record: Record) -> None:
         """Refuse a forward pass of a model that is not the recorded one any more.
 
         Raises:
             RecordError: It has other parameters, or trains others, or is in another mode.
         """
         now = _trained(self.model)
+        present = set(self.model.modules())
+        if missing := [module for module in record.watched() if module not in present]:
+            raise RecordError(
+                f"{describe(missing[0])}, which was called in the record, is not in the model any "
+                "more. Record again."
+            )
         if changed := [slot for slot, flag in now.items() if self._trained.get(slot) is not flag]:
             module, name = changed[0]
             raise RecordError(
@@ -182,15 +202,16 @@ class Shadow:
         order = [call.outside(outer) for call in record.order]
         towers = {outer[tower]: keys for tower, keys in self._towers.items()}
         record = Record([order], towers, self._wrapper.parameters)
-        points = {*record.at, *(point for call in order for point in call.ties)}
+        points = record.points()
         before = {point.module for point in points if not point.after} | record.calls.keys()
-        after = {point.module for point in points if point.after} - {self.model}
+        ending = {point.module for point in points if point.after} - {self.model}
         self._handles = [
             module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
             for module in before
         ]
         self._handles += [
-            module.register_forward_hook(Hook(self._leave), prepend=True) for module in after
+            module.register_forward_hook(Hook(self._leave), prepend=True)
+            for module in ending | record.calls.keys()
         ]
         return self._use(record)
 
@@ -205,29 +226,32 @@ class Shadow:
         if self.is_paused or self._is_recording:
             return
         record = self._record or self._agree()
-        self._check_unchanged()
+        self._check_unchanged(record)
         if not self._handles:
             record = self._set_hooks(record)
-        self._pass = ForwardPass(self.model, record, self._wrapper.scale)
+        self._num_passes += 1
+        self._pass = ForwardPass(self.model, record, self._num_passes)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return None if self._pass is None else self._pass.enter(module, args, kwargs)
+        if self.is_paused or self._record is None:
+            return None
+        if self._pass is not None:
+            return self._pass.enter(module, args, kwargs)
+        return recomputed(self._record, module, args, kwargs) if is_in_backward() else None
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if self._pass is not None:
+        if self._pass is not None and not self.is_paused:
             self._pass.leave(module)
 
     def _end(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         current, self._pass = self._pass, None
-        if current is None:
+        if current is None or output is None:  # after an error in forward there is no output
             return None
         output = current.end(output)
         keys = {key for tower in current.shadowed for key in current.record.keys[tower]}
         self.shadowed = tuple(key for key in self._wrapper.parameters.paths if key in keys)
-        # Passes whose graph is gone need no loss any more.
-        self._unclaimed = [reference for reference in self._unclaimed if reference() is not None]
         if current.shadowed and current.has_grad:
-            self._unclaimed.append(weakref.ref(current.dummies))
+            self._shadowing.add(current.dummies)
         return output
 
 
@@ -248,6 +272,7 @@ class Hook:
     """
 
     def __init__(self, function: Any) -> None:
+        self.is_live = function is not _do_nothing
         self._function = torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
