@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -348,6 +348,73 @@ def is_zero_parameter(parameter: Tensor) -> bool:
 def has_zero3_elements(parameter: Tensor) -> bool:
     """Whether ZeRO-3 stores elements of a parameter, in the shards of all ranks."""
     return bool(getattr(parameter, "ds_numel", False))
+
+
+class FlatRange(NamedTuple):
+    """The part of a flat tensor that a parameter of the module has on this rank.
+
+    Attributes:
+        parameter: The parameter.
+        start: Its first element in the flat tensor.
+        stop: The element after its last.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+
+class FlatParameter(NamedTuple):
+    """A tensor that the optimizer inside ZeRO steps: this rank's part of a group of parameters.
+
+    Attributes:
+        flat: The tensor.
+        parameters: All parameters of the group, also those of which other ranks have all elements.
+        ranges: Where those of this rank are.
+    """
+
+    flat: Tensor
+    parameters: list[nn.Parameter]
+    ranges: list[FlatRange]
+
+
+def zero_flat_parameters(engine: Any) -> list[FlatParameter]:
+    """The flat tensors of a DeepSpeed engine of ZeRO-1, 2 or 3, by group or sub-group.
+
+    Raises:
+        AttributeError: Its optimizer keeps them in another way.
+    """
+    zero = engine.optimizer
+    if zero_stage(engine) == 3:
+        return [
+            FlatParameter(flat, group, [_zero3_range(zero, parameter) for parameter in group])
+            for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        ]
+    found = []
+    for place, flat in enumerate(zero.single_partition_of_fp32_groups):
+        size = zero.partition_size[place]
+        first = size * dist.get_rank(zero.real_dp_process_group[place])
+        # Not those of `bit16_groups`, which are in another order with `round_robin_gradients`.
+        group = zero.round_robin_bit16_groups[place]
+        offsets = zero.round_robin_bit16_offsets[place]
+        ranges = []
+        for parameter, offset in zip(group, offsets, strict=True):
+            start = max(offset - first, 0)
+            stop = min(offset - first + parameter.numel(), size)
+            if start < stop:
+                ranges.append(FlatRange(parameter, start, stop))
+        found.append(FlatParameter(flat, group, ranges))
+    return found
+
+
+def zero_swaps_state(engine: Any) -> bool:
+    """Whether ZeRO-3 keeps the state of its optimizer on NVMe."""
+    return bool(getattr(engine.optimizer, "swap_optimizer", False))
+
+
+def _zero3_range(zero: Any, parameter: nn.Parameter) -> FlatRange:
+    _, start, length = zero.grad_position[zero.get_param_id(parameter)]
+    return FlatRange(parameter, start, start + length)
 
 
 # --- GradScaler and optimizers ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from modaldummy import DummyLossWrapper, ParameterMapError, UnsupportedEngineError, hold_inactive
-from modaldummy._hold import holder
+from modaldummy._hold import wrapper_hold
 from tests.holding import NAMES, Towers, Training, assert_same_training, towers, train
 from tests.test_host_sync import CountSyncs
 
@@ -226,7 +226,7 @@ def test_a_key_is_trained_if_any_rank_has_trained_it(
 
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(holder, "check_same_map", lambda *_: None)
+    monkeypatch.setattr(wrapper_hold, "check_same_map", lambda *_: None)
     training = Training()
     if active:
         training.backward(*active)

@@ -454,7 +454,9 @@ SICK: dict[str, Sick] = {
     ),
     "AdamW": Sick("MD141 warning", lambda: with_optimizer(AdamW), "AdamW...up to 0.9 ...dMRI"),
     "AdamW within another": Sick(
-        "MD141 warning", lambda: around(AdamW), "Around...hold_inactive(wrapper, optimizer)"
+        "MD141 warning",
+        lambda: around(AdamW),
+        "Around...hold_inactive(wrapper, optimizer)...hold_inactive(wrapper, engine)",
     ),
     "AdamW after a step of a warm-up": Sick("MD141 warning", after_a_step, "AdamW...rates={T1: "),
     "hold that was removed": Sick("MD141 warning", removed_hold, "AdamW"),

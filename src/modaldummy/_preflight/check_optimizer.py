@@ -107,7 +107,8 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
                 "steps": _NUM_STEPS,
             },
             "Call `hold_inactive(wrapper, optimizer)` once, or pass `hold=True` to the mixin for "
-            "Hugging Face's Trainer or the callback for Lightning."
+            "Hugging Face's Trainer or the callback for Lightning. Under DeepSpeed's ZeRO call "
+            "`hold_inactive(wrapper, engine)`."
             if reason is None
             else f"`hold_inactive` refuses this optimizer: {reason}",
         )
