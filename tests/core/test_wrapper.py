@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -320,3 +321,12 @@ def test_a_share_is_a_factor_on_the_gradient() -> None:
 def test_a_name_that_is_not_in_the_map_is_refused(active: Any) -> None:
     with pytest.raises(UnknownModalityError, match="`active` names the modality"):
         brain().wrapper().add(REAL, active)
+
+
+def test_a_wrapper_has_one_interceptor() -> None:
+    wrapper = brain().wrapper()
+    wrapper.intercept(Mock())
+    with pytest.raises(ValueError, match="shadow already"):
+        wrapper.intercept(Mock())
+    wrapper.intercept(None)
+    assert wrapper.interceptor is None
