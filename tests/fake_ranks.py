@@ -24,6 +24,13 @@ def row_of(wrapper: DummyLossWrapper, batch: Any) -> Tensor:
     return torch.tensor([batch is not UNREADABLE, *flags], dtype=torch.uint8)
 
 
+def pretend(patch: pytest.MonkeyPatch, num_ranks: int, all_gather: Callable[..., None]) -> None:
+    """Let there be so many ranks, for which `all_gather` stands in."""
+    patch.setattr(dist, "get_world_size", lambda group: num_ranks)
+    patch.setattr(dist, "get_process_group_ranks", lambda group: range(num_ranks))
+    patch.setattr(dist, "all_gather", all_gather)
+
+
 def check(
     wrapper: DummyLossWrapper,
     *batches: Any,
@@ -45,10 +52,8 @@ def check(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)
-        patch.setattr(dist, "get_world_size", lambda group: len(batches))
-        patch.setattr(dist, "get_process_group_ranks", lambda group: range(len(batches)))
         patch.setattr(dist, "get_backend_config", lambda group: backend)
-        patch.setattr(dist, "all_gather", all_gather)
+        pretend(patch, len(batches), all_gather)
         patch.setattr("modaldummy._ranks.check.check_same_map", lambda *_: None)
         check_ranks(wrapper, batches[0], model=model)
 

@@ -79,6 +79,7 @@ def handles(wrapper: DummyLossWrapper, optimizer: Optimizer, model: nn.Module) -
     assert_type(hold, HoldHandle)
     assert_type(hold.held, tuple[str, ...])
     hold.remove()
+    assert_type(hold_inactive(wrapper, model), HoldHandle)  # a DeepSpeed engine
     with hold_inactive(wrapper, optimizer) as held:
         assert_type(held, HoldHandle)
     with attach_to_outputs(wrapper, model) as attached:

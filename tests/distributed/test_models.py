@@ -151,7 +151,7 @@ ROUGH = Tolerance(2**-5, 1e-5, 2**-10)  # of bfloat16
 
 
 class Training:
-    """A model under an engine, held against the same model in one process.
+    """A model under an engine, which is compared with the same model in one process.
 
     Args:
         cell: What is trained.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modaldummy import DummyLossWrapper, RankDisagreementError
 from modaldummy._ranks.agreement import check_same_map, gather_objects, is_same_text
+from tests.fake_ranks import pretend
 from tests.preflight.models import Model
 
 PATHS = {"T1": "towers.T1", "dMRI": ["towers.dMRI.weight", "towers.dMRI.bias"]}
@@ -32,9 +33,7 @@ class OtherRank:
 @pytest.fixture
 def other(process_group: None, monkeypatch: pytest.MonkeyPatch) -> OtherRank:
     rank = OtherRank()
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: range(2))
-    monkeypatch.setattr(dist, "all_gather", rank.all_gather)
+    pretend(monkeypatch, 2, rank.all_gather)
     return rank
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from modaldummy import DummyLossWrapper, ShadowHandle, shadow_inactive
+from modaldummy import DummyLossWrapper, ShadowHandle, UnsupportedEngineError, shadow_inactive
+from tests.preflight.models import partition
 
 SCALE = 1e-3
 
@@ -310,13 +311,19 @@ def test_an_error_in_forward_leaves_nothing_behind() -> None:
     assert not model.image.weight._backward_hooks
 
 
-def test_a_pass_that_is_paused_midway_is_left_alone() -> None:
+def test_a_refused_record_is_not_used() -> None:
+    """Each forward pass is refused again."""
     model = Model()
-    _, handle = shadowed(model)
-    with handle.paused():
-        model.image(data())
-    model(data())
-    assert handle.shadowed == ("image",)
+    model.register_parameter("token", nn.Parameter(torch.ones(4)))
+    partition(model, "_hp_mapping")
+    wrapper = DummyLossWrapper(model, {"image": ["image", "token"]}, SCALE)
+    handle = shadow_inactive(wrapper, model)
+    text = "No recorded call of a tower reaches token"
+    with pytest.raises(UnsupportedEngineError, match=text), handle.record():
+        model(data(), data())
+    for _ in range(2):
+        with pytest.raises(UnsupportedEngineError, match=text):
+            model(data())
 
 
 def test_a_failed_pass_does_not_spoil_a_record() -> None:

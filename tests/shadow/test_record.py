@@ -20,6 +20,7 @@ from modaldummy import (
     UnsupportedEngineError,
     shadow_inactive,
 )
+from tests.fake_ranks import pretend
 from tests.preflight.models import Engine, partition
 
 X = torch.ones(2, 3)
@@ -129,9 +130,7 @@ class OtherRank:
 @pytest.fixture
 def other(process_group: None, monkeypatch: pytest.MonkeyPatch) -> OtherRank:
     rank = OtherRank()
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: range(2))
-    monkeypatch.setattr(dist, "all_gather", rank.all_gather)
+    pretend(monkeypatch, 2, rank.all_gather)
     monkeypatch.setattr(dist, "all_gather_object", rank.all_gather_object)
     return rank
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from modaldummy._arguments import check_wrapper
@@ -18,7 +19,10 @@ from modaldummy._optimizers import parameter_ids_of, why_not_held
 
 
 def hold_inactive(
-    wrapper: DummyLossWrapper, optimizer: Any, *, group: "dist.ProcessGroup | None" = None
+    wrapper: DummyLossWrapper,
+    optimizer: Optimizer | nn.Module,
+    *,
+    group: "dist.ProcessGroup | None" = None,
 ) -> "HoldHandle":
     """Keep the optimizer from changing parameters that no batch has trained.
 
@@ -73,7 +77,7 @@ def hold_inactive(
     """
     check_wrapper(wrapper, optimizer)
     check_group(group)
-    if is_deepspeed_engine(type(optimizer)):
+    if isinstance(optimizer, nn.Module) and is_deepspeed_engine(type(optimizer)):
         check_engine(wrapper, optimizer)
         return _handle(wrapper, optimizer, group)
     if not isinstance(optimizer, Optimizer):

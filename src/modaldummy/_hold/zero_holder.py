@@ -67,8 +67,8 @@ class ZeroHolder:
     def __init__(self, engine: Any) -> None:
         self.target = weakref.ref(engine)
         self.holds: list[WrapperHold] = []
-        # `engine.global_steps` when losses began to count.
-        self._window = engine.global_steps
+        # `engine.global_steps` since when losses count.
+        self._first_step = engine.global_steps
         # Whether it is decided what the step that runs holds; ZeRO-3 steps sub-group by sub-group.
         self._decided = False
         self._flats: dict[int, FlatParameter] = {}
@@ -81,10 +81,8 @@ class ZeroHolder:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of the module that ZeRO steps; none once the engine is gone."""
-        engine = self.target()
-        if engine is not None:
-            for each in zero_flat_parameters(engine):
-                yield from each.parameters
+        for each in self._flats.values() if self.target() is not None else ():
+            yield from each.parameters
 
     def has_gradients(self) -> bool:
         """False: ZeRO takes gradients away as they arrive."""
@@ -97,7 +95,7 @@ class ZeroHolder:
     def before_loss(self) -> None:
         """Forget what was trained before the last step, also if the engine has skipped it."""
         engine = self.target()
-        if engine is not None and (self._decided or engine.global_steps != self._window):
+        if engine is not None and (self._decided or engine.global_steps != self._first_step):
             self._start_over(engine)
 
     def restore_gradients(self) -> None:
@@ -110,19 +108,19 @@ class ZeroHolder:
         engine = self.target()
         if engine is None:
             return
-        if engine.global_steps != self._window:  # a step without a loss of the wrapper
+        if engine.global_steps != self._first_step:  # a step without a loss of the wrapper
             self._start_over(engine)
         if not self._decided:
             self._decided = True
-            self._held = set(parameters_to_hold(self.holds, self.parameters()))
             self._flats = {id(each.flat): each for each in zero_flat_parameters(engine)}
+            self._held = set(parameters_to_hold(self.holds, self.parameters()))
             self.holds = [hold for hold in self.holds if not hold.ended]
         for group in inner.param_groups:
             for flat in group["params"]:
                 self._hold(inner, self._flats[id(flat)])
 
     def _start_over(self, engine: Any) -> None:
-        self._window = engine.global_steps
+        self._first_step = engine.global_steps
         self._decided = False
         for hold in self.holds:
             hold.trained_keys.start_over()

@@ -45,7 +45,7 @@ class ForwardPass:
         # How often each tower has run, for real or as a shadow.
         self._num_runs: Counter[nn.Module] = Counter()
         # Calls of shadowed towers, and their outputs that have no tie yet.
-        self._untied: list[tuple[TowerCall, list[Tensor]]] = []
+        self._untied: dict[TowerCall, list[Tensor]] = {}
         # While a tower runs, for real or as a shadow, modules inside it call the hooks too.
         self._is_in_tower = False
 
@@ -64,13 +64,12 @@ class ForwardPass:
             self._enter_tower(module)
             return None
         point = self._reach(module)
-        if not torch.is_grad_enabled() or not any(point in c.ties for c, _ in self._untied):
-            return None
+        calls = [call for call in self._untied if point in call.ties]
         new: dict[int, Any] = {}
-        for call in [call for call, _ in self._untied if point in call.ties]:
+        for call in calls if torch.is_grad_enabled() else ():
             if (leaf := _leaf_to_tie(call.ties[point], args, kwargs)) is not None:
-                new[id(leaf)] = self._tied(new.get(id(leaf), leaf), [call])
-        return replaced((args, kwargs), new)
+                new[id(leaf)] = self._tied(new.get(id(leaf), leaf), self._untied.pop(call))
+        return replaced((args, kwargs), new) if new else None
 
     def leave(self, module: nn.Module) -> None:
         """A call of a tower or of another module has ended."""
@@ -101,12 +100,9 @@ class ForwardPass:
                 )
         if not self._untied:
             return output
-        calls, untied = [call for call, _ in self._untied], self._untied
-        new = {}
-        for loss in filter(is_floating, losses_in(output)):
-            self._untied = untied
-            new[id(loss)] = self._tied(loss, calls)
-        return replaced(output, new)
+        outputs = [tensor for own in self._untied.values() for tensor in own]
+        losses = filter(is_floating, losses_in(output))
+        return replaced(output, {id(loss): self._tied(loss, outputs) for loss in losses})
 
     def _reach(self, module: nn.Module, *, after: bool = False) -> Point:
         """The point to which a call of a module, or its end, brings the pass."""
@@ -168,12 +164,9 @@ class ForwardPass:
         self.shadowed.append(call.tower)
         leaves = [leaf for _, leaf in leaves_of(output)]
         if outputs := [leaves[i] for i in call.outputs if leaves[i].requires_grad]:
-            self._untied.append((call, outputs))
+            self._untied[call] = outputs
 
-    def _tied(self, tensor: Tensor, calls: list[TowerCall]) -> Any:
-        """The tensor, tied to the outputs of these calls, which then need no other tie."""
-        outputs = [output for call, own in self._untied if call in calls for output in own]
-        self._untied = [(call, own) for call, own in self._untied if call not in calls]
+    def _tied(self, tensor: Tensor, outputs: list[Tensor]) -> Any:
         return apply_function(Tie, tensor, self.dummies, *outputs)
 
 

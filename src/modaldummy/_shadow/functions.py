@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from modaldummy._core.parameter import ParameterSlot
 from modaldummy._core.reduce import accumulation_dtype
 from modaldummy._core.term import product_without_underflow
-from modaldummy._engines import apply_function
+from modaldummy._engines import apply_function, direct_parameters
 
 
 class Probe(torch.autograd.Function):
@@ -118,9 +118,11 @@ class DummyGradients:
         engine may have other tensors in place of these parameters by then.
         """
         for owner in module.modules():
-            for name, parameter in owner.named_parameters(recurse=False):
+            for name, parameter in direct_parameters(owner).items():
                 hooked, handle = self._hooks.get((owner, name), (None, None))
-                if not parameter.requires_grad or (hooked and hooked() is parameter):
+                if parameter is None or not parameter.requires_grad:
+                    continue
+                if hooked is not None and hooked() is parameter:
                     continue
                 if handle is not None:
                     handle.remove()

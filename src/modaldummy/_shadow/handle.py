@@ -57,13 +57,12 @@ def shadow_inactive(
     check_wrapper(wrapper, model)
     check_model(model)
     check_group(group)
-    if examples is not None:
-        examples = _checked(examples)
+    batches = None if examples is None else _batches_of(examples)
     handle = ShadowHandle(Shadow(wrapper, called_model(wrapper, model), group))
-    if examples is not None:
+    if batches is not None:
         try:
             with handle.record():
-                for example in examples:
+                for example in batches:
                     model(**example) if isinstance(example, Mapping) else model(*example)
         except BaseException:
             handle.remove()
@@ -71,7 +70,8 @@ def shadow_inactive(
     return handle
 
 
-def _checked(examples: Any) -> list[Any]:
+def _batches_of(examples: Any) -> list[Any]:
+    """The batches that `examples` lists; a single batch in its place is refused."""
     if isinstance(examples, (Tensor, Mapping, str)) or not isinstance(examples, Iterable):
         raise TypeError(f"`examples` must be a list of batches, got {describe(examples)}.")
     batches = list(examples)

@@ -55,6 +55,8 @@ class Record:
         order: All calls, in the order of the model.
         calls: Those of each tower.
         at: Those of each station.
+        points: All stations and ties.
+        watched: All towers, and the modules of stations and ties.
         keys: As `towers`.
 
     Raises:
@@ -78,16 +80,10 @@ class Record:
         for call in self.order:
             self.calls.setdefault(call.tower, []).append(call)
             self.at.setdefault(call.station, []).append(call)
+        self.points = {*self.at, *(point for call in self.order for point in call.ties)}
+        self.watched = {point.module for point in self.points} | self.calls.keys()
         self._check_keys(parameters)
         self._check_calls(parameters)
-
-    def points(self) -> set[Point]:
-        """All stations and ties."""
-        return {*self.at, *(point for call in self.order for point in call.ties)}
-
-    def watched(self) -> set[nn.Module]:
-        """All towers, and the modules of stations and ties."""
-        return {point.module for point in self.points()} | self.calls.keys()
 
     def modules(self) -> set[nn.Module]:
         """All modules of the towers that were called."""
@@ -205,8 +201,9 @@ def passes_of_all_ranks(
 
 def _text(call: TowerCall) -> str:
     """What has to be the same on all ranks; not the arguments."""
-    kind = call.checkpoint, call.has_grad, call.outputs
-    return f"{call.tower} {call.number} {kind} {call.station} {list(call.ties.items())}"
+    kind = call.checkpoint, call.has_grad, call.is_inference, call.autocast, call.num_leaves
+    where = call.outputs, call.station, list(call.ties.items())
+    return f"{call.tower} {call.number} {kind} {where}"
 
 
 def check_order_of_gradients(record: Record, model: nn.Module) -> None:

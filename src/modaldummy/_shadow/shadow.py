@@ -1,7 +1,7 @@
-"""Calls the towers that a rank does not run, so that it takes part in their collectives."""
+"""Records a model, agrees with other ranks on the record, and follows its forward passes."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,7 +101,8 @@ class Shadow:
         finally:
             self._is_recording = False
         self._passes = recorder.passes
-        self._modules, self._trained = set(self.model.modules()), _trained(self.model)
+        self._modules = set(self.model.modules())
+        self._trained = _trained(self._modules)
         self._was_training = self.model.training
         self._in_towers = {module for tower in self._towers for module in tower.modules()}
         if num_ranks(self._group) == 1:
@@ -153,13 +154,11 @@ class Shadow:
                 "The shadow has no record. Record a forward pass first: pass `examples=` to "
                 "`shadow_inactive`, or call the model in `with handle.record():`."
             )
-        record = self._use(Record(passes, self._towers, self._wrapper.parameters))
+        record = Record(passes, self._towers, self._wrapper.parameters)
+        self._in_towers = record.modules()  # the next check asks what is covered
         check_parameters_without_tower(self._wrapper, self.model)
         check_order_of_gradients(record, self.model)
-        return record
-
-    def _use(self, record: Record) -> Record:
-        self._record, self._in_towers = record, record.modules()
+        self._record = record
         return record
 
     def _check_unchanged(self, record: Record) -> None:
@@ -168,13 +167,13 @@ class Shadow:
         Raises:
             RecordError: It has other parameters, or trains others, or is in another mode.
         """
-        now = _trained(self.model)
         present = set(self.model.modules())
-        if missing := [module for module in record.watched() if module not in present]:
+        if missing := record.watched - present:
             raise RecordError(
-                f"{describe(missing[0])}, which was called in the record, is not in the model any "
-                "more. Record again."
+                f"{describe(next(iter(missing)))}, which was called in the record, is not in the "
+                "model any more. Record again."
             )
+        now = _trained(present)
         if changed := [slot for slot, flag in now.items() if self._trained.get(slot) is not flag]:
             module, name = changed[0]
             raise RecordError(
@@ -202,18 +201,18 @@ class Shadow:
         order = [call.outside(outer) for call in record.order]
         towers = {outer[tower]: keys for tower, keys in self._towers.items()}
         record = Record([order], towers, self._wrapper.parameters)
-        points = record.points()
-        before = {point.module for point in points if not point.after} | record.calls.keys()
-        ending = {point.module for point in points if point.after} - {self.model}
+        before = {point.module for point in record.points if not point.after}
+        ending = {point.module for point in record.points if point.after} - {self.model}
         self._handles = [
             module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
-            for module in before
+            for module in before | record.calls.keys()
         ]
         self._handles += [
             module.register_forward_hook(Hook(self._leave), prepend=True)
             for module in ending | record.calls.keys()
         ]
-        return self._use(record)
+        self._record, self._in_towers = record, record.modules()
+        return record
 
     def _forget(self) -> None:
         for handle in self._handles:
@@ -233,14 +232,14 @@ class Shadow:
         self._pass = ForwardPass(self.model, record, self._num_passes)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.is_paused or self._record is None:
-            return None
         if self._pass is not None:
             return self._pass.enter(module, args, kwargs)
-        return recomputed(self._record, module, args, kwargs) if is_in_backward() else None
+        if self._record is None or not is_in_backward():
+            return None
+        return recomputed(self._record, module, args, kwargs)
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if self._pass is not None and not self.is_paused:
+        if self._pass is not None:
             self._pass.leave(module)
 
     def _end(self, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -255,11 +254,11 @@ class Shadow:
         return output
 
 
-def _trained(model: nn.Module) -> dict[ParameterSlot, bool]:
-    """Which parameters a model has, and whether they are trained."""
+def _trained(modules: Iterable[nn.Module]) -> dict[ParameterSlot, bool]:
+    """Which parameters modules have, and whether they are trained."""
     return {
         (module, name): parameter.requires_grad
-        for module in model.modules()
+        for module in modules
         for name, parameter in direct_parameters(module).items()
         if parameter is not None
     }
