@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             ranks = {"fleet", "fleets", "two"} & set(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
+            group = f"ranks {fleet_of(getattr(item, 'module', None))}" if ranks else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -64,23 +66,28 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def fleets() -> Iterator[Callable[[int], Fleet]]:
-    """So many ranks; those of one test serve the next."""
-    made: dict[int, Fleet] = {}
+def fleets() -> Iterator[Callable[..., Fleet]]:
+    """So many ranks, perhaps under a name of their own; those of one test serve the next."""
+    made: dict[tuple[int, str], Fleet] = {}
 
-    def of(num_ranks: int) -> Fleet:
-        return made.setdefault(num_ranks, Fleet(num_ranks))
+    def of(num_ranks: int, name: str = "") -> Fleet:
+        return made.setdefault((num_ranks, name), Fleet(num_ranks))
 
     yield of
     for fleet in made.values():
         fleet.close()
 
 
-@pytest.fixture(scope="session", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def fleet(fleets: Callable[[int], Fleet], request: pytest.FixtureRequest) -> Fleet:
-    return fleets(request.param)
+def fleet_of(module: Any) -> str:
+    """The name of the ranks of a test module, its `FLEET`: DeepSpeed changes torch in theirs."""
+    return getattr(module, "FLEET", "")
 
 
-@pytest.fixture(scope="session")
-def two(fleets: Callable[[int], Fleet]) -> Fleet:
-    return fleets(2)
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def fleet(fleets: Callable[..., Fleet], request: pytest.FixtureRequest) -> Fleet:
+    return fleets(request.param, fleet_of(request.module))
+
+
+@pytest.fixture(scope="module")
+def two(fleets: Callable[..., Fleet], request: pytest.FixtureRequest) -> Fleet:
+    return fleets(2, fleet_of(request.module))

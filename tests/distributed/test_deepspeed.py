@@ -1,7 +1,7 @@
 """Gradients under DeepSpeed are those of one process, or what goes wrong is said."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,12 @@ from tests.distributed.deepspeed_engines import (
     outcome_with_shadow,
 )
 
+FLEET = "DeepSpeed"
 PAGE = Path(__file__).parents[2] / "docs/how-to/deepspeed.md"
 # Towers of one shape, so that what is mixed up fits.
 TOWERS: Schedule = (((("T1",), ("rsfMRI",)),),)
 # What `make test` runs of the engines with a shadow.
-CORE = {"ZeRO-1, overlapping", "ZeRO-2, small buckets", "ZeRO-3, overlapping"}
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """Ranks of their own: DeepSpeed changes functions of torch in its process."""
-    with Fleet(request.param) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Fleet]:
-    with Fleet(2) as ranks:
-        yield ranks
+CORE = {"ZeRO-2, small buckets", "ZeRO-3, overlapping"}
 
 
 @pytest.mark.long

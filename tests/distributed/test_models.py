@@ -265,15 +265,13 @@ def train(rank: int, cell: Cell, has_shadow: bool = True) -> tuple[list[str], se
 
 
 @pytest.fixture(scope="module")
-def ranks(fleets: Callable[[int], Fleet]) -> Iterator[Callable[[str, str], Fleet]]:
+def ranks(fleets: Callable[..., Fleet]) -> Callable[[str, str], Fleet]:
     """Ranks for an engine and a variant. DeepSpeed changes functions of torch in its process."""
-    with Fleet(2) as of_deepspeed:
 
-        def of(engine: str, variant: str = "") -> Fleet:
-            num_ranks = 4 if variant == "HSDP" else 2
-            return of_deepspeed if "ZeRO" in engine else fleets(num_ranks)
+    def of(engine: str, variant: str = "") -> Fleet:
+        return fleets(4 if variant == "HSDP" else 2, "DeepSpeed" if "ZeRO" in engine else "")
 
-        yield of
+    return of
 
 
 @pytest.mark.parametrize("cell", list(cells()), ids=", ".join)

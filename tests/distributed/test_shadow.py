@@ -86,6 +86,7 @@ def test_gradients_are_the_average_over_ranks(two: Fleet, engine: str) -> None:
     check_schedules(two, outcome, engine, (1e-7, 0.0, None), num_examples=6, agree=True)
 
 
+@pytest.mark.long
 @needs_averages
 def test_gradients_are_the_average_over_four_ranks(fleets: Any) -> None:
     check_schedules(fleets(4), outcome, "FSDP2, towers", (1e-7,), num_examples=6, agree=True)

@@ -22,6 +22,8 @@ if find_spec("deepspeed") is None:
 
 from tests.distributed.deepspeed_engines import BF16, OFFLOADED, Narrow, deepspeed_on_cpus
 
+FLEET = "DeepSpeed"
+
 
 class Variant(NamedTuple):
     """How an engine is set up.

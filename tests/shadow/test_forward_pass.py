@@ -104,6 +104,27 @@ class Appending(nn.Linear):
         return super().forward(hidden)
 
 
+class Collects(Model):
+    """A module gets its input in a list, and appends its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block: Any = Collecting()
+
+    def think(self, hidden: Tensor) -> Any:
+        states = [hidden]
+        self.block(states)
+        return states[1]
+
+
+class Collecting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, states: list[Tensor]) -> None:  # type: ignore[override]
+        states.append(super().forward(states[0]))
+
+
 class Twice(Model):
     """A module gets the same tensor twice, and asks whether it is the same."""
 
@@ -198,6 +219,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "checkpoint": Checkpoints,
     "selective checkpoint": Selective,
     "list that grows": Appends,
+    "list that the caller reads": Collects,
     "same tensor twice": Twice,
     "shared module": Shares,
     "dataclass": Dataclasses,
@@ -290,6 +312,15 @@ def test_each_loss_has_the_dummy_gradients_of_its_own_pass() -> None:
     assert model.image.bias.grad.unique().tolist() == [pytest.approx(2 * SCALE)]
 
 
+def test_a_loss_of_no_pass_changes_no_pass_that_is_alive() -> None:
+    model = Model()
+    wrapper, _ = shadowed(model)
+    loss = model(data())
+    wrapper.total(torch.ones((), requires_grad=True), []).backward()
+    wrapper.total(loss, []).backward()
+    assert model.image.bias.grad.unique().tolist() == [pytest.approx(SCALE)]
+
+
 def test_a_share_of_the_scale_reaches_the_dummy_gradient() -> None:
     model = Model()
     wrapper, _ = shadowed(model)
@@ -303,6 +334,12 @@ def test_a_share_of_the_scale_reaches_the_dummy_gradient() -> None:
 def test_an_error_in_forward_leaves_nothing_behind() -> None:
     model = Model()
     _, handle = shadowed(model)
+    calls: list[Any] = []
+    model.image.register_forward_hook(lambda *_: calls.append(_))
+    with pytest.raises(RuntimeError, match="shape"):
+        model(torch.ones(2, 5))
+    model.block(data())
+    assert calls == []
     with pytest.raises(RuntimeError, match="shape"):
         model(data(), torch.ones(2, 5))
     model.image(data())
