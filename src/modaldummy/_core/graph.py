@@ -44,9 +44,10 @@ def reached_nodes(
         edges = node.next_functions
         if not follow_dummies and getattr(function_of(node), "only_connects", False):
             edges = edges[:1]
-        following = {after for after, _ in edges if after is not None} - visited - without
-        waiting += following
-        visited |= following
+        for after, _ in edges:
+            if after is not None and after not in visited and after not in without:
+                visited.add(after)
+                waiting.append(after)
     return visited
 
 
