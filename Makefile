@@ -11,7 +11,7 @@ AUDIT := .venv-audit
 LOWEST_PINS := requirements/lowest.txt
 
 .PHONY: demo test docs typing test-wheel test-integrations test-lowest test-distributed test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
-	bench-ddp bench-shadow gpu figures lint types clean
+	bench-ddp bench-shadow bench-zero-hold gpu figures lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -97,6 +97,10 @@ bench-ddp: $(VENV)/.bench
 # The table of docs/explanation/cost.md for shadows; about a quarter of an hour on 2 busy cores.
 bench-shadow: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_shadow.py --csv
+
+# The table of docs/how-to/hold.md for DeepSpeed; some minutes on 2 cores.
+bench-zero-hold: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_zero_hold.py --csv
 
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

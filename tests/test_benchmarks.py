@@ -20,6 +20,7 @@ RUNS: dict[str, tuple[str, str]] = {
         "--engine fsdp2 --rounds 1 --width 24 --layers 1 --patches 4 --tokens 4",
         "| fsdp2 | shadow / fake image, one patch |",
     ),
+    "bench_zero_hold.py": ("--rounds 1 --width 16", "| 3 | a group for each tower, hold | 4"),
     "bench_import.py": ("--rounds 1", "modaldummy"),
     "show_alternatives.py": ("--device cpu --width 8 --batch 2 --rounds 1", "fake, one sample"),
     "show_silent_mixing.py": ("--engines 'FSDP2, the whole'", "FSDP2, the whole"),

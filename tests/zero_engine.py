@@ -53,12 +53,15 @@ def flattened(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class Zero12:
-    """The optimizer of ZeRO-1 and 2, which steps one flat tensor for each group at once.
+    """The optimizer of ZeRO-1 and 2, which steps one flat tensor after the other.
 
-    `dist.get_rank` must return its argument: the rank stands for its process group.
+    A rank stands for its process group, so that `dist.get_rank` must return its argument; None is
+    the only rank of the default group.
     """
 
-    def __init__(self, groups: list[Parameters], make: Callable[..., Optimizer], rank: int) -> None:
+    def __init__(
+        self, groups: list[Parameters], make: Callable[..., Optimizer], rank: int | None
+    ) -> None:
         self.groups = [Group(parameters, rank) for parameters in groups]
         self.single_partition_of_fp32_groups = [group.flat for group in self.groups]
         self.partition_size = [group.size for group in self.groups]
@@ -68,11 +71,13 @@ class Zero12:
         self.optimizer = make([{"params": [group.flat]} for group in self.groups])
 
     def step(self) -> None:
-        for group in self.groups:
+        groups = self.optimizer.param_groups
+        for place, group in enumerate(self.groups):
             group.take_gradients()
-        self.optimizer.step()
-        for group in self.groups:
+            self.optimizer.param_groups = [groups[place]]
+            self.optimizer.step()
             group.give_values()
+        self.optimizer.param_groups = groups
 
 
 class Zero3:
@@ -82,6 +87,7 @@ class Zero3:
         self.groups = [Group(parameters, None) for parameters in groups]
         self.fp32_partitioned_groups_flat = [group.flat for group in self.groups]
         self.fp16_groups = groups
+        self.sub_group_to_group_id = dict.fromkeys(range(len(groups)), 0)
         self.grad_position = {
             parameter: [place, offset, parameter.numel()]
             for place, group in enumerate(self.groups)

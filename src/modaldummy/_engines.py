@@ -407,6 +407,26 @@ def zero_flat_parameters(engine: Any) -> list[FlatParameter]:
     return found
 
 
+def zero_options(engine: Any) -> list[Mapping[str, Any]]:
+    """Between steps: the learning rate and other options of each of `zero_flat_parameters`."""
+    groups = zero_optimizer(engine).param_groups
+    if zero_stage(engine) == 3:
+        group_of = engine.optimizer.sub_group_to_group_id
+        return [groups[group_of[place]] for place in range(len(group_of))]
+    return list(groups)
+
+
+def zero_optimizer(engine: Any) -> Any:
+    """The optimizer inside ZeRO, which steps the flat tensors; None without one."""
+    return getattr(getattr(engine, "optimizer", None), "optimizer", None)
+
+
+def zero_elements(parameter: nn.Parameter) -> Tensor:
+    """What this rank has of the values of a parameter that ZeRO steps."""
+    elements: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    return elements
+
+
 def zero_swaps_state(engine: Any) -> bool:
     """Whether ZeRO-3 keeps the state of its optimizer on NVMe."""
     return bool(getattr(engine.optimizer, "swap_optimizer", False))

@@ -15,6 +15,8 @@ from modaldummy import (
     preflight,
     shadow_inactive,
 )
+from modaldummy._core.paths import strip_wrappers
+from modaldummy._engines import local_shard
 from tests.distributed.engines import (
     AGREEING,
     DDPS,
@@ -46,6 +48,7 @@ from tests.distributed.oracle import (
 )
 from tests.distributed.schedules import check_schedules
 from tests.fleet import Fleet
+from tests.optimizers import OPTIMIZERS
 
 
 class Compiled(Model):
@@ -185,30 +188,48 @@ def test_an_error_in_one_rank_ends_the_others_within_the_timeout() -> None:
     assert second.kind != "hangs"
 
 
-def held(rank: int) -> list[list[str]]:
-    """Parameters that AdamW moves in each of three steps, with a shadow and a hold."""
-    run = shadowed(fsdp(*TOWERS))(1e-7)
-    optimizer = torch.optim.AdamW(run.bare.parameters(), 0.1)
+HELD_ENGINES: dict[str, Make] = {
+    "FSDP2": fsdp(*TOWERS, "fusion"),
+    "FSDP1": fsdp1(*TOWERS, "fusion", kind=FSDP1),
+}
+
+
+def held(rank: int, engine: str, optimizer_name: str) -> list[list[str]]:
+    """Towers of which a step moves values or optimizer state, with a shadow and a hold."""
+    run = shadowed(HELD_ENGINES[engine])(1e-7)
+    optimizer = OPTIMIZERS[optimizer_name](list(run.bare.parameters()), 0.1)
     hold_inactive(run.wrapper, optimizer)
     moved = []
-    for place, ranks in enumerate([(("T1",), ()), (("dMRI",), ("dMRI",)), ((), ("rsfMRI",))]):
-        before = run.values()
+    for place, ranks in enumerate(
+        [(NAMES, NAMES), (("T1",), ()), (("dMRI",), ("dMRI",)), ((), ("rsfMRI",)), ((), ())]
+    ):
+        before = values_and_state(run, optimizer)
         loss = loss_of(run.call(batch_of(ranks[rank], place, rank, dtype=run.dtype)))
         run.wrapper.total(loss, ranks[rank]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        after = run.values()
-        moved.append([name for name in NAMES if is_moved(before, after, f"towers.{name}.weight")])
+        after = values_and_state(run, optimizer)
+        changed = [n for n in after if n not in before or not torch.equal(before[n], after[n])]
+        moved.append([name for name in NAMES if any(f"towers.{name}." in each for each in changed)])
     return moved
 
 
-def is_moved(before: dict[str, Tensor], after: dict[str, Tensor], name: str) -> bool:
-    return not torch.equal(before[name], after[name])
+def values_and_state(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Whole parameters, and what this rank has of their optimizer state."""
+    state = {
+        f"{strip_wrappers(name)}: {kind}": local_shard(tensor).clone()
+        for name, parameter in run.bare.named_parameters()
+        for kind, tensor in optimizer.state[parameter].items()
+        if isinstance(tensor, Tensor)
+    }
+    return run.values() | state
 
 
-def test_a_hold_lets_go_of_what_any_rank_trains(two: Fleet) -> None:
-    for moved in two.ask(held):
-        assert moved == [["T1"], ["dMRI"], ["rsfMRI"]]
+@pytest.mark.parametrize("optimizer", ["AdamW", "Lion", "SGD, momentum 0.9, decay 0.01"])
+@pytest.mark.parametrize("engine", HELD_ENGINES)
+def test_a_hold_lets_go_of_what_any_rank_trains(two: Fleet, engine: str, optimizer: str) -> None:
+    for moved in two.ask(held, engine, optimizer):
+        assert moved == [list(NAMES), ["T1"], ["dMRI"], ["rsfMRI"], []]
 
 
 class Frozen(nn.Module):

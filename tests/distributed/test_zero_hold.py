@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -156,6 +157,45 @@ def steps_with_a_hold(rank: int, stage: int, name: str) -> tuple[list[str], int,
             wrong += [] if torch.equal(old, new) else [f"step {step}: {key} moved"]
             num_moved += not torch.equal(old, without[key])
     return wrong, num_moved, held.skipped_steps
+
+
+def resumed(rank: int, stage: int, folder: str) -> list[str]:
+    """What differs after 20 steps between a training that went on and one that was resumed."""
+    first, second = make(stage, Variant()), make(stage, Variant())
+    wrapper = wrapper_with_hold(first)
+    train(first, wrapper, range(10), rank)
+    first.save_checkpoint(folder)
+    train(first, wrapper, range(10, 20), rank)
+    second.load_checkpoint(folder)
+    train(second, wrapper_with_hold(second), range(10, 20), rank)
+    expected, found = snapshot(first), snapshot(second)
+    assert expected.keys() == found.keys()
+    return [str(key) for key in expected if not torch.equal(found[key], expected[key])]
+
+
+def wrapper_with_hold(engine: Any) -> DummyLossWrapper:
+    """A wrapper with a shadow, which holds the engine."""
+    wrapper = DummyLossWrapper(engine, MAP)
+    shadow_inactive(wrapper, engine, examples=[(batch_of(NAMES, 99),)])
+    hold_inactive(wrapper, engine)
+    return wrapper
+
+
+def train(engine: Any, wrapper: DummyLossWrapper, steps: range, rank: int) -> None:
+    """Steps on random batches."""
+    for step in steps:
+        choices = random.Random(step)
+        ranks = [tuple(n for n in NAMES if choices.random() < 0.3) for _ in range(2)]
+        real = loss_of(engine(batch_of(ranks[rank], step, rank)))
+        engine.backward(wrapper.total(real, ranks[rank]))
+        engine.step()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_training_goes_on_as_before(two: Fleet, stage: int, tmp_path: Path) -> None:
+    for different in two.ask(resumed, stage, str(tmp_path)):
+        assert different == []
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_an_optimizer_that_changes_parameters_without_a_gradient_is_found() -> N
     message = "ChangesAll has changed parameters whose gradient is None"
     with pytest.raises(UnsupportedEngineError, match=message):
         training.step("T1")
-    assert all(group.flat.grad is not None for group in training.engine.optimizer.groups)
+    assert training.engine.optimizer.groups[1].flat.grad is not None
 
 
 def test_gradients_come_back_after_a_step_that_raised() -> None:
@@ -306,11 +306,11 @@ def test_gradients_come_back_after_a_step_that_raised() -> None:
 
     failing = inner.register_step_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        training.micro("T1")
+        training.micro("dMRI")  # holds the first group
     failing.remove()
-    assert training.engine.optimizer.groups[1].flat.grad is None
+    assert training.engine.optimizer.groups[0].flat.grad is None
     training.handle.remove()
-    assert training.engine.optimizer.groups[1].flat.grad is not None
+    assert training.engine.optimizer.groups[0].flat.grad is not None
 
 
 class WithoutHooks:

@@ -1,6 +1,7 @@
 """Setups with one thing wrong, which `preflight` must find, and setups with nothing wrong."""
 
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from tests.preflight.models import (
     with_towers,
     with_two_layers,
 )
+from tests.zero_engine import Zero12, ZeroEngine
 
 Arguments = dict[str, Any]
 
@@ -132,6 +134,31 @@ def with_dtensor() -> Arguments:
 def engine(stage: int, scale: float | None = 1e-7, overlap: bool = False) -> Arguments:
     model = Model()
     return given(model, scale, called=Engine(model, stage, overlap))
+
+
+def zero(*, has_groups: bool = False, held: bool = True) -> Arguments:
+    """ZeRO-1 on a single rank, with AdamW."""
+    model = Model()
+    parts = [*model.towers.values(), model.trunk] if has_groups else [model]
+    groups = [list(part.parameters()) for part in parts]
+    called = ZeroEngine(model, 1, Zero12(groups, partial(AdamW, lr=0.1), None))
+    arguments = given(model, called=called)
+    if held:
+        hold_inactive(arguments["wrapper"], called)
+    return arguments
+
+
+def zero_of_another_kind() -> Arguments:
+    """It keeps flat tensors somewhere else."""
+    arguments = zero(held=False)
+    del arguments["model"].optimizer.single_partition_of_fp32_groups
+    return arguments
+
+
+def zero_on_nvme() -> Arguments:
+    arguments = zero(held=False)
+    arguments["model"].optimizer.swap_optimizer = True
+    return arguments
 
 
 def partitioned(attribute: str) -> Arguments:
@@ -459,6 +486,18 @@ SICK: dict[str, Sick] = {
         "Around...hold_inactive(wrapper, optimizer)...hold_inactive(wrapper, engine)",
     ),
     "AdamW after a step of a warm-up": Sick("MD141 warning", after_a_step, "AdamW...rates={T1: "),
+    "ZeRO, no hold": Sick(
+        "MD141 warning",
+        lambda: zero(held=False),
+        "AdamW...rates={T1: 0.9...hold_inactive(wrapper, engine)...own before",
+    ),
+    "ZeRO, no hold, state on NVMe": Sick("MD141 warning", zero_on_nvme, "refuses...on NVMe"),
+    "ZeRO, no hold, another kind of optimizer": Sick(
+        "MD142 info", zero_of_another_kind, "AdamW...single_partition_of_fp32_groups"
+    ),
+    "ZeRO, held, one parameter group": Sick(
+        "MD144 info", zero, "step counters go on...modalities=[T1, rsfMRI, dMRI]"
+    ),
     "hold that was removed": Sick("MD141 warning", removed_hold, "AdamW"),
     "hold of another wrapper": Sick("MD141 warning", hold_of_another_wrapper, "AdamW"),
     "FSDP2, between forward and backward": Sick(
@@ -518,9 +557,10 @@ HEALTHY: dict[str, Callable[[], Arguments]] = {
     "FSDP2, the whole model, held": lambda: held(sharded("")),
     "DTensor without FSDP2": with_dtensor,
     "ZeRO-1": lambda: engine(1),
+    "ZeRO, held, a parameter group for each modality": lambda: zero(has_groups=True),
 }
 
 
 def needs_group(name: str) -> bool:
     """Whether a setup needs a process group, of one process and for the CPU."""
-    return name.startswith(("DDP", "FSDP2", "DTensor"))
+    return name.startswith(("DDP", "FSDP2", "DTensor", "ZeRO,"))

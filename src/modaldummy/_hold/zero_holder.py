@@ -12,6 +12,7 @@ from modaldummy._engines import (
     FlatParameter,
     version_of,
     zero_flat_parameters,
+    zero_optimizer,
     zero_stage,
     zero_swaps_state,
 )
@@ -75,7 +76,7 @@ class ZeroHolder:
         self._held: set[int] = set()
         self._ranges: list[_HeldRange] = []
         self._hidden: list[_HiddenGradient] = []
-        inner: Optimizer = engine.optimizer.optimizer
+        inner: Optimizer = zero_optimizer(engine)
         inner.register_step_pre_hook(self._before_step)
         inner.register_step_post_hook(self._after_step)
 
@@ -183,16 +184,14 @@ def check_engine(wrapper: DummyLossWrapper, engine: Any) -> None:
         )
     try:
         flats = zero_flat_parameters(engine)
-        has_hooks = isinstance(engine.optimizer.optimizer, Optimizer)
     except AttributeError as error:
         raise UnsupportedEngineError(
             f"`hold_inactive` does not know where {type(engine.optimizer).__name__} keeps its "
             f"parameters: {error}. Use the optimizer of ZeRO-1, 2 or 3 as DeepSpeed 0.19 makes it."
         ) from error
-    if not has_hooks:
+    if not isinstance(inner := zero_optimizer(engine), Optimizer):
         raise UnsupportedEngineError(
-            f"{type(engine.optimizer.optimizer).__name__} has no step hooks. Give the engine an "
-            "optimizer of torch."
+            f"{type(inner).__name__} has no step hooks. Give the engine an optimizer of torch."
         )
     if not any(id(p) in wrapper.parameters.all() for flat in flats for p in flat.parameters):
         names = ", ".join(map(repr, wrapper.modalities))

@@ -1,21 +1,32 @@
 """Checks of the parameters that optimizers have, and of the steps that dummy gradients cause."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from modaldummy._core.parameter_map import text_of
-from modaldummy._engines import is_fsdp2_unit, is_sharded, is_zero_parameter
+from modaldummy._core.parameter_map import ModalityKey, text_of
+from modaldummy._engines import (
+    is_deepspeed_engine,
+    is_fsdp2_unit,
+    is_sharded,
+    is_zero_parameter,
+    zero_flat_parameters,
+    zero_optimizer,
+    zero_stage,
+)
+from modaldummy._errors import UnsupportedEngineError
 from modaldummy._findings import Finding
 from modaldummy._hold import is_held
+from modaldummy._hold.zero_holder import check_engine
 from modaldummy._optimizers import (
     optimizers_inside,
     parameter_ids_of,
     parameters_of,
     why_not_held,
 )
-from modaldummy._preflight.drift import expected_drift
+from modaldummy._preflight.drift import expected_drift, expected_zero_drift
 from modaldummy._preflight.setup import Setup
 
 # A smaller drift, in learning rates per step, is no finding.
@@ -23,10 +34,24 @@ _MIN_DRIFT_RATE = 0.01
 # RAdam moves nothing in its first steps, so 10 steps would not show its drift. 20 steps of AdamW
 # take half a second on a CPU for the 12 blocks of a ViT-B.
 _NUM_STEPS = 20
+_HOLD = (
+    "Call `hold_inactive(wrapper, optimizer)` once, or pass `hold=True` to the mixin for Hugging "
+    "Face's Trainer or the callback for Lightning. Under DeepSpeed's ZeRO call "
+    "`hold_inactive(wrapper, engine)`."
+)
+_HOLD_ENGINE = (
+    "Call `hold_inactive(wrapper, engine)` once. Best give each modality a parameter group of its "
+    "own before: a hold then also holds the step counters, and copies nothing."
+)
+
+_Drifts = Mapping[ModalityKey, float]
 
 
 def check_optimizers(setup: Setup) -> Iterator[Finding]:
-    """MD112, MD141 to MD143; nothing without an optimizer."""
+    """MD112 and MD143, which need an optimizer, and MD141, MD142 and MD144."""
+    for engine in setup.modules:
+        if is_deepspeed_engine(type(engine)) and 1 <= zero_stage(engine) <= 3:
+            yield from _check_zero(setup, engine)
     if setup.optimizers is None:
         return
     if any(_has_shards_of_gathered(setup, optimizer) for optimizer in setup.optimizers):
@@ -79,10 +104,73 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
         is_held(setup.wrapper, each) for each in nested
     ):
         return
-    name = type(optimizer).__name__
+    inner = nested[-1]
+    yield from _drift_findings(
+        type(optimizer).__name__,
+        lambda: expected_drift(setup.wrapper, inner, _NUM_STEPS),
+        lambda: why_not_held(inner, setup.wrapper.parameters.all()),
+        _HOLD,
+    )
+
+
+def _check_zero(setup: Setup, engine: Any) -> Iterator[Finding]:
+    """MD141 and MD142 without a hold of the engine, MD144 with one."""
+    if is_held(setup.wrapper, engine):
+        yield from _check_shared_groups(setup, engine)
+    elif (inner := zero_optimizer(engine)) is not None:
+        yield from _drift_findings(
+            type(inner).__name__,
+            lambda: expected_zero_drift(setup.wrapper, engine, _NUM_STEPS),
+            lambda: _why_engine_not_held(setup, engine),
+            _HOLD_ENGINE,
+        )
+
+
+def _why_engine_not_held(setup: Setup, engine: Any) -> str | None:
     try:
-        drifts = expected_drift(setup.wrapper, nested[-1], _NUM_STEPS)
-        reason = why_not_held(nested[-1], setup.wrapper.parameters.all())
+        check_engine(setup.wrapper, engine)
+    except UnsupportedEngineError as error:
+        return str(error)
+    return None
+
+
+def _check_shared_groups(setup: Setup, engine: Any) -> Iterator[Finding]:
+    shared = set()
+    for flat in zero_flat_parameters(engine):
+        owners = {tuple(setup.owners.get(id(parameter), ())) for parameter in flat.parameters}
+        if len(owners) > 1:
+            shared |= {key for keys in owners for key in keys}
+    if shared:
+        names = [text_of(key) for key in setup.wrapper.parameters.paths if key in shared]
+        yield Finding(
+            "MD144",
+            "info",
+            "The hold keeps the values and the optimizer state of these modalities, but their step "
+            "counters go on and each step copies what it holds, because they share parameter "
+            "groups with others.",
+            {"modalities": names},
+            "Give each modality a parameter group of its own, so that its step counter is held "
+            "too. With a counter that went on, the first Adam step of a modality that comes late "
+            "is up to 3.2 learning rates long.",
+        )
+
+
+def _drift_findings(
+    name: str,
+    measure: Callable[[], _Drifts],
+    why_not: Callable[[], str | None],
+    remedy: str,
+) -> Iterator[Finding]:
+    """MD141, or MD142 if a trial fails.
+
+    Args:
+        name: Of the optimizer.
+        measure: Returns how far it moves each key.
+        why_not: Returns why the optimizer cannot be held; None if it can.
+        remedy: What to do if it can.
+    """
+    try:
+        drifts, reason = measure(), why_not()
     except Exception as error:
         yield Finding(
             "MD142",
@@ -106,11 +194,7 @@ def _check_drift(setup: Setup, optimizer: Optimizer) -> Iterator[Finding]:
                 "limit": _MIN_DRIFT_RATE,
                 "steps": _NUM_STEPS,
             },
-            "Call `hold_inactive(wrapper, optimizer)` once, or pass `hold=True` to the mixin for "
-            "Hugging Face's Trainer or the callback for Lightning. Under DeepSpeed's ZeRO call "
-            "`hold_inactive(wrapper, engine)`."
-            if reason is None
-            else f"`hold_inactive` refuses this optimizer: {reason}",
+            remedy if reason is None else f"`hold_inactive` refuses this optimizer: {reason}",
         )
 
 

@@ -1,7 +1,7 @@
 """How far an optimizer moves the parameters of a modality that gets only dummy gradients."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,22 @@ from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import OwnedParameter
 from modaldummy._core.parameter_map import ModalityKey
 from modaldummy._core.term import dummy_term
-from modaldummy._engines import local_shard, step_alone
+from modaldummy._engines import (
+    local_shard,
+    step_alone,
+    zero_elements,
+    zero_flat_parameters,
+    zero_optimizer,
+    zero_options,
+)
 from modaldummy._optimizers import optimizer_of_copies, parameters_to_try
 
 # Larger parameters are left out, except for the smallest of each number of dimensions.
 _MAX_SAMPLE_ELEMENTS = 2**12
 _MAX_SAMPLES = 100  # of one key and parameter group
+
+# The options of a parameter group, and its parameters by `id`.
+_Group: TypeAlias = tuple[Mapping[str, Any], Mapping[int, nn.Parameter]]
 
 
 def expected_drift(
@@ -41,20 +51,40 @@ def expected_drift(
         UnsupportedEngineError: The optimizer steps another one, or has no learning rate.
         Exception: What the optimizer raises when it steps without a closure.
     """
+    groups = [(group, {id(p): p for p in group["params"]}) for group in optimizer.param_groups]
+    return _largest_drifts(wrapper, optimizer, groups, steps)
+
+
+def expected_zero_drift(
+    wrapper: DummyLossWrapper, engine: Any, steps: int
+) -> dict[ModalityKey, float]:
+    """The drift under the optimizer inside ZeRO, as `expected_drift` has it.
+
+    The copies are of the first elements that this rank has of each parameter, without the state of
+    the optimizer.
+    """
+
+    def first_elements(parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(zero_elements(parameter).view(-1)[:_MAX_SAMPLE_ELEMENTS].float())
+
+    groups = [
+        (options, {id(parameter): first_elements(parameter) for parameter in flat.parameters})
+        for options, flat in zip(zero_options(engine), zero_flat_parameters(engine), strict=True)
+    ]
+    return _largest_drifts(wrapper, zero_optimizer(engine), groups, steps)
+
+
+def _largest_drifts(
+    wrapper: DummyLossWrapper, optimizer: Optimizer, groups: Iterable[_Group], steps: int
+) -> dict[ModalityKey, float]:
     expected = {}
-    groups = optimizer.param_groups
-    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     for key in wrapper.parameters.paths:
-        by_group: dict[int, list[OwnedParameter]] = {}
-        for parameter_id, owned in wrapper.parameters.of_keys([key]).items():
-            if parameter_id in group_of:
-                by_group.setdefault(group_of[parameter_id], []).append(owned)
-        drifts = [
-            drift
-            for number, in_group in by_group.items()
-            if (samples := _sample_parameters(in_group))
-            for drift in _measure_drifts(optimizer, groups[number], samples, wrapper.scale, steps)
-        ]
+        owned = wrapper.parameters.of_keys([key])
+        drifts: list[float] = []
+        for options, its in groups:
+            in_group = (owned[i]._replace(parameter=its[i]) for i in owned if i in its)
+            if samples := _sample_parameters(in_group):
+                drifts += _measure_drifts(optimizer, options, samples, wrapper.scale, steps)
         if drifts:
             expected[key] = max(drifts)
     return expected

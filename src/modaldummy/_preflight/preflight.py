@@ -52,6 +52,7 @@ def preflight(
     Args:
         wrapper: The wrapper that training uses.
         optimizer: The optimizer, or all optimizers of the model together, with or without a hold.
+            Under DeepSpeed's ZeRO leave it out: the engine, passed as ``model``, has it.
         model: The module that training calls: DDP, FSDP2, an engine, a compiled model. By default
             the model that the wrapper was made with.
         loss: The total of one batch as the wrapper returned it, before backward.
@@ -102,7 +103,7 @@ def _check_optimizers(optimizer: Any) -> tuple[Optimizer, ...] | None:
         if not isinstance(each, Optimizer):
             raise TypeError(
                 "`optimizer` must be a torch.optim.Optimizer, an iterable of them or None, got "
-                f"{describe(each)}."
+                f"{describe(each)}. Under DeepSpeed's ZeRO leave it out and pass `model=engine`."
             )
     if not optimizers:
         raise ValueError("`optimizer` is empty. Leave it out if there is no optimizer yet.")
