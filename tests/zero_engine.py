@@ -87,23 +87,25 @@ class Zero3:
         self.groups = [Group(parameters, None) for parameters in groups]
         self.fp32_partitioned_groups_flat = [group.flat for group in self.groups]
         self.fp16_groups = groups
-        self.sub_group_to_group_id = dict.fromkeys(range(len(groups)), 0)
+        self.sub_group_to_group_id = {place: place for place in range(len(groups))}
         self.grad_position = {
             parameter: [place, offset, parameter.numel()]
             for place, group in enumerate(self.groups)
             for parameter, offset in zip(group.parameters, group.offsets, strict=True)
         }
-        self.optimizer: Any = make([{"params": [group.flat for group in self.groups]}])
+        self.optimizer: Any = make([{"params": [group.flat]} for group in self.groups])
+        for own in self.optimizer.param_groups:
+            own["params"] = []  # between steps
 
     def get_param_id(self, parameter: nn.Parameter) -> nn.Parameter:
         return parameter
 
     def step(self) -> None:
-        for group in self.groups:
+        for group, own in zip(self.groups, self.optimizer.param_groups, strict=True):
             group.take_gradients()
-            self.optimizer.param_groups[0]["params"] = [group.flat]
+            own["params"] = [group.flat]
             self.optimizer.step()
-            self.optimizer.param_groups[0]["params"] = []
+            own["params"] = []
             group.give_values()
 
 

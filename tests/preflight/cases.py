@@ -136,13 +136,19 @@ def engine(stage: int, scale: float | None = 1e-7, overlap: bool = False) -> Arg
     return given(model, scale, called=Engine(model, stage, overlap))
 
 
-def zero(*, has_groups: bool = False, held: bool = True) -> Arguments:
+def zero(
+    *,
+    has_groups: bool = False,
+    held: bool = True,
+    model: Model | None = None,
+    active: Collection[str] | None = None,
+) -> Arguments:
     """ZeRO-1 on a single rank, with AdamW."""
-    model = Model()
+    model = model or Model()
     parts = [*model.towers.values(), model.trunk] if has_groups else [model]
     groups = [list(part.parameters()) for part in parts]
     called = ZeroEngine(model, 1, Zero12(groups, partial(AdamW, lr=0.1), None))
-    arguments = given(model, called=called)
+    arguments = given(model, called=called, active=active)
     if held:
         hold_inactive(arguments["wrapper"], called)
     return arguments
@@ -450,6 +456,11 @@ SICK: dict[str, Sick] = {
     ),
     "part of a tower that forward leaves out": Sick(
         "MD121 warning", lambda: given(with_extra(), active=["T1"]), "T1.extra.bias...Freeze"
+    ),
+    "ZeRO, part of a tower that forward leaves out": Sick(
+        "MD121 error",
+        lambda: zero(model=with_extra(), active=["T1"], has_groups=True),
+        "so that ZeRO adds up gradients of different parameters...T1.extra.bias...Freeze",
     ),
     "DDP, part of a tower that forward leaves out": Sick(
         "MD121 error", lambda: ddp(model=with_extra(), active=["T1"]), "finished reduction"

@@ -10,10 +10,13 @@ from torch.optim import SGD, Adam, AdamW, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from modaldummy import DummyLossWrapper, UnsupportedEngineError
-from modaldummy._preflight.drift import expected_drift
+from modaldummy._preflight.drift import expected_drift, expected_zero_drift
 from tests.holding import NAMES, Towers, train
 from tests.optimizers import OPTIMIZERS
+from tests.zero_engine import Zero3, Zero12, ZeroEngine
 from tests.zoo import brain
+
+EPS = (1e-7, 1e-8)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 0.0])
@@ -103,6 +106,28 @@ def test_each_key_and_group_has_a_figure_and_the_largest_counts() -> None:
     assert drift.keys() == {"T1", ("T1", "dMRI")}
     assert drift["T1"] == pytest.approx(1 / 1.1, rel=1e-3)
     assert drift["T1", "dMRI"] == pytest.approx(1 / 2, rel=1e-3)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_under_zero_the_figures_are_those_of_each_parameter_group(stage: int) -> None:
+    """Groups have an eps of their own, by which Adam's drift differs."""
+    model = Towers()
+    groups = [list(model.towers[name].parameters()) for name in ("T1", "dMRI")]
+    made: list[Adam] = []
+
+    def make(flats: Any) -> Adam:
+        made.append(Adam([flat | {"eps": eps} for flat, eps in zip(flats, EPS, strict=True)]))
+        return made[0]
+
+    zero = Zero12(groups, make, None) if stage == 1 else Zero3(groups, make)
+    engine = ZeroEngine(model, stage, zero)
+    drift = expected_zero_drift(model.wrapper(), engine, 10)
+    assert drift == {
+        "T1": pytest.approx(1 / 2, rel=1e-3),
+        "dMRI": pytest.approx(1 / 1.1, rel=1e-3),
+    }
+    assert made[0].state == {}
 
 
 def test_without_a_gradient_nothing_moves() -> None:

@@ -11,6 +11,11 @@ from modaldummy._findings import Finding, Severity
 from modaldummy._ownership import shared_with_trunk
 from modaldummy._preflight.setup import Setup
 
+_DIFFER = (
+    "get a dummy gradient on ranks without the modality and none on others, so that ZeRO adds up "
+    "gradients of different parameters"
+)
+
 
 def check_graph(setup: Setup) -> Iterator[Finding]:
     """MD111, MD120, MD121 and MD122; nothing without a loss, or if its graph is incomplete."""
@@ -65,8 +70,11 @@ def _check_modalities_reached(setup: Setup, unreached: Mapping[int, str]) -> Ite
         severity, consequence = _consequence(setup, names)
         last = setup.wrapper.last
         inactive_ids = set() if last is None else setup.inactive_ids(last.active)
-        lacks_dummy = not inactive_ids.isdisjoint(names)
+        # A shadow runs inactive towers: what they do not use gets no dummy gradient either.
+        lacks_dummy = any(i in inactive_ids and not setup.is_shadowed(i) for i in names)
         modalities = "inactive modalities" if lacks_dummy else "modalities"
+        if setup.zero_engines and not lacks_dummy and not all(map(setup.is_shadowed, names)):
+            severity, consequence = "error", _DIFFER
         yield Finding(
             "MD121",
             severity,

@@ -8,13 +8,11 @@ from torch.optim import Optimizer
 
 from modaldummy._core.parameter_map import ModalityKey, text_of
 from modaldummy._engines import (
-    is_deepspeed_engine,
     is_fsdp2_unit,
     is_sharded,
     is_zero_parameter,
     zero_flat_parameters,
     zero_optimizer,
-    zero_stage,
 )
 from modaldummy._errors import UnsupportedEngineError
 from modaldummy._findings import Finding
@@ -49,9 +47,8 @@ _Drifts = Mapping[ModalityKey, float]
 
 def check_optimizers(setup: Setup) -> Iterator[Finding]:
     """MD112 and MD143, which need an optimizer, and MD141, MD142 and MD144."""
-    for engine in setup.modules:
-        if is_deepspeed_engine(type(engine)) and 1 <= zero_stage(engine) <= 3:
-            yield from _check_zero(setup, engine)
+    for engine in setup.zero_engines:
+        yield from _check_zero(setup, engine)
     if setup.optimizers is None:
         return
     if any(_has_shards_of_gathered(setup, optimizer) for optimizer in setup.optimizers):

@@ -94,6 +94,18 @@ def preflight(
         return by_severity(finding for check in _CHECKS for finding in check(setup))
 
 
+def findings_of_total(wrapper: DummyLossWrapper, model: nn.Module, total: Tensor) -> list[Finding]:
+    """The findings of `preflight` that need a loss, sorted in the same way.
+
+    Args:
+        wrapper: The wrapper.
+        model: The module that training calls.
+        total: What the wrapper returned, before backward.
+    """
+    setup = Setup(wrapper, called_model(wrapper, model), None, total, None, None, 1)
+    return by_severity(check_graph(setup))
+
+
 def _check_optimizers(optimizer: Any) -> tuple[Optimizer, ...] | None:
     if optimizer is None:
         return None

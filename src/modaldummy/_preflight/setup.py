@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -10,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from modaldummy._core import DummyLossWrapper
-from modaldummy._core.parameter import OwnedParameter
+from modaldummy._core.parameter import OwnedParameter, slot_of
 from modaldummy._core.parameter_map import ModalityKey
-from modaldummy._engines import ddps_around
+from modaldummy._engines import ddps_around, is_deepspeed_engine, zero_stage
 from modaldummy._ownership import owners_of
 
 
@@ -79,10 +80,21 @@ class Setup:
         """DDP modules that contain a modality parameter."""
         return ddps_around(self.modules, self.modality_parameters)
 
+    @cached_property
+    def zero_engines(self) -> list[Any]:
+        """DeepSpeed engines of ZeRO-1, 2 or 3."""
+        engines = [module for module in self.modules if is_deepspeed_engine(type(module))]
+        return [engine for engine in engines if 1 <= zero_stage(engine) <= 3]
+
     def inactive_ids(self, active: Collection[str]) -> set[int]:
         """`id` of each modality parameter that is inactive in a batch of these modalities."""
         inactive = self.wrapper.parameters.split(active).inactive_parameters
         return {id(owned.parameter) for owned in inactive}
+
+    def is_shadowed(self, parameter_id: int) -> bool:
+        """Whether a shadow gives a modality parameter its dummy gradients."""
+        shadow = self.wrapper.interceptor
+        return shadow is not None and shadow.covers(slot_of(self.modality_parameters[parameter_id]))
 
     def keys_of(self, parameter_ids: Collection[int]) -> list[ModalityKey]:
         """Keys of the map that own at least one of these parameters."""

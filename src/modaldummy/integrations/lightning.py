@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modaldummy._arguments import called_model, check_wrapper, wrappers_in
@@ -18,11 +18,11 @@ from modaldummy._engines import (
     unscales_in_step,
 )
 from modaldummy._errors import packages_needed
-from modaldummy._findings import Finding, log_findings
+from modaldummy._findings import Finding, by_severity, log_findings
 from modaldummy._hold import hold_inactive
 from modaldummy._monitor import gradient_norms
 from modaldummy._optimizers import parameter_ids_of, parameters_of
-from modaldummy._preflight import preflight
+from modaldummy._preflight import findings_of_total, preflight
 from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
 
 with packages_needed("lightning"):
@@ -41,7 +41,8 @@ class DummyLossCallback(Callback):
         trainer = Trainer(callbacks=[DummyLossCallback(hold=True)], ...)
 
     The dummy term needs no callback: ``training_step`` returns ``self.wrapper.total(loss, batch)``.
-    When training starts, the main process logs the findings of ``preflight`` with ``logging``. At
+    When training starts, the main process logs the findings of ``preflight`` with ``logging``, and
+    with automatic optimization also those about the first loss. At
     each step that the Trainer logs, its loggers get the wrapper's report and ``gradient_norms``.
     The norms are those of unscaled gradients before clipping. If a step accumulates several
     batches, labels, flags and counts cover all of them; losses and dummy terms are means.
@@ -92,7 +93,8 @@ class DummyLossCallback(Callback):
         # Lightning calls `training_step` inside of DDP's forward.
         check_ddps(ddps_around(model.modules(), owned), wrapper.scale, dummy_inside=True)
         optimizers = [o for o in trainer.optimizers if not owned.isdisjoint(parameter_ids_of(o))]
-        self._wrapper = wrapper
+        self._wrapper, self._model = wrapper, model
+        self._is_first_total = pl_module.automatic_optimization
         # Of all losses since the last step of each optimizer that has a parameter of the map, by
         # its `id`. They are collected after backward, where no code is compiled.
         self._reports: dict[int, list[StepReport]] = {id(o): [] for o in optimizers}
@@ -107,6 +109,15 @@ class DummyLossCallback(Callback):
         self.findings = _findings(trainer, wrapper, model)
         if trainer.is_global_zero:
             log_findings(self.findings, _logger)
+
+    def on_before_backward(self, trainer: Trainer, _: LightningModule, loss: Tensor) -> None:
+        """Log the findings about the first loss."""
+        if self._is_first_total:
+            self._is_first_total = False
+            found = findings_of_total(self._wrapper, self._model, loss)
+            self.findings = by_severity([*self.findings, *found])
+            if trainer.is_global_zero:
+                log_findings(found, _logger)
 
     def on_after_backward(self, *_: Any) -> None:
         """Collect the report of the loss."""

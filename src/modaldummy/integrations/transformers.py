@@ -2,25 +2,31 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from modaldummy._arguments import called_model
 from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.batch import EXPLICIT_KEYS
 from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import Step
-from modaldummy._engines import ddp_conflict, ddps_around
+from modaldummy._engines import ddp_conflict, ddps_around, is_deepspeed_engine, zero_stage
 from modaldummy._errors import BatchMetadataError, describe, packages_needed
-from modaldummy._findings import log_findings
-from modaldummy._hold import hold_inactive
-from modaldummy._preflight import preflight
+from modaldummy._findings import Finding, log_findings
+from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._preflight import findings_of_total, preflight
 from modaldummy._ranks import attach_to_outputs, check_ranks
 from modaldummy._ranks.attach import is_attached
+from modaldummy._ranks.conflicts import find_conflicts
+from modaldummy._shadow import ShadowHandle, shadow_inactive
 from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
+from modaldummy.integrations.shadow_examples import find_examples
 
 with packages_needed("transformers accelerate"):
     from accelerate.data_loader import DataLoaderDispatcher
@@ -50,6 +56,20 @@ _ADDED_TWICE = (
     "dummy term would be added twice. Use `super().compute_loss(...)` or "
     "`self.wrapper.total(...)`, not both."
 )
+_NO_EXAMPLES = (
+    "The engine needs a shadow, which records the model on samples that together contain every "
+    "modality. Pass batches with them, as your collator makes them: `shadow_examples=[...]`."
+)
+_DDP_LOOKS = (
+    "parameters of the map attached to DDP's outputs, because DDP looks for unused parameters. "
+    "Such a DDP also runs without a dummy term; with one, `ddp_find_unused_parameters=False` is "
+    "cheaper"
+)
+_ZERO1 = (
+    "ZeRO-1 supports ranks with different modalities only if forward uses all parameters of the "
+    "towers that it runs"
+)
+_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _BATCHES_DISPATCHED = (
     "The first rank sends batches of an iterable dataset to all ranks, but only with the keys of "
     "its first batch. A modality that this batch does not contain is lost on all ranks. Give all "
@@ -69,24 +89,32 @@ class DummyLossMixin(_TrainerMethods):
     Before forward, the mixin reads the modalities from the Trainer's inputs, in any form of
     ``active_modalities``. Evaluation and prediction see the real loss. An inactive parameter gets
     ``scale`` per element and step, also if a step accumulates several batches. The log of training
-    contains the wrapper's report. When training starts, the mixin logs the findings of
-    ``preflight`` with ``logging``.
+    contains the wrapper's report. When training starts, the mixin logs with ``logging`` what it has
+    set up and the findings of ``preflight``, also those about the first loss.
+
+    Under FSDP and DeepSpeed it calls ``shadow_inactive`` if the engine does not support ranks with
+    different modalities.
 
     Args:
         *args: Arguments of the Trainer.
         wrapper: The wrapper, or a function that makes one from a model. ``model_init`` needs the
             function.
-        hold: Whether ``hold_inactive`` holds the optimizer.
+        hold: Whether ``hold_inactive`` holds the optimizer, or the engine of DeepSpeed's ZeRO.
+        shadow_examples: Batches, as the collator makes them, that together contain every modality.
+            By default they are made of the smallest among the first training samples.
         metadata_columns: Columns of the dataset that the Trainer keeps for the wrapper. The model
             gets those that its ``forward`` names.
         **kwargs: Arguments of the Trainer.
 
     Attributes:
         wrapper: The wrapper in use.
+        shadow: The handle of the shadow, None without one.
 
     Raises:
         TypeError: The mixin comes after the Trainer, or ``wrapper`` neither is nor makes a wrapper.
-        ValueError: The wrapper belongs to another model.
+        ValueError: The wrapper belongs to another model. From the first step: no training sample
+            was found that contains a modality.
+        RecordError: From a step: what the shadow has recorded does not fit the model.
         BatchMetadataError: From a step: the inputs do not say which modalities they contain.
         UnsupportedEngineError: From a step: the engine does not support what the wrapper does.
         RankDisagreementError: From a step: ranks have different modalities, and FSDP or DeepSpeed
@@ -108,6 +136,7 @@ class DummyLossMixin(_TrainerMethods):
         *args: Any,
         wrapper: WrapperOrFactory,
         hold: bool = False,
+        shadow_examples: Iterable[Mapping[str, Any]] | None = None,
         metadata_columns: str | Sequence[str] = EXPLICIT_KEYS,
         **kwargs: Any,
     ) -> None:
@@ -120,12 +149,21 @@ class DummyLossMixin(_TrainerMethods):
         self._withheld = {name for name in self._metadata_columns if name not in accepted}
         self._given = wrapper
         self._hold = hold
+        self._shadow_examples = shadow_examples
+        self.shadow: ShadowHandle | None = None
+        self._hold_handle: HoldHandle | None = None
+        self._is_first_total = True
         self._prepared: tuple[Any, ...] = ()  # the model and the optimizer that `_prepare` got
         # Of all losses that went through backward since the gradients were cleared.
         self._reports: list[WeightedReport] = []
         self._reports_of: tuple[Any, int] = (None, 0)  # the training and step that they belong to
         self._added: StepReport | None = None  # what `compute_loss` has added in this batch
         self._use_wrapper()
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Full names of the parameters that the last step held; empty without a hold."""
+        return () if self._hold_handle is None else self._hold_handle.held
 
     def training_step(
         self,
@@ -180,13 +218,20 @@ class DummyLossMixin(_TrainerMethods):
         share = 1.0 if self._is_divided_later(num_items_in_batch) else 1 / self._num_accumulated()
         total = self.wrapper.add(loss, active, share)
         self._added = self.wrapper.last
+        if self._is_first_total:
+            self._is_first_total = False
+            self._log(findings_of_total(self.wrapper, model, total))
         return (total, *outputs) if return_outputs else total
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Do what the Trainer does."""
-        return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
+        """Do what the Trainer does; while it generates, the shadow is paused."""
+        if self.is_in_train:
+            self._prepare(model)
+        generates = self.shadow is not None and getattr(self.args, "predict_with_generate", False)
+        with self.shadow.paused() if self.shadow and generates else nullcontext():
+            return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Do what the Trainer does; add the report and the gradient norms to a log of training."""
@@ -209,10 +254,9 @@ class DummyLossMixin(_TrainerMethods):
         return {name: value for name, value in inputs.items() if name not in self._withheld}
 
     def _read(self, model: nn.Module, inputs: dict[str, Any]) -> set[str]:
-        """The active modalities; under an engine that shards, ranks have to agree on them."""
-        engine = self.accelerator.distributed_type
+        """The active modalities; under an engine that needs it, ranks have to agree on them."""
         try:
-            if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            if self.accelerator.distributed_type in _SHARDING and self.shadow is None:
                 check_ranks(self.wrapper, inputs, model=model)
             return self.wrapper.reader.read(inputs)
         except BatchMetadataError as error:
@@ -277,17 +321,21 @@ class DummyLossMixin(_TrainerMethods):
         self._wrapped_model = model
 
     def _prepare(self, model: nn.Module) -> None:
-        """Attach, hold, and log findings, once for each pair of a model and an optimizer."""
+        """Set up what training needs, once for each pair of a model and an optimizer; log it."""
         if self.model is not self._wrapped_model:  # `train` has called `model_init`
             self._use_wrapper()
         if self._prepared == (model, self.optimizer):
             return
-        self._attach(model)
+        done = [*self._attach(model), *self._shadow_if_needed(model)]
         optimizer: Any = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if self._hold:
-            hold_inactive(self.wrapper, optimizer)
+            is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
+            self._hold_handle = hold_inactive(self.wrapper, model if is_zero else optimizer)
+            done.append(f"a hold of {'the engine' if is_zero else 'the optimizer'}")
+        if done and self.is_world_process_zero():
+            _logger.info("The mixin has set up %s", "; ".join(done))
         findings = preflight(
             self.wrapper,
             optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
@@ -296,15 +344,64 @@ class DummyLossMixin(_TrainerMethods):
             max_norm=self.args.max_grad_norm or None,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
-        if self.is_world_process_zero():
-            log_findings(findings, _logger)
+        self._log(findings)
+        self._is_first_total = True
         loader = self.callback_handler.train_dataloader
         if self.args.world_size > 1 and isinstance(loader, DataLoaderDispatcher):
             _logger.warning(_BATCHES_DISPATCHED)
         self._prepared = (model, self.optimizer)
 
-    def _attach(self, model: nn.Module) -> None:
-        """Attach the parameters of the map to the outputs of DDP that looks for unused ones.
+    def _log(self, findings: Iterable[Finding]) -> None:
+        if self.is_world_process_zero():
+            log_findings(findings, _logger)
+
+    def _shadow_if_needed(self, model: nn.Module) -> Iterator[str]:
+        """Shadow inactive modalities under an engine that needs it; yields what was done."""
+        if self.shadow is not None:
+            self.shadow.remove()
+            self.shadow = None
+        wrapper, engine = self.wrapper, self.accelerator.distributed_type
+        if engine not in _SHARDING or wrapper.interceptor is not None:  # such as a user's shadow
+            return
+        found = find_conflicts(wrapper, model)
+        is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
+        if not (found or is_zero):
+            return
+        reason = found[0].conflict.message.removesuffix(".") if found else _ZERO1
+        given = self._shadow_examples
+        examples = self._find_examples() if given is None else list(given)
+        inputs = [self._for_model(self._prepare_inputs(dict(example))) for example in examples]
+        model.train()
+        with self.compute_loss_context_manager():
+            self.shadow = shadow_inactive(self.wrapper, model, examples=inputs)
+        source = "the training set" if given is None else "`shadow_examples`"
+        yield (
+            f"a shadow of inactive modalities, recorded on batches of {source}, because of "
+            f"{type(model).__name__}: {reason}"
+        )
+
+    def _find_examples(self) -> list[Any]:
+        """Batches of the training set that contain every modality, the same on all ranks."""
+        loader: Any = self.callback_handler.train_dataloader
+        is_dealt_out = isinstance(loader.dataset, IterableDataset)
+        dataset: Any = self.train_dataset if is_dealt_out else loader.dataset
+        found: list[Any] = [None]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            names, read = self.wrapper.modalities, self.wrapper.reader.read
+            try:
+                found = [find_examples(dataset, loader.collate_fn, read, names)]
+            except Exception as error:
+                error.add_note(_NO_EXAMPLES)
+                found = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        examples: list[Any] = found[0]
+        return examples
+
+    def _attach(self, model: nn.Module) -> Iterator[str]:
+        """Attach the parameters of the map to DDP that looks for unused ones; yields what was done.
 
         Raises:
             UnsupportedEngineError: DDP silently leaves gradients unreduced.
@@ -314,3 +411,4 @@ class DummyLossMixin(_TrainerMethods):
             attached = is_attached(wrapper, ddp.module)
             if ddp_conflict(ddp, wrapper.scale, dummy_inside=attached) is not None:
                 attach_to_outputs(wrapper, ddp)
+                yield _DDP_LOOKS

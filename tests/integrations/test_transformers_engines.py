@@ -1,0 +1,171 @@
+"""The mixin under DeepSpeed and FSDP2: each rank has images or not, as its samples say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from tests.distributed.models import make
+from tests.fleet import Fleet, RankError
+from tests.integrations.vlm import (
+    LR,
+    NUM_RANKS,
+    TOWER,
+    collate,
+    images_of_step,
+    trainer_under,
+    weights_of,
+)
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.long]
+FLEET = "DeepSpeed"
+NUM_STEPS = 20
+
+
+def trained(rank: int, engine: str, folder: str, kind: Any = None) -> dict[str, Tensor]:
+    """The weights after 20 steps of SGD."""
+    kinds = {} if kind is None else {"kind": kind}
+    with trainer_under(engine, rank, folder, **kinds) as trainer:
+        trainer.train()
+        return weights_of(trainer)
+
+
+def expected() -> dict[str, Tensor]:
+    """The same in one process, which has the batches of all ranks, without the library."""
+    model: Any = make("LLaVA", "")
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    for step in range(NUM_STEPS):
+        for rank in range(NUM_RANKS):
+            batch = collate([{"place": NUM_RANKS * step + rank}])
+            (model(**batch).loss / NUM_RANKS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def largest_error(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert found.keys() == right.keys()
+    return max(float((found[name] - right[name]).abs().max()) for name in right)
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3", "FSDP2"])
+def test_weights_are_those_of_one_process(engine: str, two: Fleet, tmp_path: Path) -> None:
+    right = expected()
+    for found in two.ask(trained, engine, str(tmp_path)):
+        assert largest_error(found, right) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3", "FSDP2"])
+def test_the_trainer_alone_fails(engine: str, tmp_path: Path) -> None:
+    """It hangs until a timeout, or has other weights."""
+    with Fleet(NUM_RANKS, timeout=8, limit=60, quiet=True) as fleet:
+        answers = fleet.answers(trained, engine, str(tmp_path), Trainer)
+    right = expected()
+    for answer in answers:
+        assert isinstance(answer, RankError) or largest_error(answer, right) > 1e-4
+
+
+class Observer(TrainerCallback):
+    """What each step did.
+
+    Attributes:
+        moved: Whether the step has moved the tower.
+        losses: Those that were logged.
+    """
+
+    trainer: Any
+
+    def __init__(self) -> None:
+        self.moved: list[bool] = []
+        self.losses: list[float] = []
+        self._before: dict[str, Tensor] = {}
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._before = weights_of(self.trainer, TOWER)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        after = weights_of(self.trainer, TOWER)
+        self.moved.append(any(not torch.equal(after[name], self._before[name]) for name in after))
+
+    def on_log(self, *_: Any, **given: Any) -> None:
+        logs = given["logs"]
+        self.losses += [logs["loss"]] if "loss" in logs else []
+
+
+ADAMW = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01}
+
+
+def observed(rank: int, engine: str, folder: str, hold: bool) -> tuple[list[bool], list[float]]:
+    """Which steps of AdamW have moved the tower, and their losses."""
+    seen = Observer()
+    with trainer_under(
+        engine, rank, folder, hold=hold, callbacks=[seen], args=ADAMW | {"max_steps": 60}
+    ) as trainer:
+        seen.trainer = trainer
+        trainer.train()
+    return seen.moved, seen.losses
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"])
+def test_a_held_tower_moves_where_a_rank_has_an_image(
+    engine: str, two: Fleet, tmp_path: Path
+) -> None:
+    for moved, losses in two.ask(observed, engine, str(tmp_path), True):
+        assert moved == [any(images_of_step(step)) for step in range(60)]
+        assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
+
+
+def resumed(rank: int, engine: str, folder: str) -> list[str]:
+    """Weights that differ between a training of 20 steps and one that was resumed at step 10.
+
+    Under FSDP2, torch loads no state of an optimizer that has none for a trained parameter.
+    """
+    args = ADAMW | {"save_strategy": "steps", "save_steps": 10}
+    found = []
+    for checkpoint in (None, f"{folder}/checkpoint-10"):
+        with trainer_under(engine, rank, folder, all_used=True, hold=True, args=args) as trainer:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            found.append(weights_of(trainer))
+    first, second = found
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"])
+def test_a_resumed_training_goes_on_as_before(engine: str, two: Fleet, tmp_path: Path) -> None:
+    for different in two.ask(resumed, engine, str(tmp_path)):
+        assert different == []
+
+
+PLACES = range(200, 206)
+
+
+def evaluated(rank: int, engine: str, folder: str) -> list[float]:
+    """Losses of evaluation, before the first step and after it."""
+    args = {"max_steps": 1, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
+    places = [{"place": place} for place in PLACES]
+    with trainer_under(
+        engine, rank, folder, eval_dataset=places, args=args | {"eval_on_start": True}
+    ) as trainer:
+        trainer.train()
+        history = trainer.state.log_history
+        return [row["eval_loss"] for row in history if "eval_loss" in row]
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
+def test_ranks_evaluate_different_modalities(engine: str, two: Fleet, tmp_path: Path) -> None:
+    model: Any = make("LLaVA", "")
+    with torch.no_grad():
+        right = [float(model(**collate([{"place": place}])).loss) for place in PLACES]
+    for losses in two.ask(evaluated, engine, str(tmp_path)):
+        assert losses == pytest.approx([sum(right) / len(right)] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
+def test_a_tower_that_is_not_held_moves_always(engine: str, two: Fleet, tmp_path: Path) -> None:
+    first = next(step for step in range(60) if any(images_of_step(step)))
+    for moved, _ in two.ask(observed, engine, str(tmp_path), False):
+        assert all(moved[first:])
