@@ -11,7 +11,7 @@ AUDIT := .venv-audit
 LOWEST_PINS := requirements/lowest.txt
 
 .PHONY: demo test docs typing test-wheel test-integrations test-lowest test-distributed test-deepspeed mutants soak fuzz audit confusion bench bench-hold bench-monitor \
-	bench-ddp bench-shadow bench-zero-hold gpu figures lint types clean
+	bench-ddp bench-shadow bench-zero-hold bench-fake gpu figures lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m modaldummy demo --steps $(STEPS)
@@ -101,6 +101,10 @@ bench-shadow: $(VENV)/.dev
 # The table of docs/how-to/hold.md for DeepSpeed; some minutes on 2 cores.
 bench-zero-hold: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_zero_hold.py --csv
+
+# The table of docs/explanation/alternatives.md for fake inputs; some minutes on one core.
+bench-fake: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_fake.py --csv
 
 # On a machine with a CUDA device, with the Python that has PyTorch; installs nothing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

@@ -148,6 +148,7 @@ def test_ddp(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("ddp.py", "--no-dummy", "DDP stopped: 'Expected to have finished reduction"),
         ("fsdp2.py", "--no-shadow", "Refused: "),
+        ("vlm_zero3.py", "--no-shadow", "Stopped on rank 0: "),
     ],
 )
 def test_a_run_that_cannot_go_on_says_so_once(example: str, option: str, message: str) -> None:
@@ -161,6 +162,17 @@ def test_fsdp2() -> None:
     shown = on_two_ranks("fsdp2.py")
     assert promises(shown) == ["yes"] * 3
     assert f"Ranks had different modalities at 0 of {STEPS} steps." not in shown
+
+
+@pytest.mark.long
+def test_vlm_zero3() -> None:
+    """The counts are those of what ranks drew."""
+    shown = on_two_ranks("vlm_zero3.py")
+    assert promises(shown) == ["yes"] * 3
+    counts = re.findall(r"image active (\d+), shadowed (\d+), held (\d+)", shown)
+    assert [int(active) + int(shadowed) for active, shadowed, _ in counts] == [STEPS] * 2
+    assert len({active for active, *_ in counts}) == 2
+    assert all(0 < int(held) < STEPS for *_, held in counts)
 
 
 @pytest.mark.long

@@ -181,6 +181,7 @@ def raised_in_a_tower(rank: int) -> None:
     run.wrapper.total(loss, ("T1",) if rank == 0 else ()).backward()
 
 
+@pytest.mark.long
 def test_an_error_in_one_rank_ends_the_others_within_the_timeout() -> None:
     with Fleet(2, timeout=5, limit=60, quiet=True) as fleet:
         first, second = fleet.answers(raised_in_a_tower)

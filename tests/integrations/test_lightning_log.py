@@ -195,6 +195,33 @@ def test_the_first_process_logs_findings(
     )
 
 
+class Forgetful(Module):
+    """Its map forgets a tower."""
+
+    def __init__(self, automatic: bool = True) -> None:
+        super().__init__()
+        spec = {name: f"model.towers.{name}" for name in ("T1", "rsfMRI")}
+        self.wrapper = DummyLossWrapper(self, spec)
+        self.automatic_optimization = automatic
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        total = super().training_step(batch, batch_idx)
+        if total is not None and not self.automatic_optimization:
+            self.manual_backward(total)
+        return total
+
+
+def test_a_tower_that_the_map_forgot_is_named_after_the_first_loss() -> None:
+    """Not with manual optimization, whose losses may be of a part of the model."""
+    callback = DummyLossCallback()
+    fit(Forgetful(), TURNS, callback)
+    (finding,) = [finding for finding in callback.findings if finding.code == "MD111"]
+    assert finding.evidence["parameters"] == ["model.towers.dMRI.weight", "model.towers.dMRI.bias"]
+    callback = DummyLossCallback()
+    fit(Forgetful(automatic=False), TURNS, callback)
+    assert "MD111" not in [finding.code for finding in callback.findings]
+
+
 def test_preflight_gets_the_settings_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scaler only if Lightning has one, and a maximum norm only if it clips by norm."""
     seen: dict[str, Any] = {}

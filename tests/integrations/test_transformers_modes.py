@@ -10,10 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
+from modaldummy import DummyLossWrapper
 from modaldummy.integrations.transformers import DummyLossMixin, GradientNormCallback
 from tests.integrations.test_gradient_norm_callback import OwnTrainer, own
 from tests.integrations.trainers import (
+    MAP,
     SCALE,
+    WIDTHS,
     MixedTrainer,
     Recorder,
     arguments,
@@ -203,4 +206,21 @@ def test_the_first_process_logs_findings_once(
         trainer.train()
         trainer.train()
     found = [record.getMessage() for record in caplog.records if record.name == name]
-    assert [message[:13] for message in found] == codes
+    assert [message[:13] for message in found if message.startswith("MD")] == codes
+    assert ("The mixin has set up a hold of the optimizer" in found) == (hold and is_first)
+
+
+def test_a_tower_that_the_map_forgot_is_named_after_the_first_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = scanner()
+    wrapper = DummyLossWrapper(model, {name: MAP[name] for name in ("T1", "rsfMRI")})
+    batches = [
+        {name: torch.ones(WIDTHS[name]) for name in ("T1",)} | {"labels": torch.ones(())}
+    ] * 8
+    trainer = mixed(model, arguments(tmp_path), wrapper=wrapper, train_dataset=batches)
+    with caplog.at_level(logging.INFO, "modaldummy.integrations.transformers"):
+        trainer.train()
+    found = [message for message in caplog.messages if message.startswith("MD111")]
+    assert len(found) == 1
+    assert "towers.dMRI.weight" in found[0]

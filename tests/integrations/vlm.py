@@ -90,22 +90,13 @@ class VLMTrainer(DummyLossMixin, Trainer):
 
 
 @contextmanager
-def trainer_under(
-    engine: str,
-    rank: int,
-    folder: str,
-    kind: Any = VLMTrainer,
-    *,
-    all_used: bool = False,
-    **options: Any,
-) -> Iterator[Any]:
-    """A Trainer of a new model, whose batches are single samples.
+def accelerate_on(engine: str, rank: int) -> Iterator[None]:
+    """Let accelerate run an engine on CPU ranks.
 
-    accelerate makes no FSDP of CPU ranks, so that it is told that they are GPUs. With DeepSpeed on
-    CPUs it believes in one process, and is told how many there are. With `all_used`, parameters of
-    the tower that forward never uses are frozen.
+    It makes no FSDP of CPU ranks, so that it is told that they are GPUs. With DeepSpeed on CPUs it
+    believes in one process, and is told how many there are.
     """
-    from accelerate.state import PartialState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     is_zero = engine.startswith("ZeRO")
@@ -120,6 +111,28 @@ def trainer_under(
         elif state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU
 
+    unset: Any = unset_hf_deepspeed_config
+    unset()  # of an earlier Trainer, or models are made without weights
+    reset: Any = AcceleratorState._reset_state
+    reset(reset_partial_state=True)
+    with launched(rank), patch.object(PartialState, "__init__", init):
+        yield
+
+
+@contextmanager
+def trainer_under(
+    engine: str,
+    rank: int,
+    folder: str,
+    kind: Any = VLMTrainer,
+    *,
+    all_used: bool = False,
+    **options: Any,
+) -> Iterator[Any]:
+    """A Trainer of a new model, whose batches are single samples.
+
+    With `all_used`, parameters of the tower that forward never uses are frozen.
+    """
     args: dict[str, Any] = {
         "max_steps": 20,
         "per_device_train_batch_size": 1,
@@ -129,9 +142,7 @@ def trainer_under(
         "learning_rate": LR,
     }
     args |= ENGINES[engine] | options.pop("args", {})
-    unset: Any = unset_hf_deepspeed_config
-    unset()  # of an earlier Trainer, or models are made without weights
-    with launched(rank), patch.object(PartialState, "__init__", init):
+    with accelerate_on(engine, rank):
         model = make("LLaVA", "")
         for part in UNUSED if all_used else ():
             model.get_submodule(f"model.vision_tower.{part}").requires_grad_(False)
@@ -148,11 +159,16 @@ def trainer_under(
 
 def weights_of(trainer: Any, part: str = "") -> dict[str, Tensor]:
     """Whole parameters with `part` in their names, for which all ranks have to ask."""
+    return read_whole(trainer.model, "ZeRO" if trainer.is_deepspeed_enabled else "FSDP2", part)
+
+
+def read_whole(model: nn.Module, engine: str, part: str = "") -> dict[str, Tensor]:
+    """The same under an engine."""
     read: Callable[..., Any] = whole
-    if trainer.is_deepspeed_enabled:
+    if engine.startswith("ZeRO"):
         read = deepspeed_on_cpus().utils.safe_get_full_fp32_param
-    named = trainer.model.named_parameters()
-    return {name: read(p).detach().clone() for name, p in named if part in name}
+    named = model.named_parameters()
+    return {name: read(p).detach().clone() for name, p in named if part in name and p.requires_grad}
 
 
 def images_of_step(step: int) -> list[bool]:

@@ -321,6 +321,25 @@ def test_a_frozen_trunk_gets_the_graph_that_it_has_on_other_ranks() -> None:
     assert model.b.weight.grad.unique().tolist() == [pytest.approx(1e-7)]
 
 
+class WithLoss(Model):
+    """Computes its total in forward, as Lightning's `training_step` does inside of an engine."""
+
+    wrapper: DummyLossWrapper
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.wrapper.total(loss_of(super().forward(batch)), [n for n in NAMES if n in batch])
+
+
+def test_a_total_inside_of_forward_gives_dummy_gradients() -> None:
+    model = WithLoss().double()
+    model.wrapper = DummyLossWrapper(model, MAP)
+    batch = batch_of(NAMES, 9, dtype=torch.float64)
+    shadow_inactive(model.wrapper, model, examples=[(batch,)])
+    model({name: batch[name] for name in ("text", "T1")}).backward()
+    gradient: Any = model.get_parameter("towers.dMRI.bias").grad
+    assert gradient.unique().tolist() == [pytest.approx(1e-7)]
+
+
 class Video(nn.Module):
     """One tower for two kinds of input, after an embedding; the loss is all that it returns."""
 

@@ -132,10 +132,13 @@ class Shadow:
         self.shadowed = tuple(key for key in self.shadowed if key not in step.active_keys)
         covered = {slot for slot in map(slot_of, step.inactive_entries) if self.covers(slot)}
         remaining = set(covered)
-        if self._shadowing and covered:
+        alive = set(self._shadowing)
+        if self._pass is not None:  # forward computes the total itself
+            alive.add(self._pass.dummies)
+        if alive and covered:
             nodes = reached_nodes([loss.grad_fn])
             found = {getattr(node, "dummies", None) for node in nodes}
-            for dummies in sorted(self._shadowing, key=lambda each: each.number, reverse=True):
+            for dummies in sorted(alive, key=lambda each: each.number, reverse=True):
                 if dummies in found:
                     loss = dummies.claim(loss, remaining, scale)
         return step.without(covered), loss
