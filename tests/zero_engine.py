@@ -70,6 +70,10 @@ class Zero12:
         self.round_robin_bit16_offsets = [group.offsets for group in self.groups]
         self.optimizer = make([{"params": [group.flat]} for group in self.groups])
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def step(self) -> None:
         groups = self.optimizer.param_groups
         for place, group in enumerate(self.groups):

@@ -13,9 +13,9 @@ from tests.integrations.vlm import (
     FSDP2,
     LR,
     NUM_RANKS,
+    WITH_IMAGE,
     accelerate_on,
     collate,
-    has_image,
     modalities_of,
     read_whole,
     zero,
@@ -59,8 +59,7 @@ def trained(rank: int, engine: str) -> dict[str, Tensor]:
         optimizer: Any = torch.optim.SGD(bare.parameters(), LR)
         model, optimizer = accelerator.prepare(bare, optimizer)
         wrapper = DummyLossWrapper(model, CASES["LLaVA"].paths, resolver=modalities_of)
-        with_image = next(place for place in range(100) if has_image(place))
-        shadow_inactive(wrapper, model, examples=[collate([{"place": with_image}])])
+        shadow_inactive(wrapper, model, examples=[WITH_IMAGE])
         hold_inactive(wrapper, optimizer.optimizer if engine == "FSDP2" else model)
         for step in range(NUM_STEPS):
             batch = batch_of(step, rank)

@@ -13,10 +13,21 @@ from torch import Tensor
 
 import modaldummy.integrations.lightning as integration
 from modaldummy import DummyLossWrapper, diagnose, gradient_norms
+from modaldummy._hold import is_held
 from modaldummy.integrations.lightning import DummyLossCallback
 from tests.holding import NAMES
-from tests.integrations.lightning_modules import QUIET, TURNS, Batch, Gradients, Kept, Module, fit
+from tests.integrations.lightning_modules import (
+    QUIET,
+    TURNS,
+    Batch,
+    Gradients,
+    Kept,
+    Module,
+    fit,
+    trainer,
+)
 from tests.integrations.test_lightning import fp16
+from tests.zero_engine import Zero12, ZeroEngine
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
 
@@ -193,6 +204,24 @@ def test_the_first_process_logs_findings(
     assert [(r.levelname, r.getMessage()[:13]) for r in records] == (
         [("WARNING", "MD141 warning")] if is_first else []
     )
+
+
+def test_the_engine_of_deepspeed_is_held(process_group: None) -> None:
+    """Its optimizer is none of torch. Lightning has no DeepSpeed on CPUs, so this stands in."""
+    module = Module()
+    groups = [
+        list(part.parameters()) for part in (*module.model.towers.values(), module.model.trunk)
+    ]
+    engine = ZeroEngine(module, 1, Zero12(groups, torch.optim.AdamW, None))
+    stand_in = trainer()
+    stand_in.strategy.model = engine
+    stand_in.strategy._optimizers = [engine.optimizer]
+    callback = DummyLossCallback(hold=True)
+    callback.on_train_start(stand_in, module)
+    assert is_held(module.wrapper, engine)
+    assert callback.findings == []
+    callback.on_train_end()
+    assert not is_held(module.wrapper, engine)
 
 
 class Forgetful(Module):

@@ -14,6 +14,7 @@ from tests.integrations.vlm import (
     LR,
     NUM_RANKS,
     TOWER,
+    WITH_IMAGE,
     collate,
     images_of_step,
     trainer_under,
@@ -25,10 +26,9 @@ FLEET = "DeepSpeed"
 NUM_STEPS = 20
 
 
-def trained(rank: int, engine: str, folder: str, kind: Any = None) -> dict[str, Tensor]:
+def trained(rank: int, engine: str, folder: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """The weights after 20 steps of SGD."""
-    kinds = {} if kind is None else {"kind": kind}
-    with trainer_under(engine, rank, folder, **kinds) as trainer:
+    with trainer_under(engine, rank, folder, **options) as trainer:
         trainer.train()
         return weights_of(trainer)
 
@@ -51,10 +51,22 @@ def largest_error(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((found[name] - right[name]).abs().max()) for name in right)
 
 
-@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3", "FSDP2"])
-def test_weights_are_those_of_one_process(engine: str, two: Fleet, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("ZeRO-2", {}),
+        ("ZeRO-3", {}),
+        ("FSDP2", {}),
+        ("ZeRO-3", {"shadow_examples": [WITH_IMAGE]}),
+        ("FSDP2", {"recorded": True}),
+    ],
+)
+def test_weights_are_those_of_one_process(
+    engine: str, options: dict[str, Any], two: Fleet, tmp_path: Path
+) -> None:
+    """With examples that the mixin finds, or that it gets, or with a shadow of the user."""
     right = expected()
-    for found in two.ask(trained, engine, str(tmp_path)):
+    for found in two.ask(trained, engine, str(tmp_path), options):
         assert largest_error(found, right) < 1e-6
 
 
@@ -62,7 +74,7 @@ def test_weights_are_those_of_one_process(engine: str, two: Fleet, tmp_path: Pat
 def test_the_trainer_alone_fails(engine: str, tmp_path: Path) -> None:
     """It hangs until a timeout, or has other weights."""
     with Fleet(NUM_RANKS, timeout=8, limit=60, quiet=True) as fleet:
-        answers = fleet.answers(trained, engine, str(tmp_path), Trainer)
+        answers = fleet.answers(trained, engine, str(tmp_path), {"kind": Trainer})
     right = expected()
     for answer in answers:
         assert isinstance(answer, RankError) or largest_error(answer, right) > 1e-4

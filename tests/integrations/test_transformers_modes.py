@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, shadow_inactive
 from modaldummy.integrations.transformers import DummyLossMixin, GradientNormCallback
 from tests.integrations.test_gradient_norm_callback import OwnTrainer, own
 from tests.integrations.trainers import (
@@ -208,6 +208,20 @@ def test_the_first_process_logs_findings_once(
     found = [record.getMessage() for record in caplog.records if record.name == name]
     assert [message[:13] for message in found if message.startswith("MD")] == codes
     assert ("The mixin has set up a hold of the optimizer" in found) == (hold and is_first)
+
+
+def test_the_shadow_is_paused_while_a_prediction_generates(tmp_path: Path) -> None:
+    model = scanner()
+    args = arguments(tmp_path)
+    trainer = mixed(model, args)
+    data = {name: torch.ones(2, width) for name, width in WIDTHS.items()}
+    trainer.shadow = shadow_inactive(trainer.wrapper, model, examples=[data])
+    shadowed: list[Any] = []
+    model.register_forward_hook(lambda *_: shadowed.append(trainer.shadow.shadowed))
+    for generates in (False, True):
+        args.predict_with_generate = generates  # type: ignore[attr-defined]
+        trainer.prediction_step(model, {"T1": data["T1"]}, prediction_loss_only=False)
+    assert shadowed == [("rsfMRI", "dMRI"), ()]
 
 
 def test_a_tower_that_the_map_forgot_is_named_after_the_first_loss(

@@ -130,7 +130,7 @@ def samples(model: nn.Module, batches: Batches = BATCHES, seed: int = 0) -> list
     return found
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> TrainingArguments:
     """Arguments of a run on the CPU that takes the samples in order and writes nothing."""
     defaults: dict[str, Any] = {
         "use_cpu": True,
@@ -148,7 +148,8 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "optim": "sgd",
         "max_grad_norm": 0.0,
     }
-    return TrainingArguments(output_dir=str(folder), **defaults | options)
+    made: TrainingArguments = kind(output_dir=str(folder), **defaults | options)
+    return made
 
 
 @dataclass

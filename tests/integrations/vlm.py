@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from modaldummy import DummyLossWrapper
+from modaldummy import DummyLossWrapper, shadow_inactive
 from modaldummy.integrations.transformers import DummyLossMixin
 from tests.distributed.deepspeed_engines import deepspeed_on_cpus
 from tests.distributed.models import CASES, TOKENS, batch_of, make
@@ -23,6 +23,7 @@ from tests.integrations.trainers import arguments
 
 NUM_RANKS = 2
 LR = 0.05
+PLACES = [{"place": place} for place in range(200)]  # the samples of training
 TOWER = "vision_tower"
 UNUSED = ("encoder.layers.2", "post_layernorm")
 ZERO: dict[str, Any] = {
@@ -85,6 +86,9 @@ def modalities_of(batch: Mapping[str, Tensor]) -> list[str]:
     return ["image"] if TOKENS["image"] in batch["input_ids"] else []
 
 
+WITH_IMAGE = collate([next(each for each in PLACES if has_image(each["place"]))])
+
+
 class VLMTrainer(DummyLossMixin, Trainer):
     """As a user would write it."""
 
@@ -126,12 +130,22 @@ def trainer_under(
     folder: str,
     kind: Any = VLMTrainer,
     *,
+    config: Any = TrainingArguments,
     all_used: bool = False,
+    recorded: bool = False,
     **options: Any,
 ) -> Iterator[Any]:
     """A Trainer of a new model, whose batches are single samples.
 
-    With `all_used`, parameters of the tower that forward never uses are frozen.
+    Args:
+        engine: A key of `ENGINES`.
+        rank: Of this process.
+        folder: For checkpoints.
+        kind: The class of the Trainer.
+        config: That of its arguments.
+        all_used: Freeze parameters of the tower that forward never uses.
+        recorded: Shadow the plain model before, as a user may.
+        options: Of the Trainer; `args` are more of its arguments.
     """
     args: dict[str, Any] = {
         "max_steps": 20,
@@ -146,15 +160,12 @@ def trainer_under(
         model = make("LLaVA", "")
         for part in UNUSED if all_used else ():
             model.get_submodule(f"model.vision_tower.{part}").requires_grad_(False)
-        if issubclass(kind, DummyLossMixin):
+        if kind is not Trainer:
             options["wrapper"] = wrapper_of(model)
-        yield kind(
-            model,
-            arguments(Path(folder), **args),
-            train_dataset=[{"place": place} for place in range(200)],
-            data_collator=collate,
-            **options,
-        )
+        if recorded:
+            shadow_inactive(options["wrapper"], model, examples=[WITH_IMAGE])
+        options = {"train_dataset": PLACES, "data_collator": collate} | options
+        yield kind(model, arguments(Path(folder), config, **args), **options)
 
 
 def weights_of(trainer: Any, part: str = "") -> dict[str, Tensor]:

@@ -93,6 +93,7 @@ class Shadow:
             raise RecordError(f"The shadow {where}, so that it cannot record.")
         self._forget()
         self._towers = towers_of(self._wrapper.parameters, self.model)
+        self._in_towers = {module for tower in self._towers for module in tower.modules()}
         recorder = Recorder(self.model, self._towers)
         self._is_recording = True
         try:
@@ -104,7 +105,6 @@ class Shadow:
         self._modules = set(self.model.modules())
         self._trained = _trained(self._modules)
         self._was_training = self.model.training
-        self._in_towers = {module for tower in self._towers for module in tower.modules()}
         if num_ranks(self._group) == 1:
             self._agree()
 
@@ -125,9 +125,10 @@ class Shadow:
         """Take over the dummy gradients of parameters in towers.
 
         They come from the forward passes that the graph of the loss reaches, the last one first. A
-        parameter that no shadow has used gets none: the engine may have only a part of it here.
+        parameter that no shadow has used gets none: the engine may have only a part of it here. A
+        total that is computed while recording gives none.
         """
-        if self._record is None or self.is_paused:
+        if (self._record is None and not self._is_recording) or self.is_paused:
             return step, loss
         self.shadowed = tuple(key for key in self.shadowed if key not in step.active_keys)
         covered = {slot for slot in map(slot_of, step.inactive_entries) if self.covers(slot)}

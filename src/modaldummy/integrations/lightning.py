@@ -13,9 +13,11 @@ from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._engines import (
     check_ddps,
     ddps_around,
+    is_deepspeed_engine,
     lightning_logged_step,
     lightning_logs_this_step,
     unscales_in_step,
+    zero_stage,
 )
 from modaldummy._errors import packages_needed
 from modaldummy._findings import Finding, by_severity, log_findings
@@ -51,7 +53,8 @@ class DummyLossCallback(Callback):
         wrapper: The wrapper that the loss goes through. By default the callback looks for it among
             the attributes of the LightningModule and of the modules in it. A loss function that
             the wrapper has wrapped counts as well.
-        hold: Whether ``hold_inactive`` holds the optimizers during training.
+        hold: Whether ``hold_inactive`` holds the optimizers during training, or the engine of
+            DeepSpeed's ZeRO.
         label: As for ``gradient_norms``.
         prefix: As for ``gradient_norms``.
 
@@ -103,9 +106,10 @@ class DummyLossCallback(Callback):
         self._wrapper_bypassed = False  # whether an optimizer stepped without any report
         self._measured: dict[str, float] = {}  # in this batch, for the loggers
         if self._hold:
+            is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
             # If no optimizer has a parameter of the map, `hold_inactive` raises and says so.
-            for optimizer in optimizers or trainer.optimizers[:1]:
-                self._holds.enter_context(hold_inactive(wrapper, optimizer))
+            for target in [model] if is_zero else optimizers or trainer.optimizers[:1]:
+                self._holds.enter_context(hold_inactive(wrapper, target))
         self.findings = _findings(trainer, wrapper, model)
         if trainer.is_global_zero:
             log_findings(self.findings, _logger)
@@ -195,9 +199,10 @@ def _findings(trainer: Trainer, wrapper: DummyLossWrapper, model: nn.Module) -> 
     """The findings of `preflight` for a Trainer that has set everything up."""
     scaler = _scaler_of(trainer)
     clips_norm = trainer.gradient_clip_algorithm in (None, "norm")
+    optimizers = [each for each in trainer.optimizers if isinstance(each, Optimizer)]
     findings = preflight(
         wrapper,
-        trainer.optimizers or None,
+        optimizers or None,  # that of DeepSpeed is none of torch
         model,
         scaler=scaler if isinstance(scaler, torch.amp.GradScaler) else None,
         max_norm=(trainer.gradient_clip_val or None) if clips_norm else None,

@@ -151,6 +151,7 @@ class DummyLossMixin(_TrainerMethods):
         self._hold = hold
         self._shadow_examples = shadow_examples
         self.shadow: ShadowHandle | None = None
+        self._is_recording = False  # whether the shadow records a call of `compute_loss`
         self._hold_handle: HoldHandle | None = None
         self._is_first_total = True
         self._prepared: tuple[Any, ...] = ()  # the model and the optimizer that `_prepare` got
@@ -203,7 +204,8 @@ class DummyLossMixin(_TrainerMethods):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Do what the Trainer does, and add the dummy term in gradient mode."""
-        active = self._read(model, inputs) if torch.is_grad_enabled() else None
+        is_training = torch.is_grad_enabled() and not self._is_recording
+        active = self._read(model, inputs) if is_training else None
         result: Any = super().compute_loss(
             model,
             self._for_model(inputs),
@@ -370,10 +372,16 @@ class DummyLossMixin(_TrainerMethods):
         reason = found[0].conflict.message.removesuffix(".") if found else _ZERO1
         given = self._shadow_examples
         examples = self._find_examples() if given is None else list(given)
-        inputs = [self._for_model(self._prepare_inputs(dict(example))) for example in examples]
         model.train()
-        with self.compute_loss_context_manager():
-            self.shadow = shadow_inactive(self.wrapper, model, examples=inputs)
+        self.shadow = shadow_inactive(wrapper, model)
+        self._is_recording = True
+        try:
+            # As training calls it: ZeRO-3 prefetches what the pass before has used.
+            with self.shadow.record(), self.compute_loss_context_manager():
+                for example in examples:
+                    self.compute_loss(model, self._prepare_inputs(dict(example)))
+        finally:
+            self._is_recording = False
         source = "the training set" if given is None else "`shadow_examples`"
         yield (
             f"a shadow of inactive modalities, recorded on batches of {source}, because of "
