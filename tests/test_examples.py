@@ -171,7 +171,7 @@ def test_vlm_zero3() -> None:
     assert promises(shown) == ["yes"] * 3
     counts = re.findall(r"image active (\d+), shadowed (\d+), held (\d+)", shown)
     assert [int(active) + int(shadowed) for active, shadowed, _ in counts] == [STEPS] * 2
-    assert len({active for active, *_ in counts}) == 2
+    assert "Ranks had different modalities at 0 of" not in shown
     assert all(0 < int(held) < STEPS for *_, held in counts)
 
 

@@ -110,11 +110,13 @@ class Observer(TrainerCallback):
 ADAMW = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01}
 
 
-def observed(rank: int, engine: str, folder: str, hold: bool) -> tuple[list[bool], list[float]]:
+def observed(
+    rank: int, engine: str, folder: str, hold: bool, num_steps: int
+) -> tuple[list[bool], list[float]]:
     """Which steps of AdamW have moved the tower, and their losses."""
     seen = Observer()
     with trainer_under(
-        engine, rank, folder, hold=hold, callbacks=[seen], args=ADAMW | {"max_steps": 60}
+        engine, rank, folder, hold=hold, callbacks=[seen], args=ADAMW | {"max_steps": num_steps}
     ) as trainer:
         seen.trainer = trainer
         trainer.train()
@@ -125,8 +127,8 @@ def observed(rank: int, engine: str, folder: str, hold: bool) -> tuple[list[bool
 def test_a_held_tower_moves_where_a_rank_has_an_image(
     engine: str, two: Fleet, tmp_path: Path
 ) -> None:
-    for moved, losses in two.ask(observed, engine, str(tmp_path), True):
-        assert moved == [any(images_of_step(step)) for step in range(60)]
+    for moved, losses in two.ask(observed, engine, str(tmp_path), True, 50):
+        assert moved == [any(images_of_step(step)) for step in range(50)]
         assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
 
 
@@ -178,6 +180,6 @@ def test_ranks_evaluate_different_modalities(engine: str, two: Fleet, tmp_path: 
 
 @pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
 def test_a_tower_that_is_not_held_moves_always(engine: str, two: Fleet, tmp_path: Path) -> None:
-    first = next(step for step in range(60) if any(images_of_step(step)))
-    for moved, _ in two.ask(observed, engine, str(tmp_path), False):
+    first = next(step for step in range(15) if any(images_of_step(step)))
+    for moved, _ in two.ask(observed, engine, str(tmp_path), False, 15):
         assert all(moved[first:])
