@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 from modaldummy.integrations.transformers import GradientNormCallback
 from tests.fleet import Fleet
 from tests.integrations.trainers import (
+    EVALUATING,
     MODELS,
     SCALE,
     Recorder,
@@ -72,19 +73,19 @@ class Stream(IterableDataset[Any]):
         return iter(samples(scanner(), [["T1"]] * 4))
 
 
-def messages(rank: int, dispatched: bool) -> list[str]:
-    """What the mixin logs when it trains on an iterable dataset."""
+def messages(rank: int, args: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """What the mixin logs."""
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("modaldummy.integrations.transformers")
     logger.addHandler(handler)
-    config = {"dispatch_batches": dispatched}
-    args = {"max_steps": 1, "accelerator_config": config, "train_sampling_strategy": "random"}
+    logger.setLevel(logging.INFO)
     try:
-        train(rank, "scanner", args, SCALE, {"train_dataset": Stream()})
+        train(rank, "scanner", args, SCALE, options)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
     return logged
 
 
@@ -166,5 +167,16 @@ def test_a_static_graph_refuses_a_scale_of_none(two: Fleet) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("dispatched", [True, False])
 def test_batches_that_the_first_rank_dispatches_are_warned_of(dispatched: bool, two: Fleet) -> None:
-    for logged in two.ask(messages, dispatched):
+    config = {"dispatch_batches": dispatched}
+    args = {"max_steps": 1, "accelerator_config": config, "train_sampling_strategy": "random"}
+    for logged in two.ask(messages, args, {"train_dataset": Stream()}):
         assert sum("dispatch_batches" in message for message in logged) == dispatched
+
+
+@pytest.mark.long
+def test_what_was_set_up_is_logged_once_and_says_what_is_cheaper(two: Fleet) -> None:
+    options = {"hold": True, "eval_dataset": samples(scanner(), [["T1"]] * 2)}
+    first, second = two.ask(messages, EVALUATING | {"max_steps": 3}, options)
+    (line,) = [message for message in first if message.startswith("The mixin has set up")]
+    assert "`ddp_find_unused_parameters=False` is cheaper; a hold of the optimizer" in line
+    assert not any(message.startswith("The mixin has set up") for message in second)

@@ -229,8 +229,8 @@ class DummyLossMixin(_TrainerMethods):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Do what the Trainer does; while it generates, the shadow is paused."""
-        if self.is_in_train:
-            self._prepare(model)
+        if self.is_in_train and self.accelerator.distributed_type in _SHARDING:
+            self._prepare(self.model_wrapped)  # if evaluation comes before the first step
         generates = self.shadow is not None and getattr(self.args, "predict_with_generate", False)
         with self.shadow.paused() if self.shadow and generates else nullcontext():
             return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
