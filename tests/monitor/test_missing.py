@@ -112,7 +112,7 @@ def test_missing_gradients_are_found_with_their_likely_cause(
     model = Towers()
     wrapper = model.wrapper()
     happens(model, wrapper)
-    assert missing_gradients(wrapper) == {
+    assert missing_gradients(wrapper, unmapped=False) == {
         name: (f"towers.{name}.weight", f"towers.{name}.bias") for name in missing
     }
     with pytest.raises(MissingGradientError, match=words):
@@ -127,7 +127,7 @@ def test_the_whole_message() -> None:
     with pytest.raises(MissingGradientError) as caught:
         missing_gradients(wrapper, strict=True)
     assert str(caught.value) == (
-        "2 of 6 trainable parameters have no usable gradient.\n"
+        "2 of 8 trainable parameters have no usable gradient.\n"
         "No gradient, inactive modality: 'towers.dMRI.weight', 'towers.dMRI.bias'. Likely cause: "
         "`backward()` ran on another tensor than the total. Call it on the tensor that "
         "`wrapper.total(loss, batch)` returns."
@@ -176,11 +176,45 @@ def test_parameters_without_elements_and_frozen_ones_need_no_gradient() -> None:
 
 def test_a_parameter_of_several_keys_is_listed_for_each() -> None:
     paths: Any = {"T1": "fusion", "dMRI": "fusion", ("T1", "dMRI"): "trunk"}
-    assert missing_gradients(DummyLossWrapper(brain().model, paths)) == {
+    assert missing_gradients(DummyLossWrapper(brain().model, paths), unmapped=False) == {
         "T1": ("fusion.weight", "fusion.bias"),
         "dMRI": ("fusion.weight", "fusion.bias"),
         "T1-dMRI": ("trunk.weight", "trunk.bias"),
     }
+
+
+def test_what_is_in_no_modality_is_listed_if_it_has_no_gradient() -> None:
+    """Such as a tower that the map forgot; not what is frozen, or has zeros."""
+    model = Towers()
+    wrapper = model.wrapper(names=("T1", "rsfMRI"))
+    model.unused = nn.Linear(2, 2)
+    model.unused.bias.requires_grad_(False)
+    wrapper.total(model.loss(["T1"]), ["T1"]).backward()
+    model.trunk.bias.grad.zero_()  # type: ignore[union-attr]
+    names = ("towers.dMRI.weight", "towers.dMRI.bias", "unused.weight")
+    assert missing_gradients(wrapper) == {"[unmapped]": names}
+    assert missing_gradients(wrapper, strict=True, unmapped=False) == {}
+    with pytest.raises(MissingGradientError) as caught:
+        missing_gradients(wrapper, strict=True)
+    assert str(caught.value) == (
+        "3 of 9 trainable parameters have no usable gradient.\n"
+        "No gradient, no modality: 'towers.dMRI.weight', 'towers.dMRI.bias', 'unused.weight'. "
+        "Likely cause: the loss of this batch does not depend on them, and they are in no "
+        "modality, so that they get no dummy gradient. Give them to a modality if only some "
+        "batches use them, else freeze them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(True, "`zero_grad\\(\\)` has"), (False, "no loss has")]
+)
+def test_without_any_gradient_the_cause_is_the_same_for_all(step: bool, words: str) -> None:
+    model = Towers()
+    wrapper = model.wrapper()
+    if step:
+        total(model, wrapper)
+    with pytest.raises(MissingGradientError, match=f"no modality: 'trunk.weight'.*{words}"):
+        missing_gradients(wrapper, strict=True)
 
 
 @pytest.mark.usefixtures("process_group")

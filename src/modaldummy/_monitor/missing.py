@@ -1,7 +1,7 @@
 """Which parameters have no usable gradient after a backward pass."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from modaldummy._arguments import check_wrapper
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter_map import text_of
+from modaldummy._core.paths import strip_wrappers
 from modaldummy._engines import is_fsdp1_parameter, is_zero_parameter
 from modaldummy._errors import MissingGradientError, first_few
 from modaldummy._monitor.gradients import ParameterTable, local_elements, table_of
@@ -62,16 +63,25 @@ _CAUSES: dict[Problem, str] = {
     Problem(_NOT_FINITE, is_active=False): "the gradient of the total itself is not finite.",
 }
 _MAX_LISTED_NAMES = 5
+# The key of parameters that no modality owns; names of modalities contain no bracket.
+UNMAPPED = "[unmapped]"
+_NOT_IN_THE_MAP = (
+    "the loss of this batch does not depend on them, and they are in no modality, so that they get "
+    "no dummy gradient. Give them to a modality if only some batches use them, else freeze them."
+)
 
 
 def missing_gradients(
-    wrapper: DummyLossWrapper, *, strict: bool = False
+    wrapper: DummyLossWrapper, *, strict: bool = False, unmapped: bool = True
 ) -> dict[str, tuple[str, ...]]:
     """Parameters whose gradient is None, zero everywhere or not finite after ``backward()``.
 
     Some gradients are meant to be unusable, and are not listed: zeros and None of a modality that
     was inactive in the last loss, for ``scale=0.0`` and ``scale=None``; the empty gradient of an
     inactive sparse embedding; those of parameters that are frozen or have no elements.
+
+    Trainable parameters of the model that the map gives to no modality are listed if they have no
+    gradient at all: nothing gives them a dummy gradient.
 
     >>> import torch
     >>> from torch import nn
@@ -86,10 +96,12 @@ def missing_gradients(
     Args:
         wrapper: The wrapper of the loss.
         strict: Raise an error if any parameter would be listed.
+        unmapped: Whether to look at parameters that no modality owns.
 
     Returns:
         Modality to names of parameters in the bare model, both in map order. A tuple key of the
-        map reads ``T1-dMRI``. A parameter that several keys own is listed for each of them.
+        map reads ``T1-dMRI``. A parameter that several keys own is listed for each of them. Those
+        that no modality owns come last, under ``[unmapped]``.
 
     Raises:
         MissingGradientError: With ``strict``; it names the parameters and the likely causes.
@@ -102,12 +114,13 @@ def missing_gradients(
     check_wrapper(wrapper)
     table = table_of(wrapper)
     problems = _find_problems(wrapper, table)
-    if strict and problems:
-        raise MissingGradientError(_message(wrapper, table, problems))
+    outside = _unmapped_without_gradient(wrapper, table) if unmapped else ()
+    if strict and (problems or outside):
+        raise MissingGradientError(_message(wrapper, table, problems, outside))
     missing = {
         text_of(key): tuple(table.names[i] for i in ids if i in problems)
         for key, ids in table.ids.items()
-    }
+    } | {UNMAPPED: outside}
     return {key: names for key, names in missing.items() if names}
 
 
@@ -129,6 +142,19 @@ def _find_problems(wrapper: DummyLossWrapper, table: ParameterTable) -> dict[int
     return problems
 
 
+def _unmapped_without_gradient(wrapper: DummyLossWrapper, table: ParameterTable) -> tuple[str, ...]:
+    """Names of trainable parameters that are in no modality and have no gradient."""
+    model = wrapper.parameters.model
+    found = {
+        id(parameter)
+        for parameter in model.parameters()
+        if parameter.grad is None and parameter.requires_grad and parameter.numel()
+    } - table.parameters.keys()
+    # Names take long to make, and are needed rarely.
+    named = model.named_parameters() if found else ()
+    return tuple(strip_wrappers(name) for name, parameter in named if id(parameter) in found)
+
+
 def _problem_of(parameter: nn.Parameter, is_active: bool, scale: float | None) -> Problem | None:
     """What is wrong with the gradient of a parameter; None if it is as the scale asks for."""
     if not parameter.requires_grad or not parameter.numel():
@@ -145,22 +171,34 @@ def _problem_of(parameter: nn.Parameter, is_active: bool, scale: float | None) -
 
 
 def _message(
-    wrapper: DummyLossWrapper, table: ParameterTable, problems: Mapping[int, Problem]
+    wrapper: DummyLossWrapper,
+    table: ParameterTable,
+    problems: Mapping[int, Problem],
+    outside: Sequence[str],
 ) -> str:
     parameters = table.parameters.values()
     num_trainable = sum(parameter.requires_grad for parameter in parameters)
-    lines = [f"{len(problems)} of {num_trainable} trainable parameters have no usable gradient."]
+    general = None  # why nothing has a gradient
+    if wrapper.last is None:
+        general = _NO_LOSS
+    elif any(map(is_zero_parameter, parameters)):
+        general = _DEEPSPEED
+    elif len(problems) == num_trainable:
+        general = _NO_BACKWARD
+    num_all = sum(p.requires_grad for p in wrapper.parameters.model.parameters())
+    num_missing = len(problems) + len(outside)
+    lines = [f"{num_missing} of {num_all} trainable parameters have no usable gradient."]
     for problem, cause in _CAUSES.items():
-        names = [repr(table.names[i]) for i, found in problems.items() if found == problem]
-        if not names:
-            continue
-        if problem.description == _NONE and wrapper.last is None:
-            cause = _NO_LOSS
-        elif problem.description == _NONE and any(map(is_zero_parameter, parameters)):
-            cause = _DEEPSPEED
-        elif problem.description == _NONE and len(problems) == num_trainable:
-            cause = _NO_BACKWARD
+        names = [table.names[i] for i, found in problems.items() if found == problem]
+        if problem.description == _NONE:
+            cause = general or cause
         owner = f"{'active' if problem.is_active else 'inactive'} modality"
-        listed = first_few(names, _MAX_LISTED_NAMES)
-        lines.append(f"{problem.description}, {owner}: {listed}. Likely cause: {cause}")
+        lines += _line(f"{problem.description}, {owner}", names, cause)
+    lines += _line(f"{_NONE}, no modality", outside, general or _NOT_IN_THE_MAP)
     return "\n".join(lines)
+
+
+def _line(what: str, names: Sequence[str], cause: str) -> list[str]:
+    """A line of the message; none without names."""
+    listed = first_few(map(repr, names), _MAX_LISTED_NAMES)
+    return [f"{what}: {listed}. Likely cause: {cause}"] if names else []
