@@ -422,8 +422,13 @@ def zero_optimizer(engine: Any) -> Any:
 
 
 def zero_elements(parameter: nn.Parameter) -> Tensor:
-    """What this rank has of the values of a parameter that ZeRO steps."""
-    elements: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    """What this rank has of the values of a parameter that ZeRO steps, as a vector."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach().reshape(-1)
+    # The parts of all ranks have one size, and the last ones end with padding.
+    first = part.numel() * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    elements: Tensor = part.detach()[: max(parameter.ds_numel - first, 0)]  # type: ignore[attr-defined]
     return elements
 
 

@@ -44,6 +44,15 @@ def test_one_sample_may_contain_all() -> None:
     assert [len(each) for each in batch["image"]] == [3]
 
 
+def test_samples_are_repeated_for_a_batch_of_some_size() -> None:
+    """Batch norm in training mode takes no single sample."""
+    (batch,) = find_examples([sample(image=3, audio=3)], listed, modalities_of, NAMES, 2)
+    assert len(batch["image"]) == 2
+    apart = [sample(image=4), sample(audio=5)]
+    batches = find_examples(apart, default_data_collator, modalities_of, NAMES, 2)
+    assert [len(batch["text"]) for batch in batches] == [2, 2]
+
+
 def test_a_collator_that_cannot_mix_gets_one_sample_at_a_time() -> None:
     """That of transformers takes the keys of the first sample."""
     first, second = found([sample(image=4), sample(audio=5)], default_data_collator)

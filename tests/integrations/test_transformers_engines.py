@@ -1,11 +1,13 @@
 """The mixin under DeepSpeed and FSDP2: each rank has images or not, as its samples say."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from tests.distributed.models import make
@@ -13,9 +15,11 @@ from tests.fleet import Fleet, RankError
 from tests.integrations.vlm import (
     LR,
     NUM_RANKS,
+    PLACES,
     TOWER,
     WITH_IMAGE,
     collate,
+    has_image,
     images_of_step,
     trainer_under,
     weights_of,
@@ -24,6 +28,20 @@ from tests.integrations.vlm import (
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.long]
 FLEET = "DeepSpeed"
 NUM_STEPS = 20
+
+
+# Each rank reads its samples itself.
+OWN = {
+    "accelerator_config": {"dispatch_batches": False},
+    "train_sampling_strategy": "random",
+}
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without indexes."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(PLACES)
 
 
 def trained(rank: int, engine: str, folder: str, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -132,6 +150,57 @@ def test_a_held_tower_moves_where_a_rank_has_an_image(
         assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
 
 
+def trained_twice(rank: int, engine: str, folder: str, options: dict[str, Any]) -> list[Any]:
+    """Modes of an evaluation, and what a second Trainer of the same model shadows."""
+    args = {"max_steps": 1, "eval_strategy": "steps", "eval_on_start": True}
+    modes: list[bool] = []
+    with trainer_under(
+        engine, rank, folder, args=args, eval_dataset=PLACES[:2], **options
+    ) as trainer:
+        trainer.model.lm_head.register_forward_hook(
+            lambda module, *_: modes.append(module.training)
+        )
+        trainer.train()
+    of_first = list(modes)
+    with trainer_under(
+        engine, rank, folder, model=trainer.model, args={"max_steps": 1}, **options
+    ) as second:
+        second.train()
+    return [of_first, repr(second.shadow), second.shadow.shadowed]
+
+
+def test_a_second_trainer_of_a_model_has_a_shadow_of_its_own(two: Fleet, tmp_path: Path) -> None:
+    """Evaluation before the first step is in evaluation mode, though the record is not."""
+    for rank, (modes, second, shadowed) in enumerate(
+        two.ask(trained_twice, "ZeRO-2", str(tmp_path), {})
+    ):
+        assert modes == [True, False, True, False]  # record, evaluation, step, evaluation
+        assert second == "<ShadowHandle of DeepSpeedEngine, in effect>"
+        assert shadowed == (() if has_image(rank) else ("image",))
+
+
+def refused(rank: int, folder: str, options: dict[str, Any]) -> None:
+    with trainer_under("ZeRO-2", rank, folder, **options) as trainer:
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shadow": False}, "rank"),
+        ({"train_dataset": Stream(), "args": OWN}, "cannot be searched for examples"),
+        ({"train_dataset": PLACES[:1]}, "None of the first 1 samples contains image"),
+    ],
+)
+def test_without_a_shadow_or_examples_all_ranks_stop(
+    options: dict[str, Any], words: str, two: Fleet, tmp_path: Path
+) -> None:
+    for error in two.answers(refused, str(tmp_path), options):
+        assert isinstance(error, RankError)
+        assert words in error.message
+        assert error.kind in ("ValueError", "RankDisagreementError")
+
+
 def resumed(rank: int, engine: str, folder: str) -> list[str]:
     """Weights that differ between a training of 20 steps and one that was resumed at step 10.
 
@@ -154,13 +223,13 @@ def test_a_resumed_training_goes_on_as_before(engine: str, two: Fleet, tmp_path:
         assert different == []
 
 
-PLACES = range(200, 206)
+EVALUATED = range(200, 206)
 
 
 def evaluated(rank: int, engine: str, folder: str) -> list[float]:
     """Losses of evaluation, before the first step and after it."""
     args = {"max_steps": 1, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
-    places = [{"place": place} for place in PLACES]
+    places = [{"place": place} for place in EVALUATED]
     with trainer_under(
         engine, rank, folder, eval_dataset=places, args=args | {"eval_on_start": True}
     ) as trainer:
@@ -173,7 +242,7 @@ def evaluated(rank: int, engine: str, folder: str) -> list[float]:
 def test_ranks_evaluate_different_modalities(engine: str, two: Fleet, tmp_path: Path) -> None:
     model: Any = make("LLaVA", "")
     with torch.no_grad():
-        right = [float(model(**collate([{"place": place}])).loss) for place in PLACES]
+        right = [float(model(**collate([{"place": place}])).loss) for place in EVALUATED]
     for losses in two.ask(evaluated, engine, str(tmp_path)):
         assert losses == pytest.approx([sum(right) / len(right)] * 2, rel=1e-5)
 

@@ -210,6 +210,30 @@ def test_the_first_process_logs_findings_once(
     assert ("The mixin has set up a hold of the optimizer" in found) == (hold and is_first)
 
 
+class WithAuxiliary(MixedTrainer):
+    """Adds a term to the loss that the mixin returns."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss + model.auxiliary.square().sum()
+
+
+def test_the_loss_that_goes_to_backward_is_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = scanner()
+    model.auxiliary = torch.nn.Parameter(torch.ones(2))
+    mixed(model, arguments(tmp_path), WithAuxiliary).train()
+    assert not [message for message in caplog.messages if message.startswith("MD1")]
+
+
+def test_examples_must_be_a_list_of_batches(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`shadow_examples` must be a list of batches, got"):
+        mixed(scanner(), arguments(tmp_path), shadow_examples={"T1": torch.ones(2, 4)})
+    with pytest.raises(TypeError, match="shadow"):
+        mixed(scanner(), arguments(tmp_path), shadow="no")
+
+
 def test_the_shadow_is_paused_while_a_prediction_generates(tmp_path: Path) -> None:
     model = scanner()
     args = arguments(tmp_path)

@@ -133,6 +133,7 @@ def trainer_under(
     config: Any = TrainingArguments,
     all_used: bool = False,
     recorded: bool = False,
+    model: Any = None,
     **options: Any,
 ) -> Iterator[Any]:
     """A Trainer of a new model, whose batches are single samples.
@@ -145,6 +146,7 @@ def trainer_under(
         config: That of its arguments.
         all_used: Freeze parameters of the tower that forward never uses.
         recorded: Shadow the plain model before, as a user may.
+        model: The model; a new one by default.
         options: Of the Trainer; `args` are more of its arguments.
     """
     args: dict[str, Any] = {
@@ -157,7 +159,7 @@ def trainer_under(
     }
     args |= ENGINES[engine] | options.pop("args", {})
     with accelerate_on(engine, rank):
-        model = make("LLaVA", "")
+        model = model or make("LLaVA", "")
         for part in UNUSED if all_used else ():
             model.get_submodule(f"model.vision_tower.{part}").requires_grad_(False)
         if kind is not Trainer:

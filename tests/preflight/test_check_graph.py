@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from modaldummy import DummyLossWrapper, preflight
+from modaldummy._preflight import check_graph
 from tests.holding import NAMES
-from tests.preflight.cases import ddp
-from tests.preflight.models import Model, mapped, sharded, with_head
+from tests.preflight.cases import ddp, zero
+from tests.preflight.models import Model, mapped, sharded, with_extra, with_head
 
 
 def test_what_the_loss_does_not_reach_gets_no_gradient() -> None:
@@ -39,6 +40,15 @@ def test_ddp_stops_at_it_unless_it_is_mapped_or_frozen(remedy: str) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("process_group")
+def test_ranks_of_zero_would_differ_in_what_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_graph, "num_ranks", lambda group: 2)
+    (finding,) = preflight(**zero(model=with_extra(), active=["T1"], has_groups=True))
+    assert (finding.code, finding.severity) == ("MD121", "error")
+    assert "so that ZeRO adds up gradients of different parameters" in finding.message
+    assert finding.evidence["parameters"] == ["towers.T1.extra.weight", "towers.T1.extra.bias"]
+
+
 def test_the_graph_does_not_show_sharded_parameters() -> None:
     """FSDP2 has resharded them after forward, and backward reaches them all the same."""
     model = sharded("", reshard_after_forward=True)

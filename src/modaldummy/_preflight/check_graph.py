@@ -8,6 +8,7 @@ from modaldummy._core.graph import leaves_of, reached_leaves, reached_nodes
 from modaldummy._core.parameter_map import text_of
 from modaldummy._engines import function_of, is_fsdp1_parameter, is_sharded
 from modaldummy._findings import Finding, Severity
+from modaldummy._group import num_ranks
 from modaldummy._ownership import shared_with_trunk
 from modaldummy._preflight.setup import Setup
 
@@ -73,7 +74,8 @@ def _check_modalities_reached(setup: Setup, unreached: Mapping[int, str]) -> Ite
         # A shadow runs inactive towers: what they do not use gets no dummy gradient either.
         lacks_dummy = any(i in inactive_ids and not setup.is_shadowed(i) for i in names)
         modalities = "inactive modalities" if lacks_dummy else "modalities"
-        if setup.zero_engines and not lacks_dummy and not all(map(setup.is_shadowed, names)):
+        may_differ = setup.zero_engines and num_ranks(None) > 1
+        if may_differ and not lacks_dummy and not all(map(setup.is_shadowed, names)):
             severity, consequence = "error", _DIFFER
         yield Finding(
             "MD121",

@@ -65,7 +65,7 @@ def expected_zero_drift(
     """
 
     def first_elements(parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(zero_elements(parameter).view(-1)[:_MAX_SAMPLE_ELEMENTS].float())
+        return nn.Parameter(zero_elements(parameter)[:_MAX_SAMPLE_ELEMENTS].float())
 
     groups = [
         (options, {id(parameter): first_elements(parameter) for parameter in flat.parameters})

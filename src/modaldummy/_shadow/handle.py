@@ -57,7 +57,7 @@ def shadow_inactive(
     check_wrapper(wrapper, model)
     check_model(model)
     check_group(group)
-    batches = None if examples is None else _batches_of(examples)
+    batches = None if examples is None else batches_of(examples, "`examples`")
     handle = ShadowHandle(Shadow(wrapper, called_model(wrapper, model), group))
     if batches is not None:
         try:
@@ -70,15 +70,15 @@ def shadow_inactive(
     return handle
 
 
-def _batches_of(examples: Any) -> list[Any]:
-    """The batches that `examples` lists; a single batch in its place is refused."""
+def batches_of(examples: Any, name: str) -> list[Any]:
+    """The batches that an argument called `name` lists; a single batch in its place is refused."""
     if isinstance(examples, (Tensor, Mapping, str)) or not isinstance(examples, Iterable):
-        raise TypeError(f"`examples` must be a list of batches, got {describe(examples)}.")
+        raise TypeError(f"{name} must be a list of batches, got {describe(examples)}.")
     batches = list(examples)
     for batch in batches:
         if not isinstance(batch, (Mapping, tuple, list)):
             raise TypeError(
-                "`examples` must contain mappings, for `model(**batch)`, or tuples, for "
+                f"{name} must contain mappings, for `model(**batch)`, or tuples, for "
                 f"`model(*batch)`, got {describe(batch)}. Put a single argument into a tuple."
             )
     return batches

@@ -16,6 +16,7 @@ from modaldummy._core.parameter_map import ModalityKey, Step
 from modaldummy._engines import (
     direct_parameters,
     forward_hooks,
+    is_deepspeed_engine,
     is_in_backward,
     wrapped_modules,
 )
@@ -52,6 +53,8 @@ class Shadow:
         self, wrapper: DummyLossWrapper, model: nn.Module, group: "dist.ProcessGroup | None"
     ) -> None:
         self.model = model
+        # Some code calls the module inside of an engine, such as the evaluation of a Trainer.
+        self._root: nn.Module = model.module if is_deepspeed_engine(type(model)) else model  # type: ignore[assignment]
         self.is_paused = False
         self.shadowed: tuple[ModalityKey, ...] = ()
         self._wrapper = wrapper
@@ -76,9 +79,9 @@ class Shadow:
         wrapper.intercept(self)
         self._own_handles = [
             # Before the hooks of engines, which gather parameters.
-            model.register_forward_pre_hook(Hook(self._begin), prepend=True),
+            self._root.register_forward_pre_hook(Hook(self._begin), prepend=True),
             # Before those that reshard, as a tower that runs in forward does.
-            model.register_forward_hook(Hook(self._end), prepend=True, always_call=True),
+            self._root.register_forward_hook(Hook(self._end), prepend=True, always_call=True),
         ]
 
     @contextmanager
@@ -94,7 +97,7 @@ class Shadow:
         self._forget()
         self._towers = towers_of(self._wrapper.parameters, self.model)
         self._in_towers = {module for tower in self._towers for module in tower.modules()}
-        recorder = Recorder(self.model, self._towers)
+        recorder = Recorder(self._root, self._towers)
         self._is_recording = True
         try:
             with recorder.recording():
@@ -104,7 +107,7 @@ class Shadow:
         self._passes = recorder.passes
         self._modules = set(self.model.modules())
         self._trained = _trained(self._modules)
-        self._was_training = self.model.training
+        self._was_training = self._root.training
         if num_ranks(self._group) == 1:
             self._agree()
 
@@ -184,7 +187,7 @@ class Shadow:
                 f"`{name}` of {describe(module)} is new, or its `requires_grad` has changed since "
                 "the record. Record again."
             )
-        if torch.is_grad_enabled() and self.model.training is not self._was_training:
+        if torch.is_grad_enabled() and self._root.training is not self._was_training:
             raise RecordError(
                 f"The record is of {'training' if self._was_training else 'evaluation'} mode. Call "
                 "`model.train()` and record again, so that dropout and checkpoints are those of "
@@ -206,7 +209,7 @@ class Shadow:
         towers = {outer[tower]: keys for tower, keys in self._towers.items()}
         record = Record([order], towers, self._wrapper.parameters)
         before = {point.module for point in record.points if not point.after}
-        ending = {point.module for point in record.points if point.after} - {self.model}
+        ending = {point.module for point in record.points if point.after} - {self._root}
         self._handles = [
             module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
             for module in before | record.calls.keys()
@@ -233,7 +236,7 @@ class Shadow:
         if not self._handles:
             record = self._set_hooks(record)
         self._num_passes += 1
-        self._pass = ForwardPass(self.model, record, self._num_passes)
+        self._pass = ForwardPass(self._root, record, self._num_passes)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._pass is not None:

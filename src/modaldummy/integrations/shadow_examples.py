@@ -20,17 +20,19 @@ def find_examples(
     collate: Callable[[list[Any]], Any],
     modalities_of: Callable[[Any], Collection[str]],
     modalities: Sequence[str],
+    min_size: int = 1,
 ) -> list[Any]:
     """Batches of the smallest of the first samples that contain each modality.
 
     If `collate` can put all these samples into a batch that contains every modality, it is the only
-    one. Otherwise there is a batch for each sample. The random state stays as it is.
+    one. Otherwise there is a batch for each sample. The global random states stay as they are.
 
     Args:
         dataset: Its samples; a dataset without `__iter__` is read by index.
         collate: Makes a batch of a list of samples.
         modalities_of: The modalities that a batch contains.
         modalities: All modalities.
+        min_size: Of a batch, for which samples are repeated.
 
     Raises:
         ValueError: No sample was found with one of the modalities.
@@ -52,10 +54,11 @@ def find_examples(
                 f"None of the first {num_read:,} samples contains {', '.join(missing)}."
             )
         samples = list({id(sample): sample for _, sample in smallest.values()}.values())
-        together = _collated_together(collate, samples)
+        repeated = samples * min_size if len(samples) < min_size else samples
+        together = _collated_together(collate, repeated)
         if together is not None and set(modalities_of(together)) >= set(modalities):
             return [together]
-        return [collate([_copy_of(sample)]) for sample in samples]
+        return [collate([_copy_of(sample) for _ in range(min_size)]) for sample in samples]
 
 
 def _samples_of(dataset: Any) -> Iterator[Any]:

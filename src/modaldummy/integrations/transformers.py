@@ -2,8 +2,9 @@
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -20,18 +21,21 @@ from modaldummy._engines import ddp_conflict, ddps_around, is_deepspeed_engine, 
 from modaldummy._errors import BatchMetadataError, describe, packages_needed
 from modaldummy._findings import Finding, log_findings
 from modaldummy._hold import HoldHandle, hold_inactive
+from modaldummy._numbers import check_bool
 from modaldummy._preflight import findings_of_total, preflight
 from modaldummy._ranks import attach_to_outputs, check_ranks
 from modaldummy._ranks.attach import is_attached
 from modaldummy._ranks.conflicts import find_conflicts
 from modaldummy._shadow import ShadowHandle, shadow_inactive
+from modaldummy._shadow.handle import batches_of
+from modaldummy._shadow.shadow import Shadow
 from modaldummy.integrations.accumulated_report import WeightedReport, accumulated_report
 from modaldummy.integrations.shadow_examples import find_examples
 
 with packages_needed("transformers accelerate"):
     from accelerate.data_loader import DataLoaderDispatcher
     from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, send_to_device
     from transformers import Trainer
 
     from modaldummy.integrations.gradient_norm_callback import GradientNormCallback
@@ -57,9 +61,12 @@ _ADDED_TWICE = (
     "`self.wrapper.total(...)`, not both."
 )
 _NO_EXAMPLES = (
-    "The engine needs a shadow, which records the model on samples that together contain every "
-    "modality. Pass batches with them, as your collator makes them: `shadow_examples=[...]`."
+    "The engine needs a shadow, which records the model on batches that together contain every "
+    "modality. Pass such batches, as your collator makes them: `shadow_examples=[...]`. If all "
+    "ranks always have the same modalities, pass `shadow=False`."
 )
+# What mixins have made; hooks of the models keep them alive.
+_SHADOWS: weakref.WeakSet[Shadow] = weakref.WeakSet()
 _DDP_LOOKS = (
     "parameters of the map attached to DDP's outputs, because DDP looks for unused parameters. "
     "Such a DDP also runs without a dummy term; with one, `ddp_find_unused_parameters=False` is "
@@ -92,16 +99,18 @@ class DummyLossMixin(_TrainerMethods):
     contains the wrapper's report. When training starts, the mixin logs with ``logging`` what it has
     set up and the findings of ``preflight``, also those about the first loss.
 
-    Under FSDP and DeepSpeed it calls ``shadow_inactive`` if the engine does not support ranks with
-    different modalities.
+    Under FSDP and DeepSpeed's ZeRO it calls ``shadow_inactive``, so that ranks may have different
+    modalities.
 
     Args:
         *args: Arguments of the Trainer.
         wrapper: The wrapper, or a function that makes one from a model. ``model_init`` needs the
             function.
         hold: Whether ``hold_inactive`` holds the optimizer, or the engine of DeepSpeed's ZeRO.
-        shadow_examples: Batches, as the collator makes them, that together contain every modality.
-            By default they are made of the smallest among the first training samples.
+        shadow: Whether to do so; else ``check_ranks`` refuses ranks with different modalities.
+        shadow_examples: Batches, as the collator makes them, that together contain every modality,
+            the same on all ranks. By default they are made of the smallest among the first training
+            samples; an iterable dataset is not searched.
         metadata_columns: Columns of the dataset that the Trainer keeps for the wrapper. The model
             gets those that its ``forward`` names.
         **kwargs: Arguments of the Trainer.
@@ -136,6 +145,7 @@ class DummyLossMixin(_TrainerMethods):
         *args: Any,
         wrapper: WrapperOrFactory,
         hold: bool = False,
+        shadow: bool = True,
         shadow_examples: Iterable[Mapping[str, Any]] | None = None,
         metadata_columns: str | Sequence[str] = EXPLICIT_KEYS,
         **kwargs: Any,
@@ -149,11 +159,14 @@ class DummyLossMixin(_TrainerMethods):
         self._withheld = {name for name in self._metadata_columns if name not in accepted}
         self._given = wrapper
         self._hold = hold
-        self._shadow_examples = shadow_examples
+        self._shadows = check_bool("shadow", shadow)
+        self._shadow_examples: list[Any] | None = None
+        if shadow_examples is not None:
+            self._shadow_examples = batches_of(shadow_examples, "`shadow_examples`")
         self.shadow: ShadowHandle | None = None
         self._is_recording = False  # whether the shadow records a call of `compute_loss`
         self._hold_handle: HoldHandle | None = None
-        self._is_first_total = True
+        self._is_first_loss = True
         self._prepared: tuple[Any, ...] = ()  # the model and the optimizer that `_prepare` got
         # Of all losses that went through backward since the gradients were cleared.
         self._reports: list[WeightedReport] = []
@@ -184,7 +197,8 @@ class DummyLossMixin(_TrainerMethods):
 
         unsubscribe = self.wrapper.subscribe(observe)
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            with self._first_loss_checked(model):
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         finally:
             unsubscribe()
         self._collect(reports, num_items_in_batch)
@@ -220,9 +234,6 @@ class DummyLossMixin(_TrainerMethods):
         share = 1.0 if self._is_divided_later(num_items_in_batch) else 1 / self._num_accumulated()
         total = self.wrapper.add(loss, active, share)
         self._added = self.wrapper.last
-        if self._is_first_total:
-            self._is_first_total = False
-            self._log(findings_of_total(self.wrapper, model, total))
         return (total, *outputs) if return_outputs else total
 
     def prediction_step(
@@ -347,11 +358,31 @@ class DummyLossMixin(_TrainerMethods):
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
         self._log(findings)
-        self._is_first_total = True
+        self._is_first_loss = True
         loader = self.callback_handler.train_dataloader
         if self.args.world_size > 1 and isinstance(loader, DataLoaderDispatcher):
             _logger.warning(_BATCHES_DISPATCHED)
         self._prepared = (model, self.optimizer)
+
+    @contextmanager
+    def _first_loss_checked(self, model: nn.Module) -> Iterator[None]:
+        """Log the findings about the first loss that goes to backward."""
+        backward = self.accelerator.backward
+
+        def check(loss: Tensor, **kwargs: Any) -> None:
+            if self._is_first_loss:
+                self._is_first_loss = False
+                self._log(findings_of_total(self.wrapper, model, loss))
+            backward(loss, **kwargs)
+
+        if not self._is_first_loss:
+            yield
+            return
+        self.accelerator.backward = check
+        try:
+            yield
+        finally:
+            del self.accelerator.backward
 
     def _log(self, findings: Iterable[Finding]) -> None:
         if self.is_world_process_zero():
@@ -359,11 +390,14 @@ class DummyLossMixin(_TrainerMethods):
 
     def _shadow_if_needed(self, model: nn.Module) -> Iterator[str]:
         """Shadow inactive modalities under an engine that needs it; yields what was done."""
-        if self.shadow is not None:
-            self.shadow.remove()
-            self.shadow = None
+        modules = set(model.modules())
+        for made in list(_SHADOWS):  # for the engine of an earlier training
+            if made.model is model or not modules.isdisjoint(made.model.modules()):
+                made.remove()
+                _SHADOWS.discard(made)
+        self.shadow = None
         wrapper, engine = self.wrapper, self.accelerator.distributed_type
-        if engine not in _SHARDING or wrapper.interceptor is not None:  # such as a user's shadow
+        if not self._shadows or engine not in _SHARDING or wrapper.interceptor is not None:
             return
         found = find_conflicts(wrapper, model)
         is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
@@ -371,42 +405,71 @@ class DummyLossMixin(_TrainerMethods):
             return
         reason = found[0].conflict.message.removesuffix(".") if found else _ZERO1
         given = self._shadow_examples
-        examples = self._find_examples() if given is None else list(given)
-        model.train()
-        self.shadow = shadow_inactive(wrapper, model)
-        self._is_recording = True
-        try:
-            # As training calls it: ZeRO-3 prefetches what the pass before has used.
-            with self.shadow.record(), self.compute_loss_context_manager():
-                for example in examples:
-                    self.compute_loss(model, self._prepare_inputs(dict(example)))
-        finally:
-            self._is_recording = False
+        self._record(model, self._find_examples() if given is None else given)
         source = "the training set" if given is None else "`shadow_examples`"
         yield (
             f"a shadow of inactive modalities, recorded on batches of {source}, because of "
             f"{type(model).__name__}: {reason}"
         )
 
+    def _record(self, model: nn.Module, examples: Iterable[Any]) -> None:
+        """Record the model on batches, called as training calls it.
+
+        ZeRO-3 prefetches what the pass before has used.
+        """
+        inner: Any = self.model  # an engine may be in another mode than the module inside
+        was_training = inner.training
+        model.train()
+        self.shadow = shadow_inactive(self.wrapper, model)
+        made: Any = self.wrapper.interceptor
+        _SHADOWS.add(made)
+        self._is_recording = True
+        try:
+            with self.shadow.record(), self.compute_loss_context_manager():
+                for example in examples:
+                    batch = dict(example)
+                    _, num_items = self.get_batch_samples(iter([batch]), 1, self.args.device)
+                    inputs = self._prepare_inputs(batch)
+                    self.compute_loss(model, inputs, num_items_in_batch=num_items)
+        except Exception as error:
+            self.shadow.remove()
+            error.add_note(f"This was raised while the shadow recorded a batch. {_NO_EXAMPLES}")
+            raise
+        finally:
+            self._is_recording = False
+            model.train(was_training)
+
     def _find_examples(self) -> list[Any]:
-        """Batches of the training set that contain every modality, the same on all ranks."""
+        """Batches of the training set that contain every modality, the same on all ranks.
+
+        Raises:
+            ValueError: The training set cannot be searched, or lacks a modality.
+        """
         loader: Any = self.callback_handler.train_dataloader
-        is_dealt_out = isinstance(loader.dataset, IterableDataset)
-        dataset: Any = self.train_dataset if is_dealt_out else loader.dataset
+        dataset: Any = getattr(loader, "dataset", None)
+        is_by_index = dataset is not None and not isinstance(dataset, IterableDataset)
+        if not is_by_index or getattr(loader, "batch_sampler", None) is None:
+            raise ValueError(f"The training set cannot be searched for examples. {_NO_EXAMPLES}")
         found: list[Any] = [None]
+        failure: Exception | None = None
         if not dist.is_initialized() or dist.get_rank() == 0:
-            names, read = self.wrapper.modalities, self.wrapper.reader.read
             try:
-                found = [find_examples(dataset, loader.collate_fn, read, names)]
-            except Exception as error:
-                error.add_note(_NO_EXAMPLES)
-                found = [error]
+                examples = find_examples(
+                    dataset,
+                    loader.collate_fn,
+                    self.wrapper.reader.read,
+                    self.wrapper.modalities,
+                    min(2, self.args.per_device_train_batch_size),
+                )
+                found = [send_to_device(examples, "cpu")]
+            except Exception as error:  # other ranks wait for the answer
+                failure, found = error, [f"{type(error).__name__}: {error}"]
         if dist.is_initialized():
             dist.broadcast_object_list(found)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        examples: list[Any] = found[0]
-        return examples
+        if isinstance(found[0], str):
+            raise ValueError(f"{found[0]} {_NO_EXAMPLES}") from failure
+        batches: list[Any] = found[0]
+        return batches
 
     def _attach(self, model: nn.Module) -> Iterator[str]:
         """Attach the parameters of the map to DDP that looks for unused ones; yields what was done.
