@@ -21,7 +21,7 @@ RUNS: dict[str, tuple[str, str]] = {
         "| fsdp2 | shadow / fake image, one patch |",
     ),
     "bench_fake.py": ("--seeds 2 --steps 3", "| shadow + hold | 0.000"),
-    "bench_zero_hold.py": ("--rounds 1 --width 16", "| 3 | a group for each tower, hold | 4"),
+    "bench_zero_hold.py": ("--rounds 1 --width 16", "| 3 | a group for each tower, hold | 50% |"),
     "bench_import.py": ("--rounds 1", "modaldummy"),
     "show_alternatives.py": ("--device cpu --width 8 --batch 2 --rounds 1", "fake, one sample"),
     "show_silent_mixing.py": ("--engines 'FSDP2, the whole'", "FSDP2, the whole"),
