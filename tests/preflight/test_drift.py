@@ -5,11 +5,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from modaldummy import DummyLossWrapper, UnsupportedEngineError
+from modaldummy._engines import zero_elements
 from modaldummy._preflight.drift import expected_drift, expected_zero_drift
 from tests.holding import NAMES, Towers, train
 from tests.optimizers import OPTIMIZERS
@@ -128,6 +130,19 @@ def test_under_zero_the_figures_are_those_of_each_parameter_group(stage: int) ->
         "dMRI": pytest.approx(1 / 1.1, rel=1e-3),
     }
     assert made[0].state == {}
+
+
+@pytest.mark.parametrize(("rank", "elements"), [(0, [0.0, 1.0, 2.0]), (1, [3.0, 4.0]), (2, [])])
+def test_the_padding_of_zero3_is_no_part_of_a_parameter(
+    rank: int, elements: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has three elements of five; what follows the fifth was never set."""
+    monkeypatch.setattr(dist, "get_rank", lambda group: rank)
+    whole = torch.cat([torch.arange(5.0), torch.full((4,), torch.nan)])
+    parameter: Any = nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = whole[3 * rank : 3 * rank + 3]
+    parameter.ds_numel, parameter.ds_process_group = 5, None
+    assert zero_elements(parameter).tolist() == elements
 
 
 def test_without_a_gradient_nothing_moves() -> None:
