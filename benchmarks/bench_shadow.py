@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench_step import interval
+from bench_step import interval, with_interval
 from from_tests import Fleet
 from measure import (
     Times,
@@ -175,11 +175,6 @@ def print_tables(rows: Rows) -> None:
 def print_row(*cells: object) -> None:
     """Of a table in Markdown."""
     print("|", " | ".join(map(str, cells)), "|")
-
-
-def with_interval(row: dict[str, Any], title: str) -> str:
-    """A ratio, with its interval of 95 %."""
-    return f"{row[title]:.3f} ({row[f'{title}_low']:.3f} to {row[f'{title}_high']:.3f})"
 
 
 if __name__ == "__main__":

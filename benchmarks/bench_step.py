@@ -198,6 +198,11 @@ def interval(ratios: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def with_interval(row: dict[str, Any], title: str) -> str:
+    """A ratio, with its interval of 95 %."""
+    return f"{row[title]:.3f} ({row[f'{title}_low']:.3f} to {row[f'{title}_high']:.3f})"
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Median times, ratios with their intervals, memory."""
     print_environment(rows[0])

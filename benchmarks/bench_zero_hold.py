@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bench_step import NAMES, TOKENS, Model, interval
+from bench_step import NAMES, TOKENS, Model, interval, with_interval
 from from_tests import Fleet, deepspeed_on_cpus
 from measure import (
     Contender,
@@ -157,11 +157,6 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         cells += [with_interval(row, "training_step"), f"{row['optimizer_p50_ms']:.1f}"]
         cells += [with_interval(row, "optimizer_step"), f"{row['peak_MB']:.1f}"]
         print("|", " | ".join(map(str, cells)), "|")
-
-
-def with_interval(row: dict[str, Any], title: str) -> str:
-    """A ratio, with its interval of 95 %."""
-    return f"{row[title]:.3f} ({row[f'{title}_low']:.3f} to {row[f'{title}_high']:.3f})"
 
 
 if __name__ == "__main__":

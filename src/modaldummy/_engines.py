@@ -311,6 +311,11 @@ def zero_stage(engine: Any) -> int:
     return int(engine.zero_optimization_stage())
 
 
+def is_zero_engine(module: Any) -> bool:
+    """Whether a module is a DeepSpeed engine of ZeRO-1, 2 or 3."""
+    return is_deepspeed_engine(type(module)) and 1 <= zero_stage(module) <= 3
+
+
 def zero_overlaps_communication(engine: Any) -> bool:
     """Whether `overlap_comm` is on, with which ZeRO-1 reduces gradients as ZeRO-2 does."""
     return hasattr(engine, "zero_overlap_comm") and bool(engine.zero_overlap_comm())

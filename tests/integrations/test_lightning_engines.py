@@ -33,7 +33,7 @@ NUM_STEPS = 10
 
 
 class Sharded(LightningModule):
-    """The model that every engine is held against, each tower a unit of FSDP2."""
+    """The reference model of the tests of engines; each tower is a unit of FSDP2."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerCallback
 from tests.distributed.models import make
 from tests.fleet import Fleet, RankError
 from tests.integrations.vlm import (
-    LR,
     NUM_RANKS,
     PLACES,
     TOWER,
@@ -21,6 +20,8 @@ from tests.integrations.vlm import (
     collate,
     has_image,
     images_of_step,
+    largest_error,
+    trained_in_one_process,
     trainer_under,
     weights_of,
 )
@@ -51,24 +52,6 @@ def trained(rank: int, engine: str, folder: str, options: dict[str, Any]) -> dic
         return weights_of(trainer)
 
 
-def expected() -> dict[str, Tensor]:
-    """The same in one process, which has the batches of all ranks, without the library."""
-    model: Any = make("LLaVA", "")
-    optimizer = torch.optim.SGD(model.parameters(), LR)
-    for step in range(NUM_STEPS):
-        for rank in range(NUM_RANKS):
-            batch = collate([{"place": NUM_RANKS * step + rank}])
-            (model(**batch).loss / NUM_RANKS).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def largest_error(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    assert found.keys() == right.keys()
-    return max(float((found[name] - right[name]).abs().max()) for name in right)
-
-
 @pytest.mark.parametrize(
     ("engine", "options"),
     [
@@ -83,7 +66,7 @@ def test_weights_are_those_of_one_process(
     engine: str, options: dict[str, Any], two: Fleet, tmp_path: Path
 ) -> None:
     """With examples that the mixin finds, or that it gets, or with a shadow of the user."""
-    right = expected()
+    right = trained_in_one_process(NUM_STEPS)
     for found in two.ask(trained, engine, str(tmp_path), options):
         assert largest_error(found, right) < 1e-6
 
@@ -93,7 +76,7 @@ def test_the_trainer_alone_fails(engine: str, tmp_path: Path) -> None:
     """It hangs until a timeout, or has other weights."""
     with Fleet(NUM_RANKS, timeout=8, limit=60, quiet=True) as fleet:
         answers = fleet.answers(trained, engine, str(tmp_path), {"kind": Trainer})
-    right = expected()
+    right = trained_in_one_process(NUM_STEPS)
     for answer in answers:
         assert isinstance(answer, RankError) or largest_error(answer, right) > 1e-4
 

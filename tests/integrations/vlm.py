@@ -187,3 +187,21 @@ def read_whole(model: nn.Module, engine: str, part: str = "") -> dict[str, Tenso
 def images_of_step(step: int) -> list[bool]:
     """Whether each rank has an image."""
     return [has_image(NUM_RANKS * step + rank) for rank in range(NUM_RANKS)]
+
+
+def trained_in_one_process(num_steps: int) -> dict[str, Tensor]:
+    """The weights after steps of SGD on the batches of all ranks, without the library."""
+    model: Any = make("LLaVA", "")
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    for step in range(num_steps):
+        for rank in range(NUM_RANKS):
+            batch = collate([{"place": NUM_RANKS * step + rank}])
+            (model(**batch).loss / NUM_RANKS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def largest_error(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert found.keys() == right.keys()
+    return max(float((found[name] - right[name]).abs().max()) for name in right)

@@ -148,7 +148,7 @@ def _check_shared_groups(setup: Setup, engine: Any) -> Iterator[Finding]:
             {"modalities": names},
             "Give each modality a parameter group of its own, so that its step counter is held "
             "too. With a counter that went on, the first Adam step of a modality that comes late "
-            "is up to 3.2 learning rates long.",
+            "is up to 3.2 learning rates long, with its default betas.",
         )
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from modaldummy._core import DummyLossWrapper
 from modaldummy._core.parameter import OwnedParameter, slot_of
 from modaldummy._core.parameter_map import ModalityKey
-from modaldummy._engines import ddps_around, is_deepspeed_engine, zero_stage
+from modaldummy._engines import ddps_around, is_zero_engine
 from modaldummy._ownership import owners_of
 
 
@@ -83,8 +83,7 @@ class Setup:
     @cached_property
     def zero_engines(self) -> list[Any]:
         """DeepSpeed engines of ZeRO-1, 2 or 3."""
-        engines = [module for module in self.modules if is_deepspeed_engine(type(module))]
-        return [engine for engine in engines if 1 <= zero_stage(engine) <= 3]
+        return list(filter(is_zero_engine, self.modules))
 
     def inactive_ids(self, active: Collection[str]) -> set[int]:
         """`id` of each modality parameter that is inactive in a batch of these modalities."""

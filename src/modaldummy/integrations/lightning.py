@@ -13,11 +13,10 @@ from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._engines import (
     check_ddps,
     ddps_around,
-    is_deepspeed_engine,
+    is_zero_engine,
     lightning_logged_step,
     lightning_logs_this_step,
     unscales_in_step,
-    zero_stage,
 )
 from modaldummy._errors import packages_needed
 from modaldummy._findings import Finding, by_severity, log_findings
@@ -106,9 +105,9 @@ class DummyLossCallback(Callback):
         self._wrapper_bypassed = False  # whether an optimizer stepped without any report
         self._measured: dict[str, float] = {}  # in this batch, for the loggers
         if self._hold:
-            is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
             # If no optimizer has a parameter of the map, `hold_inactive` raises and says so.
-            for target in [model] if is_zero else optimizers or trainer.optimizers[:1]:
+            targets = optimizers or trainer.optimizers[:1]
+            for target in [model] if is_zero_engine(model) else targets:
                 self._holds.enter_context(hold_inactive(wrapper, target))
         self.findings = _findings(trainer, wrapper, model)
         if trainer.is_global_zero:

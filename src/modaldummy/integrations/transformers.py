@@ -17,7 +17,7 @@ from modaldummy._core import DummyLossWrapper, StepReport
 from modaldummy._core.batch import EXPLICIT_KEYS
 from modaldummy._core.loss_function import check_loss
 from modaldummy._core.parameter_map import Step
-from modaldummy._engines import ddp_conflict, ddps_around, is_deepspeed_engine, zero_stage
+from modaldummy._engines import ddp_conflict, ddps_around, is_zero_engine
 from modaldummy._errors import BatchMetadataError, describe, packages_needed
 from modaldummy._findings import Finding, log_findings
 from modaldummy._hold import HoldHandle, hold_inactive
@@ -344,7 +344,7 @@ class DummyLossMixin(_TrainerMethods):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if self._hold:
-            is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
+            is_zero = is_zero_engine(model)
             self._hold_handle = hold_inactive(self.wrapper, model if is_zero else optimizer)
             done.append(f"a hold of {'the engine' if is_zero else 'the optimizer'}")
         if done and self.is_world_process_zero():
@@ -367,22 +367,22 @@ class DummyLossMixin(_TrainerMethods):
     @contextmanager
     def _first_loss_checked(self, model: nn.Module) -> Iterator[None]:
         """Log the findings about the first loss that goes to backward."""
-        backward = self.accelerator.backward
-
-        def check(loss: Tensor, **kwargs: Any) -> None:
-            if self._is_first_loss:
-                self._is_first_loss = False
-                self._log(findings_of_total(self.wrapper, model, loss))
-            backward(loss, **kwargs)
-
         if not self._is_first_loss:
             yield
             return
+        backward = self.accelerator.backward
+
+        def check(loss: Tensor, **kwargs: Any) -> None:
+            self.accelerator.backward = backward
+            self._is_first_loss = False
+            self._log(findings_of_total(self.wrapper, model, loss))
+            backward(loss, **kwargs)
+
         self.accelerator.backward = check
         try:
             yield
         finally:
-            del self.accelerator.backward
+            self.accelerator.backward = backward
 
     def _log(self, findings: Iterable[Finding]) -> None:
         if self.is_world_process_zero():
@@ -400,8 +400,7 @@ class DummyLossMixin(_TrainerMethods):
         if not self._shadows or engine not in _SHARDING or wrapper.interceptor is not None:
             return
         found = find_conflicts(wrapper, model)
-        is_zero = is_deepspeed_engine(type(model)) and zero_stage(model) > 0
-        if not (found or is_zero):
+        if not (found or is_zero_engine(model)):
             return
         reason = found[0].conflict.message.removesuffix(".") if found else _ZERO1
         given = self._shadow_examples
